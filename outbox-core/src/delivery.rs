@@ -1,0 +1,191 @@
+use std::{error::Error, fmt, sync::Arc, time::Duration};
+
+use crate::RecordedEvent;
+
+/// One attempt to hand one event to one destination.
+///
+/// A delivery may run more than once (a worker can die after the destination accepted and before that was recorded):
+/// the event's id is the same each time.
+#[derive(Clone, Debug)]
+pub struct Delivery {
+    event: Arc<RecordedEvent>,
+    subscription: Arc<str>,
+    attempt: u32,
+}
+
+impl Delivery {
+    /// Describes attempt number `attempt` (1 for the first).
+    #[must_use]
+    pub fn new(event: Arc<RecordedEvent>, subscription: Arc<str>, attempt: u32) -> Self {
+        Self { event, subscription, attempt }
+    }
+
+    /// The event.
+    #[must_use]
+    pub fn event(&self) -> &RecordedEvent {
+        &self.event
+    }
+
+    /// The name of the subscription.
+    #[must_use]
+    pub fn subscription(&self) -> &str {
+        &self.subscription
+    }
+
+    /// Which attempt this is: 1 for the first.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.attempt
+    }
+}
+
+/// How an attempt ended.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// The destination has the event.
+    Delivered,
+    /// It failed; try again after the backoff of the retry policy.
+    Retry(DeliveryError),
+    /// It failed for good: dead letter at once.
+    Permanent(DeliveryError),
+}
+
+/// Why an attempt failed, and what that means for the next.
+///
+/// Any error turns into one with `?` and is tried again after the backoff. Use [`permanent`](Self::permanent) where
+/// another attempt cannot help, and [`retry_after`](Self::retry_after) where the destination said when.
+///
+/// ```
+/// use outbox_core::DeliveryError;
+///
+/// fn send(mail: &str) -> Result<(), DeliveryError> {
+///     let address: std::net::Ipv4Addr = mail.parse()?; // tried again
+///     if address.is_broadcast() {
+///         return Err(DeliveryError::permanent("no broadcasts"));
+///     }
+///     Ok(())
+/// }
+/// assert!(send("nowhere").unwrap_err().to_string().contains("invalid IPv4"));
+/// ```
+// Not an `Error` itself: that would forbid the blanket `From` that makes `?` work for every error.
+#[derive(Debug)]
+pub struct DeliveryError {
+    message: String,
+    permanent: bool,
+    retry_after: Option<Duration>,
+}
+
+/// Longest error text that is kept, in bytes.
+const MAX_MESSAGE_BYTES: usize = 2048;
+
+impl DeliveryError {
+    /// An error after which the delivery is tried again.
+    #[must_use]
+    pub fn retry(message: impl Into<String>) -> Self {
+        Self { message: bounded(message.into()), permanent: false, retry_after: None }
+    }
+
+    /// An error after which the delivery is tried again, no earlier than `after` from now.
+    #[must_use]
+    pub fn retry_after(after: Duration, message: impl Into<String>) -> Self {
+        Self { retry_after: Some(after), ..Self::retry(message) }
+    }
+
+    /// An error that another attempt cannot mend: dead letter at once.
+    #[must_use]
+    pub fn permanent(message: impl Into<String>) -> Self {
+        Self { permanent: true, ..Self::retry(message) }
+    }
+
+    /// The text that operators see: the error and its causes, at most 2 KiB, without NUL characters.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// Whether another attempt cannot help.
+    #[must_use]
+    pub fn is_permanent(&self) -> bool {
+        self.permanent
+    }
+
+    /// The shortest wait the destination asked for.
+    #[must_use]
+    pub fn wait(&self) -> Option<Duration> {
+        self.retry_after
+    }
+}
+
+impl fmt::Display for DeliveryError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl<E: Error> From<E> for DeliveryError {
+    fn from(error: E) -> Self {
+        let mut message = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            let text = error.to_string();
+            // Some libraries repeat the cause in their own text.
+            if !message.ends_with(&text) {
+                message.push_str(": ");
+                message.push_str(&text);
+            }
+            cause = error.source();
+        }
+        Self::retry(message)
+    }
+}
+
+impl From<Result<(), DeliveryError>> for Outcome {
+    fn from(result: Result<(), DeliveryError>) -> Self {
+        match result {
+            Ok(()) => Self::Delivered,
+            Err(error) if error.permanent => Self::Permanent(error),
+            Err(error) => Self::Retry(error),
+        }
+    }
+}
+
+fn bounded(mut message: String) -> String {
+    message.retain(|c| c != '\0');
+    if message.len() > MAX_MESSAGE_BYTES {
+        let end = (0..=MAX_MESSAGE_BYTES - 4).rev().find(|&at| message.is_char_boundary(at)).unwrap_or(0);
+        message.truncate(end);
+        message.push('…');
+    }
+    message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the mail was not sent")]
+    struct Outer(#[source] std::num::ParseIntError);
+
+    #[test]
+    fn an_error_keeps_its_causes() {
+        let error = DeliveryError::from(Outer("x".parse::<i32>().unwrap_err()));
+        assert_eq!(error.message(), "the mail was not sent: invalid digit found in string");
+        assert!(!error.is_permanent());
+    }
+
+    #[test]
+    fn the_text_is_bounded_and_storable() {
+        let error = DeliveryError::retry(format!("\0{}", "ü".repeat(4000)));
+        assert!(error.message().len() <= MAX_MESSAGE_BYTES, "{}", error.message().len());
+        assert!(error.message().ends_with('…') && !error.message().contains('\0'));
+    }
+
+    #[test]
+    fn the_outcome_follows_the_error() {
+        assert!(matches!(Outcome::from(Ok(())), Outcome::Delivered));
+        assert!(matches!(Outcome::from(Err(DeliveryError::retry("x"))), Outcome::Retry(_)));
+        assert!(matches!(Outcome::from(Err(DeliveryError::permanent("x"))), Outcome::Permanent(_)));
+    }
+}

@@ -1,0 +1,56 @@
+//! The vocabulary of a transactional outbox: events, the collector a request pushes them into, subscriptions, retry
+//! policy, delivery outcomes.
+//!
+//! This crate does no IO. It knows neither a web framework nor a database nor a job runner, so domain code that only
+//! defines and pushes events depends on this crate alone.
+//!
+//! ```
+//! use outbox_core::{Context, Event, Events, Limits};
+//! use serde::{Deserialize, Serialize};
+//!
+//! #[derive(Serialize, Deserialize)]
+//! struct OrderPlaced {
+//!     order_id: i64,
+//!     total_cents: i64,
+//! }
+//!
+//! impl Event for OrderPlaced {
+//!     const TYPE: &'static str = "order.placed";
+//!     const AGGREGATE_TYPE: &'static str = "order";
+//!
+//!     fn aggregate_id(&self) -> String {
+//!         self.order_id.to_string()
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), outbox_core::PushError> {
+//! let events = Events::new(Limits::default(), Context::default());
+//! events.push(OrderPlaced { order_id: 7, total_cents: 1200 })?;
+//! assert_eq!(events.len(), 1);
+//! # Ok(())
+//! # }
+//! ```
+
+mod change;
+mod clock;
+mod collector;
+mod context;
+mod delivery;
+mod event;
+mod name;
+mod publisher;
+mod record;
+mod retry;
+mod subscription;
+
+pub use change::Change;
+pub use clock::{Clock, SystemClock};
+pub use collector::{Batch, Events, Limits, PushError};
+pub use context::{Actor, Context};
+pub use delivery::{Delivery, DeliveryError, Outcome};
+pub use event::{Event, IntoNewEvent, NewEvent};
+pub use name::{InvalidName, MAX_ID_BYTES, MAX_NAME_LENGTH, check_id, check_name};
+pub use publisher::{LogPublisher, Publisher};
+pub use record::{DecodeError, RecordedEvent};
+pub use retry::{InvalidPolicy, Jitter, RetryPolicy};
+pub use subscription::{Filter, InvalidPattern, Ordering, StartPosition, Subject, Subscription, TypePattern};

@@ -1,0 +1,82 @@
+//! What names and ids may look like, checked where they are given.
+
+/// Longest name of a subscription, event type or aggregate type, in characters.
+pub const MAX_NAME_LENGTH: usize = 64;
+
+/// Longest aggregate id, tenant, actor id, tag value and the like, in bytes.
+pub const MAX_ID_BYTES: usize = 255;
+
+/// A name or id that cannot be used; the text says which and what is allowed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidName {
+    /// A name with other characters than `a-z`, `0-9`, `_`, `.`, `-`, or of the wrong length.
+    #[error("{what} {name:?} is not a valid name; use 1 to 64 of the characters a-z, 0-9, '_', '.' and '-'")]
+    Name {
+        /// What was named, for example `event type`.
+        what: &'static str,
+        /// The name as it was given, shortened to 80 characters.
+        name: String,
+    },
+    /// An id that is empty, longer than [`MAX_ID_BYTES`], or holds a NUL character.
+    #[error("{what} must have 1 to 255 bytes and no NUL character")]
+    Id {
+        /// What was identified, for example `aggregate id`.
+        what: &'static str,
+    },
+}
+
+/// Checks the name of a subscription, event type, aggregate type or tag.
+///
+/// # Errors
+///
+/// [`InvalidName::Name`] unless the name has 1 to [`MAX_NAME_LENGTH`] of the characters `a-z`, `0-9`, `_`, `.`, `-`.
+pub fn check_name(what: &'static str, name: &str) -> Result<(), InvalidName> {
+    let allowed = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, b'_' | b'.' | b'-');
+    if (1..=MAX_NAME_LENGTH).contains(&name.len()) && name.bytes().all(allowed) {
+        Ok(())
+    } else {
+        Err(InvalidName::Name { what, name: name.chars().take(80).collect() })
+    }
+}
+
+/// Checks an id that comes from outside: aggregate id, tenant, actor id, tag value.
+///
+/// # Errors
+///
+/// [`InvalidName::Id`] unless the id has 1 to [`MAX_ID_BYTES`] bytes and no NUL character, which PostgreSQL cannot store.
+pub fn check_id(what: &'static str, id: &str) -> Result<(), InvalidName> {
+    if (1..=MAX_ID_BYTES).contains(&id.len()) && !id.contains('\0') { Ok(()) } else { Err(InvalidName::Id { what }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_have_1_to_64_lower_case_characters() {
+        for good in ["a", "todo.created", "x_1-2", &"a".repeat(64)] {
+            assert!(check_name("event type", good).is_ok(), "{good}");
+        }
+        for bad in ["", "Todo", "a b", "ü", "a/b", &"a".repeat(65)] {
+            assert!(check_name("event type", bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_bad_name_is_shown_with_what_is_allowed() {
+        let text = check_name("event type", "Todo Created").unwrap_err().to_string();
+        assert_eq!(
+            text,
+            "event type \"Todo Created\" is not a valid name; use 1 to 64 of the characters a-z, 0-9, '_', '.' and '-'"
+        );
+    }
+
+    #[test]
+    fn ids_are_bounded_and_without_nul() {
+        assert!(check_id("aggregate id", "Käse 7").is_ok());
+        for bad in ["", "a\0b", &"x".repeat(256)] {
+            assert!(check_id("aggregate id", bad).is_err());
+        }
+    }
+}

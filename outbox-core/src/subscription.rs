@@ -1,0 +1,381 @@
+use std::{collections::BTreeMap, fmt, str::FromStr};
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{InvalidName, NewEvent, RecordedEvent, RetryPolicy, check_id, check_name};
+
+/// The durable, named interest of one destination in some events.
+///
+/// The name is the identity: a process that registers the same name again changes filter and ordering of the
+/// subscription that exists, and continues where it was.
+///
+/// ```
+/// use outbox_core::{Ordering, StartPosition, Subscription};
+///
+/// let billing = Subscription::new("billing")?
+///     .events(["order.*", "customer.deleted"])?
+///     .ordering(Ordering::Aggregate)
+///     .start(StartPosition::Beginning);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct Subscription {
+    name: String,
+    filter: Filter,
+    ordering: Ordering,
+    retry: RetryPolicy,
+    start: StartPosition,
+}
+
+impl Subscription {
+    /// Names a subscription to all events, ordered per aggregate, from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidName`] unless [`check_name`] allows the name.
+    pub fn new(name: impl Into<String>) -> Result<Self, InvalidName> {
+        let name = name.into();
+        check_name("subscription", &name)?;
+        Ok(Self {
+            name,
+            filter: Filter::default(),
+            ordering: Ordering::default(),
+            retry: RetryPolicy::default(),
+            start: StartPosition::default(),
+        })
+    }
+
+    /// Takes only events of these types: exact (`todo.created`), by prefix (`todo.*`) or all (`*`). Defaults to all.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidPattern`] if a pattern is none of these.
+    pub fn events<'a>(mut self, patterns: impl IntoIterator<Item = &'a str>) -> Result<Self, InvalidPattern> {
+        self.filter.types = patterns.into_iter().map(str::parse).collect::<Result<_, _>>()?;
+        Ok(self)
+    }
+
+    /// Takes only events that carry all of these tags, whatever their values.
+    #[must_use]
+    pub fn required_tags<T: Into<String>>(mut self, tags: impl IntoIterator<Item = T>) -> Self {
+        self.filter.required_tags = tags.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Takes only events that carry at least one of these tags.
+    #[must_use]
+    pub fn any_of_tags<T: Into<String>>(mut self, tags: impl IntoIterator<Item = T>) -> Self {
+        self.filter.any_of_tags = tags.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Takes only events of one tenant.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidName::Id`] if it is empty or too long.
+    pub fn tenant(mut self, tenant: impl Into<String>) -> Result<Self, InvalidName> {
+        let tenant = tenant.into();
+        check_id("tenant", &tenant)?;
+        self.filter.tenant = Some(tenant);
+        Ok(self)
+    }
+
+    /// Sets which events wait for each other. Defaults to [`Ordering::Aggregate`].
+    #[must_use]
+    pub fn ordering(mut self, ordering: Ordering) -> Self {
+        self.ordering = ordering;
+        self
+    }
+
+    /// Sets when and how often failed deliveries are tried again.
+    #[must_use]
+    pub fn retry(mut self, retry: RetryPolicy) -> Self {
+        self.retry = retry;
+        self
+    }
+
+    /// Sets where a subscription that does not exist yet begins. Defaults to [`StartPosition::Now`].
+    #[must_use]
+    pub fn start(mut self, start: StartPosition) -> Self {
+        self.start = start;
+        self
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Which events it takes.
+    #[must_use]
+    pub fn filter(&self) -> &Filter {
+        &self.filter
+    }
+
+    /// Which events wait for each other.
+    #[must_use]
+    pub fn key_choice(&self) -> &Ordering {
+        &self.ordering
+    }
+
+    /// The retry policy.
+    #[must_use]
+    pub fn retry_policy(&self) -> &RetryPolicy {
+        &self.retry
+    }
+
+    /// Where it begins.
+    #[must_use]
+    pub fn start_position(&self) -> StartPosition {
+        self.start
+    }
+}
+
+/// Where a new subscription begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StartPosition {
+    /// With the next event that commits.
+    #[default]
+    Now,
+    /// With the oldest event that is still retained.
+    Beginning,
+    /// With the first event stored at or after this time of the database's clock.
+    Since(DateTime<Utc>),
+}
+
+/// Which events of a subscription wait for each other: those with the same key are delivered one after another in
+/// commit order, those with different keys side by side.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ordering {
+    /// Events of one aggregate wait for each other.
+    #[default]
+    Aggregate,
+    /// No event waits for another.
+    None,
+    /// Events of one tenant wait for each other; so do all events without a tenant.
+    Tenant,
+    /// Events with the same value of this tag wait for each other; so do all events without the tag.
+    Tag(String),
+    /// Every event waits for all before it. Commits queue up behind each other too: the cost of a total order.
+    Global,
+}
+
+impl Ordering {
+    /// The key of an event.
+    #[must_use]
+    pub fn key(&self, subject: &Subject<'_>) -> String {
+        match self {
+            Self::Aggregate => format!("{}/{}", subject.aggregate_type, subject.aggregate_id),
+            Self::None => subject.id.to_string(),
+            Self::Tenant => subject.tenant.unwrap_or_default().to_owned(),
+            Self::Tag(tag) => subject.tags.get(tag).cloned().unwrap_or_default(),
+            Self::Global => String::new(),
+        }
+    }
+}
+
+/// Which events a subscription takes; all conditions must hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Filter {
+    types: Vec<TypePattern>,
+    required_tags: Vec<String>,
+    any_of_tags: Vec<String>,
+    tenant: Option<String>,
+}
+
+impl Filter {
+    /// Whether the event is taken.
+    #[must_use]
+    pub fn matches(&self, subject: &Subject<'_>) -> bool {
+        let has = |tag: &String| subject.tags.contains_key(tag);
+        (self.types.is_empty() || self.types.iter().any(|pattern| pattern.matches(subject.event_type)))
+            && self.required_tags.iter().all(has)
+            && (self.any_of_tags.is_empty() || self.any_of_tags.iter().any(has))
+            && (self.tenant.is_none() || self.tenant.as_deref() == subject.tenant)
+    }
+
+    /// The patterns of event types; empty means all.
+    #[must_use]
+    pub fn types(&self) -> &[TypePattern] {
+        &self.types
+    }
+}
+
+/// What filters and orderings look at.
+#[derive(Clone, Copy, Debug)]
+pub struct Subject<'a> {
+    /// The event's id.
+    pub id: Uuid,
+    /// The event type.
+    pub event_type: &'a str,
+    /// The type of the aggregate.
+    pub aggregate_type: &'a str,
+    /// The id of the aggregate.
+    pub aggregate_id: &'a str,
+    /// The tenant.
+    pub tenant: Option<&'a str>,
+    /// The tags.
+    pub tags: &'a BTreeMap<String, String>,
+}
+
+impl<'a> Subject<'a> {
+    /// Looks at an event that is about to be flushed with this tenant.
+    #[must_use]
+    pub fn of_new(event: &'a NewEvent, tenant: Option<&'a str>) -> Self {
+        Self {
+            id: event.id,
+            event_type: &event.event_type,
+            aggregate_type: &event.aggregate_type,
+            aggregate_id: &event.aggregate_id,
+            tenant,
+            tags: &event.tags,
+        }
+    }
+
+    /// Looks at an event that is stored.
+    #[must_use]
+    pub fn of_recorded(event: &'a RecordedEvent) -> Self {
+        Self {
+            id: event.id,
+            event_type: &event.event_type,
+            aggregate_type: &event.aggregate_type,
+            aggregate_id: &event.aggregate_id,
+            tenant: event.tenant.as_deref(),
+            tags: &event.tags,
+        }
+    }
+}
+
+/// A pattern of event types: `todo.created`, `todo.*` or `*`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TypePattern {
+    text: String,
+}
+
+/// A pattern that is neither a name nor a prefix.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is not a pattern of event types; use a type (todo.created), a prefix (todo.*) or all (*)")]
+pub struct InvalidPattern(String);
+
+impl TypePattern {
+    /// Whether the event type fits.
+    #[must_use]
+    pub fn matches(&self, event_type: &str) -> bool {
+        match self.text.strip_suffix('*') {
+            Some(prefix) => event_type.starts_with(prefix),
+            None => event_type == self.text,
+        }
+    }
+}
+
+impl FromStr for TypePattern {
+    type Err = InvalidPattern;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let valid = text == "*" || check_name("pattern", text.strip_suffix(".*").unwrap_or(text)).is_ok();
+        if valid { Ok(Self { text: text.to_owned() }) } else { Err(InvalidPattern(text.chars().take(80).collect())) }
+    }
+}
+
+impl TryFrom<String> for TypePattern {
+    type Error = InvalidPattern;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<TypePattern> for String {
+    fn from(pattern: TypePattern) -> Self {
+        pattern.text
+    }
+}
+
+impl fmt::Display for TypePattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn event(event_type: &str, tags: &[&str]) -> NewEvent {
+        let event = NewEvent::dynamic(event_type, "wallet", "7", &json!({})).unwrap();
+        tags.iter().fold(event, |event, tag| event.tag(*tag, "v").unwrap())
+    }
+
+    fn takes(subscription: &Subscription, event: &NewEvent, tenant: Option<&str>) -> bool {
+        subscription.filter().matches(&Subject::of_new(event, tenant))
+    }
+
+    #[test]
+    fn patterns_are_exact_or_a_prefix_or_all() {
+        let subscription = Subscription::new("s").unwrap().events(["project.*", "user.deleted"]).unwrap();
+        for (event_type, taken) in [
+            ("project.created", true),
+            ("project.a.b", true),
+            ("projects.created", false),
+            ("project", false),
+            ("user.deleted", true),
+            ("user.deleted.twice", false),
+        ] {
+            assert_eq!(takes(&subscription, &event(event_type, &[]), None), taken, "{event_type}");
+        }
+        assert!(takes(&Subscription::new("s").unwrap().events(["*"]).unwrap(), &event("any", &[]), None));
+        for bad in ["", "to do", "*.created", "todo*", ".*.*"] {
+            assert!(Subscription::new("s").unwrap().events([bad]).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn tags_are_all_required_or_any_of_them() {
+        let all = Subscription::new("s").unwrap().required_tags(["a", "b"]);
+        let any = Subscription::new("s").unwrap().any_of_tags(["a", "b"]);
+        for (tags, by_all, by_any) in [(&["a", "b"][..], true, true), (&["b"], false, true), (&["c"], false, false)] {
+            assert_eq!(takes(&all, &event("x", tags), None), by_all, "{tags:?}");
+            assert_eq!(takes(&any, &event("x", tags), None), by_any, "{tags:?}");
+        }
+    }
+
+    #[test]
+    fn a_tenants_subscription_takes_only_its_events() {
+        let subscription = Subscription::new("s").unwrap().tenant("acme").unwrap();
+        assert!(takes(&subscription, &event("x", &[]), Some("acme")));
+        assert!(!takes(&subscription, &event("x", &[]), Some("other")));
+        assert!(!takes(&subscription, &event("x", &[]), None));
+    }
+
+    #[test]
+    fn the_key_follows_the_ordering() {
+        let event = event("x", &["region"]);
+        let subject = Subject::of_new(&event, Some("acme"));
+        for (ordering, key) in [
+            (Ordering::Aggregate, "wallet/7".to_owned()),
+            (Ordering::None, event.id().to_string()),
+            (Ordering::Tenant, "acme".to_owned()),
+            (Ordering::Tag("region".to_owned()), "v".to_owned()),
+            (Ordering::Tag("missing".to_owned()), String::new()),
+            (Ordering::Global, String::new()),
+        ] {
+            assert_eq!(ordering.key(&subject), key, "{ordering:?}");
+        }
+    }
+
+    #[test]
+    fn filters_survive_storage() {
+        let subscription = Subscription::new("s").unwrap().events(["a.*"]).unwrap().required_tags(["t"]);
+        let stored = serde_json::to_string(subscription.filter()).unwrap();
+        assert_eq!(&serde_json::from_str::<Filter>(&stored).unwrap(), subscription.filter());
+    }
+}
