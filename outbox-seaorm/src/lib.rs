@@ -1,1 +1,32 @@
-//! x
+//! The store of a transactional outbox on SeaORM, and the transaction handle of a request.
+//!
+//! [`Outbox`] is the handle to everything: it opens units of work ([`Outbox::begin`], [`Outbox::transaction`]) whose
+//! events are flushed as the last thing before COMMIT, and it is what workers claim from, acknowledge to and register
+//! subscriptions with. Web services reach it through `outbox-axum`, workers through `outbox-apalis`.
+//!
+//! All SQL stands in one file per database (`src/sqlite.rs`). Every time that is compared comes from the database's
+//! clock.
+
+mod connect;
+mod deliveries;
+pub mod entity;
+mod flush;
+mod inbox;
+mod lanes;
+mod outbox;
+mod sqlite;
+mod status;
+mod subscriptions;
+mod tx;
+mod unit_of_work;
+mod workers;
+
+pub use connect::ConnectError;
+pub use deliveries::{DeliveryRecord, DeliveryState};
+pub use inbox::once;
+pub use lanes::{ClaimedLane, Finished, LaneRef, LaneReport, Next, Settled};
+pub use outbox::{Outbox, SchemaError};
+pub use status::{Status, SubscriptionStatus, WorkerStatus};
+pub use subscriptions::RegisterError;
+pub use tx::{SavepointError, Tx};
+pub use unit_of_work::{CommitError, TransactionError, TxSource, UnitOfWork, is_transient};

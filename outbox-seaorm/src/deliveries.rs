@@ -1,0 +1,206 @@
+use chrono::{DateTime, Utc};
+use outbox_core::{Actor, RecordedEvent};
+use sea_orm::{DbErr, QueryResult, Value};
+use uuid::Uuid;
+
+use crate::{Outbox, sqlite};
+
+/// Where a delivery stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeliveryState {
+    /// It waits: for its time, for a worker, or for an earlier delivery of its key.
+    Pending,
+    /// A worker has leased it.
+    Leased,
+    /// The destination has it.
+    Delivered,
+    /// Its attempts are used up, or its error was permanent.
+    Dead,
+}
+
+impl DeliveryState {
+    /// All states, unfinished first.
+    pub const ALL: [Self; 4] = [Self::Leased, Self::Pending, Self::Dead, Self::Delivered];
+}
+
+/// A delivery as dashboards show it.
+#[derive(Clone, Debug)]
+pub struct DeliveryRecord {
+    /// The name of the subscription.
+    pub subscription: String,
+    /// The event.
+    pub event: RecordedEvent,
+    /// Where it stands.
+    pub state: DeliveryState,
+    /// How many attempts were begun.
+    pub attempts: u32,
+    /// When it is due; for a leased one, when the lease ends. `None` once it is finished.
+    pub due_at: Option<DateTime<Utc>>,
+    /// When it was delivered or became a dead letter.
+    pub finished_at: Option<DateTime<Utc>>,
+    /// The worker that has leased it.
+    pub leased_by: Option<String>,
+    /// The last error.
+    pub error: Option<String>,
+}
+
+impl Outbox {
+    /// Lists deliveries, newest event first: of one subscription or of all, in one state or in all.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn deliveries(
+        &self,
+        subscription: Option<&str>,
+        state: Option<DeliveryState>,
+        offset: u32,
+        limit: u32,
+    ) -> Result<Vec<DeliveryRecord>, DbErr> {
+        let mut found = Vec::new();
+        for (id, name) in self.subscription_ids(subscription).await? {
+            for each in DeliveryState::ALL {
+                if state.is_none_or(|state| state == each) {
+                    found.extend(self.list(id, &name, each, offset.saturating_add(limit), None).await?);
+                }
+            }
+        }
+        found.sort_by_key(|record| std::cmp::Reverse(record.event.position));
+        Ok(found.into_iter().skip(offset as usize).take(limit as usize).collect())
+    }
+
+    /// The delivery of one event to one subscription, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn delivery(&self, subscription: &str, event: Uuid) -> Result<Option<DeliveryRecord>, DbErr> {
+        let Some(row) = self.query_one(self.reader(), sqlite::POSITION_OF, [event.into()]).await? else {
+            return Ok(None);
+        };
+        let position = row.try_get("", "position")?;
+        for (id, name) in self.subscription_ids(Some(subscription)).await? {
+            for state in DeliveryState::ALL {
+                if let Some(record) = self.list(id, &name, state, 1, Some(position)).await?.pop() {
+                    return Ok(Some(record));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The finished deliveries of the last seven days, the oldest day first.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn activity(&self, subscription: &str) -> Result<[u64; 7], DbErr> {
+        let mut days = [0; 7];
+        for (id, _) in self.subscription_ids(Some(subscription)).await? {
+            for row in self.query_all(self.reader(), sqlite::ACTIVITY, [id.into()]).await? {
+                let days_ago: i64 = row.try_get("", "days_ago")?;
+                let deliveries: i64 = row.try_get("", "deliveries")?;
+                if let Some(day) = usize::try_from(6 - days_ago).ok().and_then(|day| days.get_mut(day)) {
+                    *day += deliveries.unsigned_abs();
+                }
+            }
+        }
+        Ok(days)
+    }
+
+    async fn subscription_ids(&self, name: Option<&str>) -> Result<Vec<(i32, String)>, DbErr> {
+        let rows = self.query_all(self.reader(), sqlite::SUBSCRIPTIONS, []).await?;
+        let ids = rows.iter().map(|row| Ok((row.try_get("", "id")?, row.try_get::<String>("", "name")?)));
+        let ids: Vec<(i32, String)> = ids.collect::<Result<_, DbErr>>()?;
+        Ok(ids.into_iter().filter(|(_, each)| name.is_none_or(|name| name == each)).collect())
+    }
+
+    async fn list(
+        &self,
+        id: i32,
+        name: &str,
+        state: DeliveryState,
+        limit: u32,
+        position: Option<i64>,
+    ) -> Result<Vec<DeliveryRecord>, DbErr> {
+        let position = Value::BigInt(position);
+        let (db, leased) = (self.reader(), state == DeliveryState::Leased);
+        let rows = match state {
+            DeliveryState::Pending | DeliveryState::Leased => {
+                let values = [id.into(), leased.into(), limit.into(), position];
+                self.query_all(db, sqlite::LIST_UNFINISHED, values).await?
+            }
+            DeliveryState::Delivered => {
+                self.query_all(db, sqlite::LIST_DELIVERED, [id.into(), limit.into(), position]).await?
+            }
+            DeliveryState::Dead => self.query_all(db, sqlite::LIST_DEAD, [id.into(), limit.into(), position]).await?,
+        };
+        rows.iter()
+            .map(|row| {
+                let record = DeliveryRecord {
+                    subscription: name.to_owned(),
+                    event: recorded(row)?,
+                    state,
+                    attempts: 0,
+                    due_at: None,
+                    finished_at: None,
+                    leased_by: None,
+                    error: None,
+                };
+                match state {
+                    DeliveryState::Pending | DeliveryState::Leased => unfinished(record, row),
+                    DeliveryState::Delivered | DeliveryState::Dead => Ok(DeliveryRecord {
+                        attempts: row.try_get("", "attempts")?,
+                        finished_at: row.try_get("", "finished_at")?,
+                        error: row.try_get("", "error")?,
+                        ..record
+                    }),
+                }
+            })
+            .collect()
+    }
+}
+
+/// Attempts, lease and error are those of the lane's head; what waits behind it has none yet.
+fn unfinished(record: DeliveryRecord, row: &QueryResult) -> Result<DeliveryRecord, DbErr> {
+    if !row.try_get::<bool>("", "head")? {
+        return Ok(DeliveryRecord { due_at: row.try_get("", "due_at")?, ..record });
+    }
+    Ok(DeliveryRecord {
+        attempts: row.try_get("", "lane_attempts")?,
+        due_at: row.try_get("", "lane_due_at")?,
+        leased_by: row.try_get("", "leased_by")?,
+        error: row.try_get("", "last_error")?,
+        ..record
+    })
+}
+
+/// Reads a row that has all columns of the events.
+pub(crate) fn recorded(row: &QueryResult) -> Result<RecordedEvent, DbErr> {
+    let actor_kind: Option<String> = row.try_get("", "actor_kind")?;
+    let actor_id: Option<String> = row.try_get("", "actor_id")?;
+    let tags: Option<String> = row.try_get("", "tags")?;
+    Ok(RecordedEvent {
+        position: row.try_get("", "position")?,
+        id: row.try_get("", "event_id")?,
+        event_type: row.try_get("", "event_type")?,
+        schema_version: row.try_get("", "schema_version")?,
+        aggregate_type: row.try_get("", "aggregate_type")?,
+        aggregate_id: row.try_get("", "aggregate_id")?,
+        payload: row.try_get("", "payload")?,
+        occurred_at: row.try_get("", "occurred_at")?,
+        recorded_at: row.try_get("", "recorded_at")?,
+        tenant: row.try_get("", "tenant")?,
+        actor: actor_kind.zip(actor_id).map(|(kind, id)| Actor { kind, id }),
+        correlation_id: row.try_get("", "correlation_id")?,
+        causation_id: row.try_get("", "causation_id")?,
+        traceparent: row.try_get("", "traceparent")?,
+        tracestate: row.try_get("", "tracestate")?,
+        tags: tags
+            .map(|tags| serde_json::from_str(&tags))
+            .transpose()
+            .map_err(|e| DbErr::Json(e.to_string()))?
+            .unwrap_or_default(),
+        max_attempts: row.try_get("", "max_attempts")?,
+    })
+}

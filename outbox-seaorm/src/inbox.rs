@@ -1,0 +1,29 @@
+use sea_orm::DbErr;
+use uuid::Uuid;
+
+use crate::{Outbox, Tx, sqlite};
+
+/// Whether `consumer` sees this event for the first time: remembers it in the transaction of the effect, so the effect
+/// happens exactly once however often the event is delivered.
+///
+/// ```no_run
+/// # use outbox_seaorm::{Outbox, Tx};
+/// # use sea_orm::{ConnectionTrait, DbErr};
+/// # async fn handle(outbox: &Outbox, tx: &Tx, event_id: uuid::Uuid) -> Result<(), DbErr> {
+/// if outbox_seaorm::once(outbox, tx, "mailer", event_id).await? {
+///     tx.execute_unprepared("update counters set mails = mails + 1").await?;
+/// }
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+///
+/// If the database fails; the transaction cannot commit then.
+///
+/// # Cancel safety
+///
+/// Dropping the future leaves the transaction failed: nothing can be committed.
+pub async fn once(outbox: &Outbox, tx: &Tx, consumer: &str, event: Uuid) -> Result<bool, DbErr> {
+    Ok(outbox.execute(tx, sqlite::INBOX_INSERT, [consumer.into(), event.into()]).await? == 1)
+}

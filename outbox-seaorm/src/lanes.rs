@@ -1,0 +1,273 @@
+use std::{collections::HashMap, time::Duration};
+
+use outbox_core::RecordedEvent;
+use sea_orm::{DatabaseTransaction, DbErr};
+use serde::Serialize;
+
+use crate::{Outbox, deliveries::recorded, flush::json, sqlite};
+
+/// A lease on a lane: the ordered queue of one key of one subscription.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct LaneRef {
+    /// The subscription.
+    pub subscription: i32,
+    /// The key.
+    pub key: String,
+    /// Fences late results: every claim of the lane gets a higher one.
+    pub token: i64,
+}
+
+/// A lane with the deliveries to work on, in their order.
+#[derive(Clone, Debug)]
+pub struct ClaimedLane {
+    /// The lease.
+    pub lane: LaneRef,
+    /// Which attempt of the first delivery this claim is: 1 for the first.
+    pub attempts: u32,
+    /// Earlier attempts of the first delivery: a JSON array.
+    pub attempt_log: Option<String>,
+    /// The events to deliver. More than one only if the first has not been tried before.
+    pub run: Vec<RecordedEvent>,
+}
+
+/// A delivery that is over.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    /// The event's position.
+    pub position: i64,
+    /// How many attempts it took.
+    pub attempts: u32,
+    /// Its failed attempts: a JSON array.
+    pub log: Option<String>,
+    /// Why it is a dead letter; `None` if it was delivered.
+    pub error: Option<String>,
+}
+
+/// What comes next in a lane.
+#[derive(Clone, Debug)]
+pub enum Next {
+    /// The lease goes on: the holder works on the next delivery of its run, as its first attempt.
+    Keep,
+    /// The lease ends; the lane is due as soon as its next delivery is.
+    Yield,
+    /// The lease ends and the attempt was not made: it is given back.
+    Release {
+        /// The attempts of the head without this one.
+        attempts: u32,
+        /// The attempts so far: a JSON array.
+        log: Option<String>,
+    },
+    /// The lease ends; the head failed and is due again after a wait.
+    Retry {
+        /// How long, by the database's clock.
+        after: Duration,
+        /// The attempts of the head so far.
+        attempts: u32,
+        /// The text operators see.
+        error: String,
+        /// The attempts so far: a JSON array.
+        log: Option<String>,
+    },
+}
+
+/// What happened in a lane since its claim or its last report.
+#[derive(Clone, Debug)]
+pub struct LaneReport {
+    /// The lease.
+    pub lane: LaneRef,
+    /// Deliveries that are over, in their order, from the head on.
+    pub finished: Vec<Finished>,
+    /// What comes next.
+    pub next: Next,
+}
+
+/// What became of a report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// It is stored.
+    Done,
+    /// The lease had been taken over: the report was dropped.
+    Superseded,
+}
+
+#[derive(Serialize)]
+struct FinishedRow<'a> {
+    subscription: i32,
+    key: &'a str,
+    position: i64,
+    attempts: u32,
+    log: Option<&'a str>,
+    error: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct LaneRow<'a> {
+    subscription: i32,
+    key: &'a str,
+    token: i64,
+    finished: usize,
+    next: &'static str,
+    attempts: u32,
+    wait: f64,
+    error: Option<&'a str>,
+    log: Option<&'a str>,
+}
+
+impl<'a> From<&'a LaneReport> for LaneRow<'a> {
+    fn from(report: &'a LaneReport) -> Self {
+        let (next, attempts, wait, error, log) = match &report.next {
+            Next::Keep => ("keep", 1, 0.0, None, None),
+            Next::Yield => ("yield", 0, 0.0, None, None),
+            Next::Release { attempts, log } => ("release", *attempts, 0.0, None, log.as_deref()),
+            Next::Retry { after, attempts, error, log } => {
+                ("retry", *attempts, after.as_secs_f64(), Some(error.as_str()), log.as_deref())
+            }
+        };
+        let LaneRef { subscription, key, token } = &report.lane;
+        let finished = report.finished.len();
+        Self { subscription: *subscription, key, token: *token, finished, next, attempts, wait, error, log }
+    }
+}
+
+impl Outbox {
+    /// Leases up to `lanes` lanes that are due, oldest first, with up to `run` deliveries of each.
+    ///
+    /// The attempt of each first delivery is counted here, so one that kills its worker is counted too. A lane whose
+    /// first delivery was tried before comes with that one alone.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails; nothing is leased then.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future may leave lanes leased until their lease ends. Run it in a task of its own.
+    pub async fn claim(
+        &self,
+        subscription: i32,
+        worker: &str,
+        lanes: u32,
+        run: u32,
+        lease: Duration,
+    ) -> Result<Vec<ClaimedLane>, DbErr> {
+        if self.query_one(self.reader(), sqlite::ANYTHING_DUE, [subscription.into()]).await?.is_none() {
+            return Ok(Vec::new());
+        }
+        let tx = self.begin_write().await?;
+        let values = [subscription.into(), lanes.into(), lease.as_secs_f64().into(), worker.into()];
+        let rows = self.query_all(&tx, sqlite::CLAIM, values).await?;
+        let mut claimed = HashMap::with_capacity(rows.len());
+        for row in &rows {
+            let key: String = row.try_get("", "key")?;
+            let lane = LaneRef { subscription, key: key.clone(), token: row.try_get("", "lease_token")? };
+            let attempts: u32 = row.try_get("", "attempts")?;
+            let attempt_log = row.try_get("", "attempt_log")?;
+            claimed.insert(key, (None::<String>, ClaimedLane { lane, attempts, attempt_log, run: Vec::new() }));
+        }
+        let keys: Vec<&String> = claimed.keys().collect();
+        let rows = self.query_all(&tx, sqlite::RUNS, [subscription.into(), json(&keys)?.into(), run.into()]).await?;
+        tx.commit().await?;
+        for row in &rows {
+            let key: String = row.try_get("", "key")?;
+            let Some((head_due, lane)) = claimed.get_mut(&key) else { continue };
+            // A lease that ended without a result may mean that the head kills its worker: nothing else goes with it.
+            let tried_before = lane.attempts > 1 && !lane.run.is_empty();
+            if tried_before || !row.try_get::<bool>("", "due")? {
+                continue;
+            }
+            if head_due.is_none() {
+                *head_due = Some(row.try_get("", "due_at")?);
+            }
+            lane.run.push(recorded(row)?);
+        }
+        let mut claimed: Vec<_> = claimed.into_values().collect();
+        claimed.sort_by(|(a, _), (b, _)| a.cmp(b));
+        Ok(claimed.into_iter().map(|(_, lane)| lane).collect())
+    }
+
+    /// Stores what happened in leased lanes, all in one transaction: finished deliveries move to the history or to the
+    /// dead letters, and each lane gets its next due time. The answers are in the order of the reports.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails; nothing is stored then and the same reports can be given again.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves open whether the reports are stored. Run it in a task of its own.
+    pub async fn settle(&self, reports: &[LaneReport]) -> Result<Vec<Settled>, DbErr> {
+        let tx = self.begin_write().await?;
+        let settled = settle_in(self, &tx, reports).await?;
+        tx.commit().await?;
+        Ok(settled)
+    }
+
+    /// Extends leases to `lease` from now and returns those that are still held; the others were taken over.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails; the leases end when they would have ended.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves open whether the leases are extended.
+    pub async fn renew(&self, lanes: &[LaneRef], lease: Duration) -> Result<Vec<LaneRef>, DbErr> {
+        let rows: Vec<_> = lanes
+            .iter()
+            .map(|lane| serde_json::json!({"subscription": lane.subscription, "key": lane.key, "token": lane.token}))
+            .collect();
+        let values = [json(&rows)?.into(), lease.as_secs_f64().into()];
+        let rows = self.query_all(self.writer(), sqlite::RENEW, values).await?;
+        let held = rows
+            .iter()
+            .map(|row| Ok((row.try_get("", "subscription_id")?, row.try_get("", "key")?)))
+            .collect::<Result<std::collections::HashSet<(i32, String)>, DbErr>>()?;
+        let is_held = |lane: &&LaneRef| held.contains(&(lane.subscription, lane.key.clone()));
+        Ok(lanes.iter().filter(is_held).cloned().collect())
+    }
+}
+
+pub(crate) async fn settle_in(
+    outbox: &Outbox,
+    tx: &DatabaseTransaction,
+    reports: &[LaneReport],
+) -> Result<Vec<Settled>, DbErr> {
+    let lanes: Vec<LaneRow<'_>> = reports.iter().map(LaneRow::from).collect();
+    let mut settled = vec![Settled::Superseded; reports.len()];
+    for row in outbox.query_all(tx, sqlite::HELD, [json(&lanes)?.into()]).await? {
+        let report: i64 = row.try_get("", "report")?;
+        if let Some(settled) = usize::try_from(report).ok().and_then(|report| settled.get_mut(report)) {
+            *settled = Settled::Done;
+        }
+    }
+    let held = |index: &usize| settled[*index] == Settled::Done;
+    let finished: Vec<FinishedRow<'_>> = (0..reports.len())
+        .filter(held)
+        .flat_map(|index| {
+            let LaneReport { lane, finished, .. } = &reports[index];
+            finished.iter().map(move |delivery| FinishedRow {
+                subscription: lane.subscription,
+                key: &lane.key,
+                position: delivery.position,
+                attempts: delivery.attempts,
+                log: delivery.log.as_deref(),
+                error: delivery.error.as_deref(),
+            })
+        })
+        .collect();
+    if !finished.is_empty() {
+        let finished_rows = json(&finished)?;
+        outbox.execute(tx, sqlite::DELETE_DELIVERIES, [finished_rows.as_str().into()]).await?;
+        outbox.execute(tx, sqlite::INSERT_DELIVERED, [finished_rows.as_str().into()]).await?;
+        if finished.iter().any(|delivery| delivery.error.is_some()) {
+            outbox.execute(tx, sqlite::INSERT_DEAD_LETTERS, [finished_rows.into()]).await?;
+        }
+    }
+    let held_lanes: Vec<&LaneRow<'_>> = (0..lanes.len()).filter(held).map(|index| &lanes[index]).collect();
+    if !held_lanes.is_empty() {
+        let held_lanes = json(&held_lanes)?;
+        outbox.execute(tx, sqlite::ADVANCE_LANES, [held_lanes.as_str().into()]).await?;
+        outbox.execute(tx, sqlite::DELETE_EMPTY_LANES, [held_lanes.into()]).await?;
+    }
+    Ok(settled)
+}

@@ -1,0 +1,199 @@
+use std::{
+    borrow::Cow,
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError, RwLock},
+};
+
+use outbox_core::{Limits, check_name};
+use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, DbErr, QueryResult, Statement, Value};
+use tokio::sync::Notify;
+
+use crate::subscriptions::KnownSubscriptions;
+
+const SCHEMA_VERSION: i32 = 1;
+const DEFAULT_PREFIX: &str = "outbox_";
+
+/// The outbox of one database: opens units of work, and is the store that workers claim from.
+///
+/// A cheap handle. Clones of one outbox wake each other: a commit through one starts the delivery by a worker on
+/// another at once. Two outboxes made separately for the same database find each other's events by polling.
+#[derive(Clone, Debug)]
+pub struct Outbox {
+    inner: Arc<Inner>,
+    limits: Limits,
+    prefix: Option<Arc<str>>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    writer: DatabaseConnection,
+    reader: DatabaseConnection,
+    known: RwLock<Arc<KnownSubscriptions>>,
+    wakes: Mutex<HashMap<i32, Arc<Notify>>>,
+}
+
+/// A database whose tables do not fit this version.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SchemaError {
+    /// The tables are missing.
+    #[error("the database has no outbox tables; run the migrations first (see `outbox_migrations::up`)")]
+    Missing(#[source] DbErr),
+    /// The tables are from a later version.
+    #[error(
+        "the outbox tables are from a newer version (schema {found}, this program knows {known}); start that version, \
+         or restore a backup from before the upgrade"
+    )]
+    Newer {
+        /// The version in the database.
+        found: i32,
+        /// The version this program knows.
+        known: i32,
+    },
+}
+
+impl Outbox {
+    /// Uses one connection pool for everything. Prefer [`connect`](Self::connect) for SQLite.
+    #[must_use]
+    pub fn new(db: DatabaseConnection) -> Self {
+        Self::with_connections(db.clone(), db)
+    }
+
+    /// Uses one pool for transactions and the worker's bookkeeping, and one for reading.
+    #[must_use]
+    pub fn with_connections(writer: DatabaseConnection, reader: DatabaseConnection) -> Self {
+        let inner = Inner { writer, reader, known: RwLock::default(), wakes: Mutex::default() };
+        Self { inner: Arc::new(inner), limits: Limits::default(), prefix: None }
+    }
+
+    /// Sets how much one unit of work may push.
+    #[must_use]
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// Uses tables whose names start with `prefix` instead of `outbox_`; see `outbox_migrations::with_prefix`.
+    ///
+    /// # Panics
+    ///
+    /// If the prefix is not a name.
+    #[must_use]
+    pub fn table_prefix(mut self, prefix: &str) -> Self {
+        assert!(
+            check_name("table prefix", prefix).is_ok() && !prefix.contains(['.', '-']),
+            "a table prefix has 1 to 64 of the characters a-z, 0-9 and '_'"
+        );
+        self.prefix = (prefix != DEFAULT_PREFIX).then(|| Arc::from(prefix));
+        self
+    }
+
+    /// The connections for reading, for the application's own queries too.
+    #[must_use]
+    pub fn reader(&self) -> &DatabaseConnection {
+        &self.inner.reader
+    }
+
+    /// The connections for writing. On SQLite there is one: hold it shortly.
+    #[must_use]
+    pub fn writer(&self) -> &DatabaseConnection {
+        &self.inner.writer
+    }
+
+    /// Makes sure that the tables exist and are not from a later version.
+    ///
+    /// # Errors
+    ///
+    /// [`SchemaError`], whose text says what to do.
+    pub async fn check_schema(&self) -> Result<(), SchemaError> {
+        let row = self.query_one(self.reader(), "select schema_version from outbox_meta", []).await;
+        let found = match row {
+            Ok(Some(row)) => row.try_get("", "schema_version").map_err(SchemaError::Missing)?,
+            Ok(None) => return Err(SchemaError::Missing(DbErr::RecordNotFound("outbox_meta".to_owned()))),
+            Err(error) => return Err(SchemaError::Missing(error)),
+        };
+        if found > SCHEMA_VERSION {
+            return Err(SchemaError::Newer { found, known: SCHEMA_VERSION });
+        }
+        Ok(())
+    }
+
+    /// Waits until a commit of this process has written a delivery for the subscription. A commit that happened since
+    /// the last wait counts: no wake-up is lost.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: a wake-up that was not returned is returned by the next call.
+    pub async fn woken(&self, subscription: i32) {
+        self.wake_of(subscription).notified().await;
+    }
+
+    pub(crate) fn wake(&self, subscriptions: &[i32]) {
+        for subscription in subscriptions {
+            self.wake_of(*subscription).notify_one();
+        }
+    }
+
+    fn wake_of(&self, subscription: i32) -> Arc<Notify> {
+        let mut wakes = self.inner.wakes.lock().unwrap_or_else(PoisonError::into_inner);
+        wakes.entry(subscription).or_default().clone()
+    }
+
+    pub(crate) fn push_limits(&self) -> Limits {
+        self.limits
+    }
+
+    pub(crate) fn known(&self) -> Arc<KnownSubscriptions> {
+        self.inner.known.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_known(&self, known: Arc<KnownSubscriptions>) {
+        *self.inner.known.write().unwrap_or_else(PoisonError::into_inner) = known;
+    }
+
+    pub(crate) fn backend(&self) -> DbBackend {
+        self.inner.writer.get_database_backend()
+    }
+
+    /// The statement with this outbox' table names.
+    pub(crate) fn statement<const N: usize>(&self, sql: &'static str, values: [Value; N]) -> Statement {
+        let sql = match &self.prefix {
+            None => Cow::Borrowed(sql),
+            Some(prefix) => Cow::Owned(sql.replace(DEFAULT_PREFIX, prefix)),
+        };
+        Statement::from_sql_and_values(self.backend(), sql, values)
+    }
+
+    pub(crate) async fn execute<const N: usize>(
+        &self,
+        db: &impl ConnectionTrait,
+        sql: &'static str,
+        values: [Value; N],
+    ) -> Result<u64, DbErr> {
+        Ok(db.execute_raw(self.statement(sql, values)).await?.rows_affected())
+    }
+
+    pub(crate) async fn query_one<const N: usize>(
+        &self,
+        db: &impl ConnectionTrait,
+        sql: &'static str,
+        values: [Value; N],
+    ) -> Result<Option<QueryResult>, DbErr> {
+        db.query_one_raw(self.statement(sql, values)).await
+    }
+
+    pub(crate) async fn query_all<const N: usize>(
+        &self,
+        db: &impl ConnectionTrait,
+        sql: &'static str,
+        values: [Value; N],
+    ) -> Result<Vec<QueryResult>, DbErr> {
+        db.query_all_raw(self.statement(sql, values)).await
+    }
+}
+
+impl From<DatabaseConnection> for Outbox {
+    fn from(db: DatabaseConnection) -> Self {
+        Self::new(db)
+    }
+}

@@ -1,0 +1,328 @@
+use std::{
+    future::Future,
+    sync::{Arc, atomic::AtomicBool, atomic::Ordering},
+};
+
+use outbox_core::{Batch, Context, Events};
+use sea_orm::{DatabaseTransaction, DbBackend, DbErr, RuntimeErr, sqlx};
+use tokio::sync::Mutex;
+
+use crate::{
+    LaneReport, Outbox, Settled, flush, lanes,
+    tx::{Shared, State, Tx},
+};
+
+/// One transaction and one collector: what the layer opens for each request, and what jobs, command-line tools and
+/// tests use directly.
+///
+/// Nothing is written until the first statement. [`commit`](Self::commit) flushes the events as the last thing before
+/// COMMIT; dropping the unit of work rolls back.
+///
+/// Most code wants [`Outbox::transaction`], which is this with a closure.
+#[derive(Debug)]
+pub struct UnitOfWork {
+    outbox: Outbox,
+    source: TxSource,
+    finished: bool,
+}
+
+/// Hands out the handles of a unit of work without counting as one itself; what a request carries in its extensions.
+#[derive(Clone, Debug)]
+pub struct TxSource {
+    shared: Arc<Shared>,
+    in_use: Arc<std::sync::Mutex<std::sync::Weak<()>>>,
+}
+
+impl TxSource {
+    /// A handle to the transaction.
+    #[must_use]
+    pub fn tx(&self) -> Tx {
+        let mut in_use = self.in_use.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let token = in_use.upgrade().unwrap_or_default();
+        *in_use = Arc::downgrade(&token);
+        Tx { shared: self.shared.clone(), _in_use: token }
+    }
+
+    /// The collector.
+    #[must_use]
+    pub fn events(&self) -> Events {
+        self.shared.events.clone()
+    }
+
+    fn handles(&self) -> usize {
+        self.in_use.lock().unwrap_or_else(std::sync::PoisonError::into_inner).strong_count()
+    }
+}
+
+/// Why a unit of work did not commit.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CommitError {
+    /// A clone of the transaction handle is still held, by a spawned task or a response stream. Rolled back.
+    #[error(
+        "the transaction handle is still in use by a spawned task or a response stream, so the transaction was rolled \
+         back; finish with `Tx` before the response is ready"
+    )]
+    HandleHeld,
+    /// A statement failed, or was cancelled halfway, and the work ended with a success nevertheless. Rolled back.
+    #[error(
+        "a statement of the transaction failed and its error was ignored, so the transaction was rolled back; use \
+         `tx.savepoint(…)` for statements that may fail"
+    )]
+    StatementFailed,
+    /// The transaction could not begin. Nothing was written.
+    #[error("the transaction could not begin")]
+    Begin(#[source] DbErr),
+    /// The events could not be written. Rolled back.
+    #[error("the events could not be flushed")]
+    Flush(#[source] DbErr),
+    /// The database refused the COMMIT. Rolled back.
+    #[error("the database refused to commit")]
+    Commit(#[source] DbErr),
+    /// The connection was lost between COMMIT and its answer: it may have happened or not.
+    #[error("the connection was lost during COMMIT; whether it happened is not known")]
+    Unknown(#[source] DbErr),
+}
+
+impl CommitError {
+    /// Whether the same work may succeed when it is done again at once: no connection was free, or the database was
+    /// busy.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Begin(error) | Self::Flush(error) | Self::Commit(error) => is_transient(error),
+            Self::HandleHeld | Self::StatementFailed | Self::Unknown(_) => false,
+        }
+    }
+}
+
+/// Whether a database error is about load or chance, not about the statement: no free connection, database locked,
+/// serialization failure, deadlock.
+#[must_use]
+pub fn is_transient(error: &DbErr) -> bool {
+    match error {
+        DbErr::ConnectionAcquire(_) | DbErr::Conn(_) => true,
+        DbErr::Exec(RuntimeErr::SqlxError(error)) | DbErr::Query(RuntimeErr::SqlxError(error)) => match &**error {
+            // SQLite BUSY and its extended codes, LOCKED; PostgreSQL serialization failure, deadlock.
+            sqlx::Error::Database(error) => {
+                matches!(error.code().as_deref(), Some("5" | "261" | "517" | "773" | "6" | "40001" | "40P01"))
+            }
+            sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
+impl UnitOfWork {
+    pub(crate) fn new(outbox: Outbox, context: Context) -> Self {
+        let shared = Shared {
+            writer: outbox.writer().clone(),
+            events: Events::new(outbox.push_limits(), context),
+            closed: AtomicBool::new(false),
+            state: Mutex::new(State::default()),
+        };
+        let source = TxSource { shared: Arc::new(shared), in_use: Arc::default() };
+        Self { outbox, source, finished: false }
+    }
+
+    /// A handle to the transaction; clones and further handles share it.
+    #[must_use]
+    pub fn tx(&self) -> Tx {
+        self.source.tx()
+    }
+
+    /// The collector.
+    #[must_use]
+    pub fn events(&self) -> Events {
+        self.source.events()
+    }
+
+    /// Hands out handles later, for example from the extensions of a request.
+    #[must_use]
+    pub fn source(&self) -> TxSource {
+        self.source.clone()
+    }
+
+    /// Flushes the events, commits, and wakes the workers of this process.
+    ///
+    /// A crash before the COMMIT has reached the database leaves nothing; a crash after it leaves everything.
+    ///
+    /// # Errors
+    ///
+    /// [`CommitError`]; all but [`Unknown`](CommitError::Unknown) mean that nothing was written.
+    ///
+    /// # Cancel safety
+    ///
+    /// Flush and COMMIT run in a task of their own: once started they end even if this future is dropped.
+    pub async fn commit(self) -> Result<(), CommitError> {
+        self.finish(None).await.map(|_| ())
+    }
+
+    /// As [`commit`](Self::commit), and acknowledges a delivery in the same transaction. If the lease was lost
+    /// meanwhile, everything is rolled back and the answer is [`Settled::Superseded`].
+    ///
+    /// # Errors
+    ///
+    /// As [`commit`](Self::commit).
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`commit`](Self::commit).
+    pub async fn commit_with(self, report: LaneReport) -> Result<Settled, CommitError> {
+        self.finish(Some(report)).await
+    }
+
+    /// Drops the events and rolls back.
+    pub async fn rollback(mut self) {
+        self.finished = true;
+        self.source.shared.abandon().await;
+    }
+
+    async fn finish(mut self, report: Option<LaneReport>) -> Result<Settled, CommitError> {
+        self.finished = true;
+        let (outbox, shared) = (self.outbox.clone(), self.source.shared.clone());
+        let held = self.source.handles() > 0;
+        let task = tokio::spawn(async move {
+            if held {
+                shared.abandon().await;
+                return Err(CommitError::HandleHeld);
+            }
+            let result = commit(&outbox, &shared, report).await;
+            shared.abandon().await;
+            result
+        });
+        task.await.unwrap_or_else(|error| {
+            Err(CommitError::Unknown(DbErr::Custom(format!("the task that commits ended early: {error}"))))
+        })
+    }
+}
+
+impl Drop for UnitOfWork {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        self.source.shared.closed.store(true, Ordering::SeqCst);
+        let _ = self.source.shared.events.close();
+        // Outside a runtime the transaction rolls back when its last handle is dropped.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let shared = self.source.shared.clone();
+            runtime.spawn(async move { shared.abandon().await });
+        }
+    }
+}
+
+async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) -> Result<Settled, CommitError> {
+    let mut state = shared.state.lock().await;
+    shared.closed.store(true, Ordering::SeqCst);
+    let batch = shared.events.close();
+    if state.failed {
+        return Err(CommitError::StatementFailed);
+    }
+    let transaction = match state.transaction.take() {
+        Some(transaction) => transaction,
+        None if batch.events.is_empty() && report.is_none() => return Ok(Settled::Done),
+        None => Shared::begin(&shared.writer).await.map_err(CommitError::Begin)?,
+    };
+    let written = write(outbox, &transaction, batch, report).await;
+    let woken = match written {
+        Ok(Some(woken)) => woken,
+        end => {
+            // An error here means that the connection is gone, and the transaction with it.
+            let _ = transaction.rollback().await;
+            return end.map(|_| Settled::Superseded).map_err(CommitError::Flush);
+        }
+    };
+    transaction.commit().await.map_err(|error| match &error {
+        DbErr::Exec(RuntimeErr::SqlxError(source)) | DbErr::Query(RuntimeErr::SqlxError(source))
+            if !matches!(**source, sqlx::Error::Database(_)) && outbox.backend() != DbBackend::Sqlite =>
+        {
+            CommitError::Unknown(error)
+        }
+        _ => CommitError::Commit(error),
+    })?;
+    outbox.wake(&woken);
+    Ok(Settled::Done)
+}
+
+/// Writes what belongs to the commit: `None` if the report's lease was lost.
+async fn write(
+    outbox: &Outbox,
+    transaction: &DatabaseTransaction,
+    batch: Batch,
+    report: Option<LaneReport>,
+) -> Result<Option<Vec<i32>>, DbErr> {
+    let woken = flush::flush(outbox, transaction, batch).await?;
+    if let Some(report) = report {
+        let settled = lanes::settle_in(outbox, transaction, &[report]).await?;
+        if settled.first() == Some(&Settled::Superseded) {
+            return Ok(None);
+        }
+    }
+    Ok(Some(woken))
+}
+
+/// Why [`Outbox::transaction`] stored nothing.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TransactionError<E> {
+    /// The work answered with an error; rolled back.
+    #[error("the work failed")]
+    Work(#[source] E),
+    /// The work succeeded and the commit did not.
+    #[error(transparent)]
+    Commit(CommitError),
+}
+
+impl Outbox {
+    /// Opens a unit of work. Nothing is sent to the database before its first statement or its commit.
+    #[must_use]
+    pub fn begin(&self, context: Context) -> UnitOfWork {
+        UnitOfWork::new(self.clone(), context)
+    }
+
+    /// Runs `work` in one transaction: what the layer does for a request, for jobs, command-line tools and tests.
+    /// Commits if it answers `Ok`, rolls back otherwise.
+    ///
+    /// ```no_run
+    /// use outbox_core::{Context, NewEvent};
+    /// use outbox_seaorm::Outbox;
+    /// use sea_orm::ConnectionTrait;
+    ///
+    /// # async fn example(outbox: Outbox) -> Result<(), Box<dyn std::error::Error>> {
+    /// outbox
+    ///     .transaction(Context::default(), |tx, events| async move {
+    ///         tx.execute_unprepared("update invoices set due = true").await?;
+    ///         events.push(NewEvent::dynamic("invoices.due", "invoices", "all", &())?)?;
+    ///         Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
+    ///     })
+    ///     .await
+    ///     .map_err(|error| error.to_string())?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`TransactionError::Work`] with what `work` answered, [`TransactionError::Commit`] if the commit failed.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future before the commit has started rolls back; afterwards the commit ends by itself.
+    pub async fn transaction<T, E, F, Fut>(&self, context: Context, work: F) -> Result<T, TransactionError<E>>
+    where
+        F: FnOnce(Tx, Events) -> Fut,
+        Fut: Future<Output = Result<T, E>>,
+    {
+        let unit = self.begin(context);
+        let answer = work(unit.tx(), unit.events()).await;
+        match answer {
+            Ok(value) => unit.commit().await.map(|()| value).map_err(TransactionError::Commit),
+            Err(error) => {
+                unit.rollback().await;
+                Err(TransactionError::Work(error))
+            }
+        }
+    }
+}

@@ -1,0 +1,35 @@
+use std::time::Duration;
+
+use sea_orm::DbErr;
+
+use crate::{Outbox, flush::json, sqlite};
+
+impl Outbox {
+    /// Shows dashboards that a worker is alive. Says nothing about leases: those have ends of their own.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn heartbeat(&self, worker: &str, subscriptions: &[&str]) -> Result<(), DbErr> {
+        let values = [worker.into(), json(subscriptions)?.into()];
+        self.execute(self.writer(), sqlite::HEARTBEAT, values).await.map(|_| ())
+    }
+
+    /// Takes a worker that has stopped off the dashboards.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn forget_worker(&self, worker: &str) -> Result<(), DbErr> {
+        self.execute(self.writer(), sqlite::FORGET_WORKER, [worker.into()]).await.map(|_| ())
+    }
+
+    /// Takes workers off the dashboards that were not seen for this long: those that were killed.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn forget_workers(&self, unseen: Duration) -> Result<(), DbErr> {
+        self.execute(self.writer(), sqlite::FORGET_WORKERS, [unseen.as_secs_f64().into()]).await.map(|_| ())
+    }
+}
