@@ -1,7 +1,9 @@
+use serde::{Deserialize, Serialize};
+
 use crate::{InvalidName, check_id, check_name};
 
 /// Who or what caused an event, for example `USER` `42` or `SYSTEM.IMPORT` `nightly`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Actor {
     /// The kind: `user`, `system.import`, `system.automation`, …; a name as [`check_name`] allows it.
     pub kind: String,

@@ -1,12 +1,16 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize, de::Error as _, ser::Error as _};
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use crate::{Actor, Event};
 
 /// An event that is stored: an immutable fact with its position.
-#[derive(Clone, Debug, PartialEq)]
+///
+/// Serializes to one JSON object, with the payload as JSON inside it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RecordedEvent {
     /// Where the event stands in the outbox. For one key, positions follow the order of commits; across keys they are
     /// only roughly ordered, and they have gaps.
@@ -22,26 +26,35 @@ pub struct RecordedEvent {
     /// The id of the aggregate.
     pub aggregate_id: String,
     /// The payload as JSON text, byte for byte as it was pushed.
+    #[serde(serialize_with = "as_json", deserialize_with = "from_json")]
     pub payload: String,
     /// When the fact happened, by the clock of the process that pushed it.
     pub occurred_at: DateTime<Utc>,
     /// When it was stored, by the database's clock.
     pub recorded_at: DateTime<Utc>,
     /// The tenant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<String>,
     /// Who caused it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub actor: Option<Actor>,
     /// Groups everything that one outside request led to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub correlation_id: Option<String>,
     /// The id of the event or command that led to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub causation_id: Option<String>,
     /// The W3C `traceparent` of the request that pushed it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
     /// The W3C `tracestate` of the request that pushed it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tracestate: Option<String>,
     /// The tags.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub tags: BTreeMap<String, String>,
     /// The event's own maximum of attempts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_attempts: Option<u32>,
 }
 
@@ -71,6 +84,16 @@ pub enum DecodeError {
         /// What the deserializer said.
         source: serde_json::Error,
     },
+}
+
+fn as_json<S: serde::Serializer>(payload: &str, serializer: S) -> Result<S::Ok, S::Error> {
+    let payload: &RawValue = serde_json::from_str(payload).map_err(S::Error::custom)?;
+    payload.serialize(serializer)
+}
+
+fn from_json<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let payload = Box::<RawValue>::deserialize(deserializer).map_err(D::Error::custom)?;
+    Ok(payload.get().to_owned())
 }
 
 impl RecordedEvent {

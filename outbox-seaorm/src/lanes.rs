@@ -1,4 +1,7 @@
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use outbox_core::RecordedEvent;
 use sea_orm::{DatabaseTransaction, DbErr};
@@ -13,7 +16,7 @@ pub struct LaneRef {
     pub subscription: i32,
     /// The key.
     pub key: String,
-    /// Fences late results: every claim of the lane gets a higher one.
+    /// Fences late results: every claim of the lane gets a higher one, and a lane that is created anew starts elsewhere.
     pub token: i64,
 }
 
@@ -150,7 +153,7 @@ impl Outbox {
         run: u32,
         lease: Duration,
     ) -> Result<Vec<ClaimedLane>, DbErr> {
-        if self.query_one(self.reader(), sqlite::ANYTHING_DUE, [subscription.into()]).await?.is_none() {
+        if self.next_due(subscription).await? != Some(Duration::ZERO) {
             return Ok(Vec::new());
         }
         let tx = self.begin_write().await?;
@@ -183,6 +186,18 @@ impl Outbox {
         let mut claimed: Vec<_> = claimed.into_values().collect();
         claimed.sort_by(|(a, _), (b, _)| a.cmp(b));
         Ok(claimed.into_iter().map(|(_, lane)| lane).collect())
+    }
+
+    /// How long until the next lane of a subscription is due by the database's clock: zero if one is, `None` if there
+    /// is none or the subscription is paused.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn next_due(&self, subscription: i32) -> Result<Option<Duration>, DbErr> {
+        let row = self.query_one(self.reader(), sqlite::NEXT_DUE, [subscription.into()]).await?;
+        let seconds: Option<f64> = row.map(|row| row.try_get("", "seconds")).transpose()?;
+        Ok(seconds.map(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX)))
     }
 
     /// Stores what happened in leased lanes, all in one transaction: finished deliveries move to the history or to the
@@ -221,7 +236,7 @@ impl Outbox {
         let held = rows
             .iter()
             .map(|row| Ok((row.try_get("", "subscription_id")?, row.try_get("", "key")?)))
-            .collect::<Result<std::collections::HashSet<(i32, String)>, DbErr>>()?;
+            .collect::<Result<HashSet<(i32, String)>, DbErr>>()?;
         let is_held = |lane: &&LaneRef| held.contains(&(lane.subscription, lane.key.clone()));
         Ok(lanes.iter().filter(is_held).cloned().collect())
     }
@@ -232,7 +247,7 @@ pub(crate) async fn settle_in(
     tx: &DatabaseTransaction,
     reports: &[LaneReport],
 ) -> Result<Vec<Settled>, DbErr> {
-    let lanes: Vec<LaneRow<'_>> = reports.iter().map(LaneRow::from).collect();
+    let mut lanes: Vec<LaneRow<'_>> = reports.iter().map(LaneRow::from).collect();
     let mut settled = vec![Settled::Superseded; reports.len()];
     for row in outbox.query_all(tx, sqlite::HELD, [json(&lanes)?.into()]).await? {
         let report: i64 = row.try_get("", "report")?;
@@ -255,13 +270,10 @@ pub(crate) async fn settle_in(
             })
         })
         .collect();
-    if !finished.is_empty() {
-        let finished_rows = json(&finished)?;
-        outbox.execute(tx, sqlite::DELETE_DELIVERIES, [finished_rows.as_str().into()]).await?;
-        outbox.execute(tx, sqlite::INSERT_DELIVERED, [finished_rows.as_str().into()]).await?;
-        if finished.iter().any(|delivery| delivery.error.is_some()) {
-            outbox.execute(tx, sqlite::INSERT_DEAD_LETTERS, [finished_rows.into()]).await?;
-        }
+    let gone = finish(outbox, tx, finished).await?;
+    for (lane, report) in lanes.iter_mut().zip(reports) {
+        let gone = |delivery: &&Finished| gone.contains(&(lane.subscription, delivery.position));
+        lane.finished = report.finished.iter().filter(gone).count();
     }
     let held_lanes: Vec<&LaneRow<'_>> = (0..lanes.len()).filter(held).map(|index| &lanes[index]).collect();
     if !held_lanes.is_empty() {
@@ -270,4 +282,29 @@ pub(crate) async fn settle_in(
         outbox.execute(tx, sqlite::DELETE_EMPTY_LANES, [held_lanes.into()]).await?;
     }
     Ok(settled)
+}
+
+/// Moves deliveries to the history or to the dead letters, and returns those that were moved. A commit whose answer was
+/// lost is reported again: what is gone already is not moved, and not subtracted from its lane, a second time.
+async fn finish(
+    outbox: &Outbox,
+    tx: &DatabaseTransaction,
+    mut finished: Vec<FinishedRow<'_>>,
+) -> Result<HashSet<(i32, i64)>, DbErr> {
+    if finished.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let deleted = outbox.query_all(tx, sqlite::DELETE_DELIVERIES, [json(&finished)?.into()]).await?;
+    let gone = deleted
+        .iter()
+        .map(|row| Ok((row.try_get("", "subscription_id")?, row.try_get("", "position")?)))
+        .collect::<Result<HashSet<(i32, i64)>, DbErr>>()?;
+    finished.retain(|delivery| gone.contains(&(delivery.subscription, delivery.position)));
+    let dead = finished.iter().any(|delivery| delivery.error.is_some());
+    let finished = json(&finished)?;
+    outbox.execute(tx, sqlite::INSERT_DELIVERED, [finished.as_str().into()]).await?;
+    if dead {
+        outbox.execute(tx, sqlite::INSERT_DEAD_LETTERS, [finished.into()]).await?;
+    }
+    Ok(gone)
 }

@@ -31,19 +31,24 @@ pub(crate) const INSERT_DELIVERIES: &str = "
     on conflict do nothing";
 
 /// $1 lanes with the number of their new deliveries. A lane that exists keeps its due time: it may be leased, backing
-/// off, or waiting for a delayed event. A new one is due with its first delivery (primary key).
+/// off, or waiting for a delayed event. A new one is due with its first delivery (primary key). Its token starts at
+/// random: a lane that was deleted and came back must not repeat the tokens of its former life, or a late result from
+/// then would pass the fence.
 pub(crate) const UPSERT_LANES: &str = "
-    insert into outbox_lanes (subscription_id, key, pending, due_at)
-    select value->>'subscription', value->>'key', value->>'deliveries',
+    insert into outbox_lanes (subscription_id, key, pending, lease_token, due_at)
+    select value->>'subscription', value->>'key', value->>'deliveries', abs(random() / 2),
            (select due_at from outbox_deliveries d
              where d.subscription_id = value->>'subscription' and d.key = value->>'key' order by position limit 1)
       from json_each($1) where true
     on conflict (subscription_id, key) do update set pending = pending + excluded.pending";
 
-/// $1 subscription. Asked before a claim, so that an idle poll takes no write lock. Index: outbox_lanes_due.
-pub(crate) const ANYTHING_DUE: &str = "
-    select 1 from outbox_lanes
-     where subscription_id = $1 and due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now') limit 1";
+/// $1 subscription: seconds until its next lane is due, negative if it is. Asked before a claim, so that an idle poll
+/// takes no write lock. Index: outbox_lanes_due.
+pub(crate) const NEXT_DUE: &str = "
+    select (julianday(due_at) - julianday('now')) * 86400.0 as seconds from outbox_lanes
+     where subscription_id = $1
+       and exists (select 1 from outbox_subscriptions where id = $1 and paused_at is null and backfill_from is null)
+     order by due_at limit 1";
 
 /// $1 subscription, $2 lanes, $3 lease, $4 worker. Index: outbox_lanes_due.
 pub(crate) const CLAIM: &str = "
@@ -73,11 +78,12 @@ pub(crate) const HELD: &str = "
       join outbox_lanes l on l.subscription_id = r.value->>'subscription' and l.key = r.value->>'key'
        and l.lease_token = r.value->>'token'";
 
-/// $1 finished deliveries.
+/// $1 finished deliveries. Returns those that were still there: a report that is stored twice counts once.
 pub(crate) const DELETE_DELIVERIES: &str = "
     delete from outbox_deliveries
      where (subscription_id, key, position) in (
-           select value->>'subscription', value->>'key', value->>'position' from json_each($1))";
+           select value->>'subscription', value->>'key', value->>'position' from json_each($1))
+    returning subscription_id, position";
 
 /// $1 finished deliveries. A replayed delivery replaces its history.
 pub(crate) const INSERT_DELIVERED: &str = "

@@ -1,0 +1,215 @@
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use apalis_core::{
+    backend::{Backend, BackendConfig, WireFormatBackend, codec::Codec, finalize::Ephemeral},
+    layers::Identity,
+    task::Task,
+    worker::context::WorkerContext,
+};
+use futures_util::{FutureExt, Sink};
+use outbox_seaorm::Outbox;
+use sea_orm::DbErr;
+use tokio::sync::mpsc;
+use uuid::Uuid;
+
+use crate::{
+    destination::{AttemptResult, End},
+    feed::{self, Ends, Source},
+    task::DeliveryTask,
+};
+
+/// The outbox as an apalis backend: deliveries of one subscription as tasks.
+///
+/// A [`Worker`](crate::Worker) drives it. By itself it lists the deliveries of a subscription with their states for
+/// apalis-board; pushing is refused, because deliveries come from committed events only.
+///
+/// It never answers a worker with an error: database errors are tried again inside, with backoff, because an error
+/// would end the worker.
+#[derive(Debug)]
+pub struct OutboxBackend {
+    pub(crate) outbox: Outbox,
+    pub(crate) subscription: String,
+    feed: Feed,
+}
+
+enum Feed {
+    /// Only lists.
+    None,
+    Ready(Box<Source>),
+    Running(Ends),
+}
+
+impl std::fmt::Debug for Feed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::None => "None",
+            Self::Ready(_) => "Ready",
+            Self::Running(_) => "Running",
+        })
+    }
+}
+
+/// Why a listing failed, or a push was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BackendError {
+    /// The database failed.
+    #[error("the deliveries could not be read")]
+    Database(#[from] DbErr),
+    /// Deliveries are not pushed.
+    #[error("deliveries come from committed events; push an event in a transaction instead")]
+    PushRefused,
+    /// The id is not one of a delivery.
+    #[error("the id of a delivery is SUBSCRIPTION:EVENT_ID")]
+    UnknownId,
+}
+
+impl OutboxBackend {
+    /// Lists the deliveries of a subscription; yields no tasks.
+    #[must_use]
+    pub fn listing(outbox: Outbox, subscription: impl Into<String>) -> Self {
+        Self { outbox, subscription: subscription.into(), feed: Feed::None }
+    }
+
+    pub(crate) fn working(source: Source) -> Self {
+        let (outbox, subscription) = (source.outbox.clone(), source.name.to_string());
+        Self { outbox, subscription, feed: Feed::Ready(Box::new(source)) }
+    }
+
+    fn ends(&mut self) -> Option<&mut Ends> {
+        if let Feed::Ready(source) = &self.feed {
+            self.feed = Feed::Running(feed::start((**source).clone()));
+        }
+        match &mut self.feed {
+            Feed::Running(ends) => Some(ends),
+            Feed::None | Feed::Ready(_) => None,
+        }
+    }
+
+    /// Where attempts report their ends.
+    ///
+    /// # Panics
+    ///
+    /// If the backend only lists.
+    pub(crate) fn results(&mut self) -> mpsc::UnboundedSender<AttemptResult> {
+        self.ends().expect("a backend that works has a feed").results.clone()
+    }
+
+    pub(crate) fn event_id(&self, id: &str) -> Result<Uuid, BackendError> {
+        let id = id.strip_prefix(&*self.subscription).and_then(|id| id.strip_prefix(':'));
+        id.and_then(|id| id.parse().ok()).ok_or(BackendError::UnknownId)
+    }
+}
+
+impl Backend for OutboxBackend {
+    type Task = Task<DeliveryTask>;
+    type Error = BackendError;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>, _: &WorkerContext) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        worker: &WorkerContext,
+    ) -> Poll<Option<Result<Self::Task, Self::Error>>> {
+        worker.heartbeat(cx);
+        match self.ends() {
+            Some(ends) => ends.tasks.poll_recv(cx).map(|task| task.map(Ok)),
+            None => Poll::Pending,
+        }
+    }
+
+    /// Gives back what the worker has not begun, and waits until everything is acknowledged.
+    fn poll_close(&mut self, cx: &mut Context<'_>, _: &WorkerContext) -> Poll<Result<(), Self::Error>> {
+        if let Feed::Running(ends) = &mut self.feed {
+            ends.stop.cancel();
+            while let Ok(task) = ends.tasks.try_recv() {
+                give_back(ends, task);
+            }
+            // The result of the task that feeds: an error means that it panicked, and there is nothing to wait for.
+            let _ = ready!(ends.stopped.poll_unpin(cx));
+            self.feed = Feed::None;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+fn give_back(ends: &Ends, task: Task<DeliveryTask>) {
+    if let Some(attempt) = task.args.attempt {
+        let result = AttemptResult {
+            key: attempt.lane.key,
+            token: attempt.lane.token,
+            end: End::Cancelled,
+            started: std::time::Instant::now(),
+        };
+        // The feed ends only after all its tasks.
+        let _ = ends.results.send(result);
+    }
+}
+
+impl BackendConfig for OutboxBackend {
+    type Args = DeliveryTask;
+    type Id = String;
+    type Kind = Ephemeral;
+    type Config = ();
+    type Layer = Identity;
+
+    fn config(&self) -> &Self::Config {
+        &()
+    }
+
+    fn middleware(&mut self, _: &mut WorkerContext) -> Self::Layer {
+        Identity::new()
+    }
+}
+
+/// Tasks travel as they are: the event is stored in the outbox, not in the task.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoCodec;
+
+impl Codec<DeliveryTask> for NoCodec {
+    type Error = std::convert::Infallible;
+    type Compact = DeliveryTask;
+
+    fn encode(&self, task: &DeliveryTask) -> Result<DeliveryTask, Self::Error> {
+        Ok(task.clone())
+    }
+
+    fn decode(&self, task: &DeliveryTask) -> Result<DeliveryTask, Self::Error> {
+        Ok(task.clone())
+    }
+}
+
+impl WireFormatBackend for OutboxBackend {
+    type Codec = NoCodec;
+    type Compact = DeliveryTask;
+
+    fn codec(&self) -> &Self::Codec {
+        &NoCodec
+    }
+}
+
+impl Sink<Task<DeliveryTask>> for OutboxBackend {
+    type Error = BackendError;
+
+    fn poll_ready(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn start_send(self: Pin<&mut Self>, _: Task<DeliveryTask>) -> Result<(), Self::Error> {
+        Err(BackendError::PushRefused)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+}

@@ -1,0 +1,103 @@
+use std::{sync::Arc, time::Instant};
+
+use futures_util::future::BoxFuture;
+use outbox_core::{DeliveryError, Outcome, Publisher, RecordedEvent};
+
+use crate::task::{Attempt, DeliveryTask};
+
+/// What a subscription delivers to.
+pub(crate) trait Destination: Send + Sync {
+    /// Whether this process can deliver the event at all.
+    fn knows(&self, event: &RecordedEvent) -> bool;
+
+    /// Whether the delivery acknowledges itself, in the transaction of its effect.
+    fn settles(&self, event: &RecordedEvent) -> bool;
+
+    fn deliver<'a>(&'a self, event: &'a Arc<RecordedEvent>, attempt: &'a Attempt) -> BoxFuture<'a, End>;
+}
+
+/// How an attempt ended.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// The outcome is to be acknowledged.
+    Outcome(Outcome),
+    /// It was acknowledged together with its effect.
+    Settled,
+    /// The lease was lost; nothing was written.
+    Superseded,
+    /// It was stopped from outside and did not come to an outcome.
+    Cancelled,
+    /// This process does not know the event's type or version.
+    Unknown,
+}
+
+#[derive(Debug)]
+pub(crate) struct PublisherDestination<P>(pub(crate) P);
+
+impl<P: Publisher> Destination for PublisherDestination<P> {
+    fn knows(&self, _: &RecordedEvent) -> bool {
+        true
+    }
+
+    fn settles(&self, _: &RecordedEvent) -> bool {
+        false
+    }
+
+    fn deliver<'a>(&'a self, event: &'a Arc<RecordedEvent>, attempt: &'a Attempt) -> BoxFuture<'a, End> {
+        Box::pin(async move { End::Outcome(self.0.publish(&attempt.delivery(event)).await.into()) })
+    }
+}
+
+/// The result of a task, on its way to the feed.
+#[derive(Debug)]
+pub(crate) struct AttemptResult {
+    pub(crate) key: String,
+    pub(crate) token: i64,
+    pub(crate) end: End,
+    pub(crate) started: Instant,
+}
+
+/// Runs one attempt in a task of its own, so that a panic is an error and a future that never yields stops nobody
+/// else's.
+pub(crate) async fn attempt(
+    destination: Arc<dyn Destination>,
+    task: DeliveryTask,
+    timeout: std::time::Duration,
+) -> End {
+    let Some(attempt) = task.attempt else { return End::Cancelled };
+    if !destination.knows(&task.event) {
+        return End::Unknown;
+    }
+    let cancelled = attempt.cancelled.clone();
+    let event = task.event;
+    let mut running = AbortOnDrop(tokio::spawn(async move { destination.deliver(&event, &attempt).await }));
+    tokio::select! {
+        // An attempt that has ended counts, even if it was cancelled at the same moment.
+        biased;
+        joined = &mut running.0 => match joined {
+            Ok(end) => end,
+            Err(error) => retry(panic_message(error)),
+        },
+        () = cancelled.cancelled() => End::Cancelled,
+        () = tokio::time::sleep(timeout) => retry(format!("no result within {timeout:?}")),
+    }
+}
+
+fn retry(message: String) -> End {
+    End::Outcome(Outcome::Retry(DeliveryError::retry(message)))
+}
+
+struct AbortOnDrop(tokio::task::JoinHandle<End>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+fn panic_message(error: tokio::task::JoinError) -> String {
+    let Ok(panic) = error.try_into_panic() else { return "the attempt was stopped".to_owned() };
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    format!("the handler panicked: {}", text.as_deref().unwrap_or("no message"))
+}

@@ -1,0 +1,577 @@
+//! Between the store and apalis: claims lanes, feeds their deliveries to the worker one at a time for each lane,
+//! acknowledges in batches, renews leases.
+//!
+//! One task for each subscription owns all state, so nothing here is locked. It never waits for the database itself:
+//! claim, acknowledgement and renewal run as tasks of their own, at most one of each, so a stalled database stops none
+//! of the others and no future of a database call is ever dropped halfway.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use apalis_core::{
+    backend::queue::Queue,
+    task::{Task, builder::TaskBuilder, task_id::TaskId},
+};
+use outbox_core::{DeliveryError, Outcome, RecordedEvent, RetryPolicy};
+use outbox_seaorm::{ClaimedLane, Finished, LaneRef, LaneReport, Next, Outbox, Settled};
+use sea_orm::DbErr;
+use tokio::{sync::mpsc, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    destination::{AttemptResult, Destination, End},
+    listing::task_id,
+    options::Options,
+    task::{Attempt, DeliveryTask},
+};
+
+/// How many failed attempts of a delivery are remembered with error and time.
+const LOGGED_ATTEMPTS: usize = 20;
+
+/// How long an event of an unknown type is left alone.
+const UNKNOWN_WAIT: Duration = Duration::from_secs(30);
+
+/// The longest wait between two tries while the database is out of reach.
+const LONGEST_OUTAGE_WAIT: Duration = Duration::from_secs(5);
+
+/// What a feed works for.
+#[derive(Clone)]
+pub(crate) struct Source {
+    pub(crate) outbox: Outbox,
+    pub(crate) subscription: i32,
+    pub(crate) name: Arc<str>,
+    pub(crate) worker: Arc<str>,
+    pub(crate) retry: RetryPolicy,
+    pub(crate) destination: Arc<dyn Destination>,
+    pub(crate) options: Options,
+    /// The longest wait between two looks at the database.
+    pub(crate) poll: Duration,
+    /// Cancelled when the worker is asked to stop.
+    pub(crate) stop: CancellationToken,
+}
+
+/// The worker's side of a feed.
+pub(crate) struct Ends {
+    pub(crate) tasks: mpsc::Receiver<Task<DeliveryTask>>,
+    pub(crate) results: mpsc::UnboundedSender<AttemptResult>,
+    pub(crate) stop: CancellationToken,
+    pub(crate) stopped: JoinHandle<()>,
+}
+
+struct Feed {
+    source: Source,
+    tasks: mpsc::Sender<Task<DeliveryTask>>,
+    lanes: HashMap<String, Lane>,
+    /// Keys whose next delivery can start.
+    ready: VecDeque<String>,
+    /// Deliveries that were started and whose end is not stored: a crash repeats at most these.
+    open: usize,
+    reports: Vec<LaneReport>,
+    /// Reports whose storing failed: tried again as they are, so that no batch has two reports of one lane.
+    unstored: Option<Vec<LaneReport>>,
+    claiming: Option<JoinHandle<(usize, Result<Claimed, DbErr>)>>,
+    settling: Option<JoinHandle<(Vec<LaneReport>, Result<Vec<Settled>, DbErr>)>>,
+    renewing: Option<JoinHandle<(Instant, Vec<LaneRef>, Result<Vec<LaneRef>, DbErr>)>>,
+    renewed_at: Instant,
+    /// When to look for lanes next.
+    look_at: Instant,
+    idle_wait: Duration,
+    claim_failures: u32,
+    settle_failures: u32,
+    settle_at: Instant,
+}
+
+struct Claimed {
+    lanes: Vec<ClaimedLane>,
+    next_due: Option<Duration>,
+    asked_at: Instant,
+}
+
+struct Lane {
+    lane: LaneRef,
+    /// Attempts of the head, the one under way included.
+    attempts: u32,
+    log: Option<String>,
+    run: VecDeque<Arc<RecordedEvent>>,
+    /// Over, and not yet reported.
+    finished: Vec<Finished>,
+    /// Reported, and not yet stored.
+    unsettled: usize,
+    running: bool,
+    leased_until: Instant,
+    cancelled: CancellationToken,
+}
+
+/// Starts a feed. It ends when its `stop` is cancelled and everything is acknowledged or given back, or when the
+/// worker's side is dropped.
+pub(crate) fn start(source: Source) -> Ends {
+    // One task at most waits here: what is under way is bounded by the feed, not by the channel.
+    let (tasks, tasks_end) = mpsc::channel(source.options.concurrency);
+    let (results, results_end) = mpsc::unbounded_channel();
+    let now = Instant::now();
+    let source = Source { stop: source.stop.child_token(), ..source };
+    let stop = source.stop.clone();
+    let feed = Feed {
+        tasks,
+        lanes: HashMap::new(),
+        ready: VecDeque::new(),
+        open: 0,
+        reports: Vec::new(),
+        unstored: None,
+        claiming: None,
+        settling: None,
+        renewing: None,
+        renewed_at: now,
+        look_at: now,
+        idle_wait: source.poll / 8,
+        claim_failures: 0,
+        settle_failures: 0,
+        settle_at: now,
+        source,
+    };
+    let stopped = tokio::spawn(feed.run(results_end));
+    Ends { tasks: tasks_end, results, stop, stopped }
+}
+
+impl Feed {
+    async fn run(mut self, mut results: mpsc::UnboundedReceiver<AttemptResult>) {
+        let options = self.source.options;
+        let (outbox, subscription, stop) =
+            (self.source.outbox.clone(), self.source.subscription, self.source.stop.clone());
+        let mut tick = tokio::time::interval(options.lease / 10);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut grace_end: Option<Instant> = None;
+        loop {
+            let stopping = grace_end.is_some();
+            if stopping {
+                self.release_ready();
+            } else {
+                self.start_ready();
+                self.claim();
+            }
+            self.settle();
+            if stopping && self.lanes.is_empty() && !self.has_reports() && self.is_quiet() {
+                return;
+            }
+            tokio::select! {
+                Some(result) = results.recv() => {
+                    self.ended(result);
+                    while let Ok(result) = results.try_recv() {
+                        self.ended(result);
+                    }
+                }
+                (capacity, claimed) = finished(&mut self.claiming) => self.claimed(capacity, claimed, stopping),
+                (reports, settled) = finished(&mut self.settling) => self.settled(reports, settled),
+                (asked_at, lanes, held) = finished(&mut self.renewing) => self.renewed(asked_at, &lanes, held),
+                () = outbox.woken(subscription) => {
+                    self.look_at = Instant::now();
+                    self.idle_wait = self.source.poll / 8;
+                }
+                () = tokio::time::sleep_until(self.look_at.into()), if !stopping && self.claiming.is_none() && self.room() > 0 => {}
+                () = tokio::time::sleep_until(self.settle_at.into()), if self.settling.is_none() && self.has_reports() => {}
+                _ = tick.tick() => self.guard_leases(),
+                () = stop.cancelled(), if !stopping => grace_end = Some(Instant::now() + options.grace),
+                () = self.tasks.closed(), if !stopping => grace_end = Some(Instant::now()),
+                () = sleep_until(grace_end), if grace_end.is_some() => {
+                    self.cancel_all();
+                    // Attempts answer to the cancellation; look again if one does not.
+                    grace_end = Some(Instant::now() + options.lease);
+                    if self.tasks.is_closed() {
+                        self.forget_running();
+                    }
+                }
+            }
+        }
+    }
+
+    /// How many more lanes to lease: as many as can be worked on, and as many again in advance.
+    fn room(&self) -> usize {
+        (2 * self.source.options.concurrency).saturating_sub(self.lanes.len())
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.claiming.is_none() && self.settling.is_none()
+    }
+
+    fn has_reports(&self) -> bool {
+        self.unstored.is_some() || !self.reports.is_empty() || self.lanes.values().any(|lane| !lane.finished.is_empty())
+    }
+
+    fn start_ready(&mut self) {
+        let mut waiting = VecDeque::new();
+        while self.open < self.source.options.concurrency {
+            let Some(key) = self.ready.pop_front() else { break };
+            let Some(lane) = self.lanes.get_mut(&key) else { continue };
+            let Some(event) = lane.run.front().cloned() else { continue };
+            // It acknowledges itself in its own transaction: what came before it in the lane must be stored first.
+            if self.source.destination.settles(&event) && (lane.unsettled > 0 || !lane.finished.is_empty()) {
+                waiting.push_back(key);
+                continue;
+            }
+            lane.running = true;
+            let attempt = Attempt {
+                lane: lane.lane.clone(),
+                subscription: self.source.name.clone(),
+                number: lane.attempts,
+                log: lane.log.clone(),
+                last: lane.run.len() == 1,
+                cancelled: lane.cancelled.child_token(),
+            };
+            let task = TaskBuilder::new(DeliveryTask { event: event.clone(), attempt: Some(attempt) })
+                .task_id(TaskId::from_string(task_id(&self.source.name, &event)))
+                // apalis counts the attempt when it begins.
+                .attempt(lane.attempts.saturating_sub(1) as usize)
+                .queue(Queue::from(&*self.source.name))
+                .build();
+            self.open += 1;
+            // Never full, see `start`; closed when the worker is gone, which ends this feed in its next round.
+            if self.tasks.try_send(task).is_err() {
+                self.open -= 1;
+                lane.running = false;
+                self.ready.push_front(key);
+                break;
+            }
+        }
+        self.ready.append(&mut waiting);
+    }
+
+    fn claim(&mut self) {
+        let capacity = self.room().min(self.source.options.batch);
+        if self.claiming.is_some() || capacity == 0 || self.look_at > Instant::now() {
+            return;
+        }
+        let Source { outbox, subscription, worker, options, .. } = self.source.clone();
+        self.claiming = Some(tokio::spawn(async move {
+            let asked_at = Instant::now();
+            let (lanes, run) = (count(capacity), count(options.batch));
+            let claimed = async {
+                let lanes = outbox.claim(subscription, &worker, lanes, run, options.lease).await?;
+                let next_due =
+                    if lanes.len() < capacity { outbox.next_due(subscription).await? } else { Some(Duration::ZERO) };
+                Ok(Claimed { lanes, next_due, asked_at })
+            };
+            (capacity, claimed.await)
+        }));
+    }
+
+    fn claimed(&mut self, capacity: usize, claimed: Result<Claimed, DbErr>, stopping: bool) {
+        let Claimed { lanes, next_due, asked_at } = match claimed {
+            Ok(claimed) => claimed,
+            Err(error) => {
+                self.claim_failures += 1;
+                let wait = outage_wait(self.claim_failures);
+                tracing::warn!(subscription = &*self.source.name, %error, ?wait, "cannot claim deliveries, trying again");
+                self.look_at = Instant::now() + wait;
+                return;
+            }
+        };
+        self.claim_failures = 0;
+        if lanes.len() < capacity {
+            if !lanes.is_empty() {
+                self.idle_wait = self.source.poll / 8;
+            }
+            // Due and not claimed: another worker is at it at this moment.
+            let due = next_due.filter(|due| !due.is_zero()).unwrap_or(Duration::MAX);
+            let jitter = fastrand::f64().mul_add(0.2, 0.9);
+            self.look_at = Instant::now() + self.idle_wait.mul_f64(jitter).min(due);
+            self.idle_wait = (self.idle_wait * 2).min(self.source.poll);
+        }
+        for claimed in lanes {
+            let key = claimed.lane.key.clone();
+            let lane = Lane {
+                lane: claimed.lane,
+                attempts: claimed.attempts,
+                log: claimed.attempt_log,
+                run: claimed.run.into_iter().map(Arc::new).collect(),
+                finished: Vec::new(),
+                unsettled: 0,
+                running: false,
+                leased_until: asked_at + self.source.options.lease,
+                cancelled: CancellationToken::new(),
+            };
+            // Only after our own lease had ended without our noticing: the old one is void.
+            if let Some(old) = self.lanes.insert(key.clone(), lane) {
+                old.cancelled.cancel();
+                self.open -= usize::from(old.running) + old.finished.len();
+            }
+            self.ready.push_back(key);
+        }
+        if stopping {
+            self.release_ready();
+        }
+    }
+
+    /// An attempt has ended, or was never begun.
+    fn ended(&mut self, AttemptResult { key, token, end, started }: AttemptResult) {
+        let Some(lane) = self.lanes.get_mut(&key).filter(|lane| lane.lane.token == token && lane.running) else {
+            tracing::warn!(
+                subscription = &*self.source.name,
+                "the result of an attempt whose lease was lost is dropped"
+            );
+            return;
+        };
+        lane.running = false;
+        let Some(event) = lane.run.front().cloned() else { return };
+        let attempts = lane.attempts;
+        let finish = |lane: &mut Lane, log: Option<String>, error: Option<String>| {
+            lane.run.pop_front();
+            lane.finished.push(Finished { position: event.position, attempts, log, error });
+            (lane.attempts, lane.log) = (1, None);
+        };
+        match end {
+            End::Outcome(Outcome::Delivered) => {
+                let log = lane.log.take();
+                finish(lane, log, None);
+            }
+            End::Outcome(Outcome::Retry(error)) if attempts < self.source.retry.attempts(event.max_attempts) => {
+                let wait = self.source.retry.delay(attempts, fastrand::f64());
+                let after = error.wait().map_or(wait, |asked| asked.max(wait));
+                tracing::debug!(subscription = &*self.source.name, event_id = %event.id, attempts, ?after, %error, "attempt failed");
+                let log = logged(lane, &self.source.worker, &error, started);
+                let error = error.message().to_owned();
+                self.open -= 1;
+                self.finish_lane(&key, Next::Retry { after, attempts, error, log });
+                return;
+            }
+            End::Outcome(Outcome::Retry(error) | Outcome::Permanent(error)) => {
+                tracing::warn!(subscription = &*self.source.name, event_id = %event.id, attempts, %error, "dead letter");
+                let log = logged(lane, &self.source.worker, &error, started);
+                finish(lane, log, Some(error.message().to_owned()));
+            }
+            End::Settled => {
+                lane.run.pop_front();
+                (lane.attempts, lane.log) = (1, None);
+                self.open -= 1;
+                if lane.run.is_empty() {
+                    self.lanes.remove(&key);
+                    self.look_at = Instant::now();
+                    return;
+                }
+            }
+            End::Superseded => {
+                self.open -= 1;
+                self.lose(&key);
+                return;
+            }
+            End::Cancelled => {
+                self.open -= 1;
+                let (attempts, log) = (attempts.saturating_sub(1), lane.log.take());
+                self.finish_lane(&key, Next::Release { attempts, log });
+                return;
+            }
+            End::Unknown => {
+                self.open -= 1;
+                let error = format!(
+                    "no handler in this worker for {} version {}; no attempt was spent",
+                    event.event_type, event.schema_version
+                );
+                let (attempts, log) = (attempts.saturating_sub(1), lane.log.take());
+                self.finish_lane(&key, Next::Retry { after: UNKNOWN_WAIT, attempts, error, log });
+                return;
+            }
+            // `Outcome` may grow; a future kind is an unknown end.
+            End::Outcome(_) => {
+                self.open -= 1;
+                self.lose(&key);
+                return;
+            }
+        }
+        if lane.run.is_empty() {
+            self.finish_lane(&key, Next::Yield);
+        } else {
+            self.ready.push_back(key);
+        }
+    }
+
+    /// Reports a lane for the last time.
+    fn finish_lane(&mut self, key: &str, next: Next) {
+        if let Some(lane) = self.lanes.remove(key) {
+            self.reports.push(LaneReport { lane: lane.lane, finished: lane.finished, next });
+        }
+    }
+
+    /// Gives back what was leased and not started.
+    fn release_ready(&mut self) {
+        let ready: Vec<String> =
+            self.lanes.iter().filter(|(_, lane)| !lane.running).map(|(key, _)| key.clone()).collect();
+        self.ready.clear();
+        for key in ready {
+            let Some(lane) = self.lanes.get_mut(&key) else { continue };
+            let (attempts, log) = (lane.attempts.saturating_sub(1), lane.log.take());
+            self.finish_lane(&key, Next::Release { attempts, log });
+        }
+    }
+
+    fn settle(&mut self) {
+        if self.settling.is_some() || self.settle_at > Instant::now() || !self.has_reports() {
+            return;
+        }
+        let reports = self.unstored.take().unwrap_or_else(|| self.gather());
+        let outbox = self.source.outbox.clone();
+        self.settling = Some(tokio::spawn(async move {
+            let settled = outbox.settle(&reports).await;
+            (reports, settled)
+        }));
+    }
+
+    /// One report for each lane in which something is over.
+    fn gather(&mut self) -> Vec<LaneReport> {
+        let mut reports = std::mem::take(&mut self.reports);
+        for lane in self.lanes.values_mut().filter(|lane| !lane.finished.is_empty()) {
+            let finished = std::mem::take(&mut lane.finished);
+            lane.unsettled += finished.len();
+            reports.push(LaneReport { lane: lane.lane.clone(), finished, next: Next::Keep });
+        }
+        reports
+    }
+
+    fn settled(&mut self, reports: Vec<LaneReport>, settled: Result<Vec<Settled>, DbErr>) {
+        let settled = match settled {
+            Ok(settled) => settled,
+            Err(error) => {
+                self.settle_failures += 1;
+                let wait = outage_wait(self.settle_failures);
+                tracing::warn!(subscription = &*self.source.name, %error, ?wait, "cannot store results, trying again");
+                self.settle_at = Instant::now() + wait;
+                self.unstored = Some(reports);
+                return;
+            }
+        };
+        self.settle_failures = 0;
+        for (report, settled) in reports.iter().zip(settled) {
+            self.open -= report.finished.len();
+            let held = self.lanes.get_mut(&report.lane.key).filter(|lane| lane.lane.token == report.lane.token);
+            if let Some(lane) = held {
+                lane.unsettled -= report.finished.len();
+            }
+            if settled == Settled::Superseded {
+                tracing::warn!(
+                    subscription = &*self.source.name,
+                    "the lease of a lane was lost; its results are dropped"
+                );
+                if matches!(report.next, Next::Keep) {
+                    self.lose(&report.lane.key);
+                }
+            }
+            if !matches!(report.next, Next::Keep) {
+                // The lane may have more: its next delivery, or one that was flushed while it was leased.
+                self.look_at = Instant::now();
+            }
+        }
+    }
+
+    /// The lease of a lane was taken over: everything about it is void.
+    fn lose(&mut self, key: &str) {
+        if let Some(lane) = self.lanes.remove(key) {
+            lane.cancelled.cancel();
+            self.open -= usize::from(lane.running) + lane.finished.len();
+        }
+    }
+
+    /// Renews leases after a third of their time, and stops attempts whose lease is about to end.
+    fn guard_leases(&mut self) {
+        let options = self.source.options;
+        let now = Instant::now();
+        for lane in self.lanes.values().filter(|lane| now + options.margin() >= lane.leased_until) {
+            lane.cancelled.cancel();
+        }
+        if self.renewing.is_some() || self.lanes.is_empty() || now < self.renewed_at + options.lease / 3 {
+            return;
+        }
+        self.renewed_at = now;
+        let outbox = self.source.outbox.clone();
+        let lanes: Vec<LaneRef> = self.lanes.values().map(|lane| lane.lane.clone()).collect();
+        self.renewing = Some(tokio::spawn(async move {
+            let held = outbox.renew(&lanes, options.lease).await;
+            (now, lanes, held)
+        }));
+    }
+
+    fn renewed(&mut self, asked_at: Instant, asked: &[LaneRef], held: Result<Vec<LaneRef>, DbErr>) {
+        let held = match held {
+            Ok(held) => held,
+            Err(error) => {
+                tracing::warn!(subscription = &*self.source.name, %error, "cannot renew leases, trying again");
+                return;
+            }
+        };
+        let held: std::collections::HashSet<LaneRef> = held.into_iter().collect();
+        for lease in asked {
+            let Some(lane) = self.lanes.get_mut(&lease.key).filter(|lane| lane.lane == *lease) else { continue };
+            if held.contains(lease) {
+                lane.leased_until = asked_at + self.source.options.lease;
+            } else {
+                tracing::warn!(subscription = &*self.source.name, "the lease of a lane was lost");
+                self.lose(&lease.key);
+            }
+        }
+    }
+
+    fn cancel_all(&mut self) {
+        for lane in self.lanes.values() {
+            lane.cancelled.cancel();
+        }
+    }
+
+    /// The worker is gone and with it its attempts: no result will come.
+    fn forget_running(&mut self) {
+        for lane in self.lanes.values_mut().filter(|lane| lane.running) {
+            lane.running = false;
+            self.open -= 1;
+        }
+    }
+}
+
+/// The result of a background task; pending while there is none.
+async fn finished<T>(task: &mut Option<JoinHandle<T>>) -> T {
+    loop {
+        match task {
+            None => std::future::pending().await,
+            Some(running) => {
+                let joined = running.await;
+                *task = None;
+                match joined {
+                    Ok(value) => return value,
+                    // Only when the runtime shuts down, or on a bug in the store.
+                    Err(error) => tracing::error!(%error, "a database task of the worker ended early"),
+                }
+            }
+        }
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn outage_wait(failures: u32) -> Duration {
+    let wait = Duration::from_millis(100) * 2_u32.pow(failures.min(10));
+    wait.min(LONGEST_OUTAGE_WAIT).mul_f64(fastrand::f64().mul_add(0.5, 0.5))
+}
+
+fn count(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}
+
+/// The attempt log with one more entry.
+fn logged(lane: &Lane, worker: &str, error: &DeliveryError, started: Instant) -> Option<String> {
+    let mut log: Vec<serde_json::Value> =
+        lane.log.as_deref().and_then(|log| serde_json::from_str(log).ok()).unwrap_or_default();
+    if log.len() >= LOGGED_ATTEMPTS {
+        log.remove(0);
+    }
+    log.push(serde_json::json!({
+        "attempt": lane.attempts,
+        "at": chrono::Utc::now(),
+        "worker": worker,
+        "error": error.message(),
+        "milliseconds": started.elapsed().as_millis(),
+    }));
+    serde_json::to_string(&log).ok()
+}

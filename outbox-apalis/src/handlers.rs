@@ -1,0 +1,208 @@
+use std::{collections::HashMap, fmt, future::Future, sync::Arc};
+
+use futures_util::future::BoxFuture;
+use outbox_core::{Context, Delivery, DeliveryError, Event, Events, RecordedEvent};
+use outbox_seaorm::{Finished, LaneReport, Next, Outbox, Settled, Tx, UnitOfWork, once};
+
+use crate::{
+    destination::{Destination, End},
+    task::Attempt,
+};
+
+/// The typed in-process handlers of one subscription, one for each event type and schema version.
+///
+/// Events of the subscription whose type has no handler here are left alone: no attempt is spent on them, a worker
+/// that has the handler delivers them.
+#[derive(Default)]
+pub struct Handlers {
+    plain: HashMap<(&'static str, i32), PlainHandler>,
+    transactional: HashMap<(&'static str, i32), TxHandler>,
+}
+
+type PlainHandler =
+    Arc<dyn Fn(Arc<RecordedEvent>, Delivery) -> BoxFuture<'static, Result<(), DeliveryError>> + Send + Sync>;
+type TxHandler = Arc<dyn Fn(Arc<RecordedEvent>, Effect) -> BoxFuture<'static, Result<(), DeliveryError>> + Send + Sync>;
+
+impl fmt::Debug for Handlers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handlers")
+            .field("plain", &self.plain.keys())
+            .field("transactional", &self.transactional.keys())
+            .finish()
+    }
+}
+
+impl Handlers {
+    /// Starts without handlers.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a handler that runs **at least once** for each event of type `E`: with the same event id each time, again
+    /// after an error, a panic, a timeout, or a crash before the success was stored.
+    ///
+    /// Its future is dropped when the attempt's time is over or the worker stops.
+    ///
+    /// # Panics
+    ///
+    /// If the type already has a handler.
+    #[must_use]
+    pub fn on<E, F, Fut>(mut self, handler: F) -> Self
+    where
+        E: Event,
+        F: Fn(E, Delivery) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<(), DeliveryError>> + Send + 'static,
+    {
+        self.refuse_second::<E>();
+        let run = move |event: Arc<RecordedEvent>, delivery: Delivery| match decode::<E>(&event) {
+            Ok(event) => Box::pin(handler(event, delivery)) as BoxFuture<'static, _>,
+            Err(error) => Box::pin(std::future::ready(Err(error))),
+        };
+        self.plain.insert((E::TYPE, E::SCHEMA_VERSION), Arc::new(run));
+        self
+    }
+
+    /// Adds a handler whose effect on this database happens **exactly once** for each event of type `E`: what it
+    /// writes through [`Effect::tx`], its entry in the inbox, and the acknowledgement commit together or not at all.
+    /// Events it pushes are flushed with them, caused by this one.
+    ///
+    /// Effects elsewhere (a mail, a call) are at least once, as with [`on`](Self::on).
+    ///
+    /// # Panics
+    ///
+    /// If the type already has a handler.
+    #[must_use]
+    pub fn on_tx<E, F, Fut>(mut self, handler: F) -> Self
+    where
+        E: Event,
+        F: Fn(E, Effect) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<(), DeliveryError>> + Send + 'static,
+    {
+        self.refuse_second::<E>();
+        let run = move |event: Arc<RecordedEvent>, effect: Effect| match decode::<E>(&event) {
+            Ok(event) => Box::pin(handler(event, effect)) as BoxFuture<'static, _>,
+            Err(error) => Box::pin(std::future::ready(Err(error))),
+        };
+        self.transactional.insert((E::TYPE, E::SCHEMA_VERSION), Arc::new(run));
+        self
+    }
+
+    fn refuse_second<E: Event>(&self) {
+        let key = (E::TYPE, E::SCHEMA_VERSION);
+        assert!(
+            !self.plain.contains_key(&key) && !self.transactional.contains_key(&key),
+            "the event type {:?} version {} already has a handler in this subscription",
+            E::TYPE,
+            E::SCHEMA_VERSION
+        );
+    }
+}
+
+/// A payload that does not decode today will not decode tomorrow.
+fn decode<E: Event>(event: &RecordedEvent) -> Result<E, DeliveryError> {
+    event.decode().map_err(|error| DeliveryError::permanent(DeliveryError::from(error).message()))
+}
+
+/// What a transactional handler works with.
+#[derive(Debug)]
+pub struct Effect {
+    tx: Tx,
+    events: Events,
+    delivery: Delivery,
+}
+
+impl Effect {
+    /// The transaction of the effect. Begins with its first statement.
+    #[must_use]
+    pub fn tx(&self) -> &Tx {
+        &self.tx
+    }
+
+    /// Events pushed here are flushed when the effect commits.
+    #[must_use]
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// The delivery: the recorded event and the number of the attempt.
+    #[must_use]
+    pub fn delivery(&self) -> &Delivery {
+        &self.delivery
+    }
+}
+
+pub(crate) struct HandlersDestination {
+    pub(crate) outbox: Outbox,
+    pub(crate) handlers: Handlers,
+}
+
+impl HandlersDestination {
+    async fn effect(&self, handler: &TxHandler, event: &Arc<RecordedEvent>, attempt: &Attempt) -> End {
+        let unit = self.outbox.begin(caused_by(event));
+        if let Err(error) = self.write(&unit, handler, event, attempt).await {
+            unit.rollback().await;
+            return End::Outcome(Err(error).into());
+        }
+        let finished =
+            Finished { position: event.position, attempts: attempt.number, log: attempt.log.clone(), error: None };
+        let next = if attempt.last { Next::Yield } else { Next::Keep };
+        let report = LaneReport { lane: attempt.lane.clone(), finished: vec![finished], next };
+        match unit.commit_with(report).await {
+            Ok(Settled::Done) => End::Settled,
+            Ok(Settled::Superseded) => End::Superseded,
+            Err(error) => End::Outcome(Err(error.into()).into()),
+        }
+    }
+
+    async fn write(
+        &self,
+        unit: &UnitOfWork,
+        handler: &TxHandler,
+        event: &Arc<RecordedEvent>,
+        attempt: &Attempt,
+    ) -> Result<(), DeliveryError> {
+        let tx = unit.tx();
+        if !once(&self.outbox, &tx, &attempt.subscription, event.id).await? {
+            return Ok(());
+        }
+        let effect = Effect { tx, events: unit.events(), delivery: attempt.delivery(event) };
+        handler(event.clone(), effect).await
+    }
+}
+
+/// Events that a handler pushes belong to the same story.
+fn caused_by(event: &RecordedEvent) -> Context {
+    let mut context = Context::default();
+    context.tenant = event.tenant.clone();
+    context.actor = event.actor.clone();
+    context.correlation_id = event.correlation_id.clone();
+    context.causation_id = Some(event.id.to_string());
+    context.traceparent = event.traceparent.clone();
+    context.tracestate = event.tracestate.clone();
+    context
+}
+
+impl Destination for HandlersDestination {
+    fn knows(&self, event: &RecordedEvent) -> bool {
+        let key = (event.event_type.as_str(), event.schema_version);
+        self.handlers.plain.contains_key(&key) || self.handlers.transactional.contains_key(&key)
+    }
+
+    fn settles(&self, event: &RecordedEvent) -> bool {
+        self.handlers.transactional.contains_key(&(event.event_type.as_str(), event.schema_version))
+    }
+
+    fn deliver<'a>(&'a self, event: &'a Arc<RecordedEvent>, attempt: &'a Attempt) -> BoxFuture<'a, End> {
+        let key = (event.event_type.as_str(), event.schema_version);
+        Box::pin(async move {
+            if let Some(handler) = self.handlers.plain.get(&key) {
+                End::Outcome(handler(event.clone(), attempt.delivery(event)).await.into())
+            } else if let Some(handler) = self.handlers.transactional.get(&key) {
+                self.effect(handler, event, attempt).await
+            } else {
+                End::Unknown
+            }
+        })
+    }
+}

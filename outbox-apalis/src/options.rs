@@ -1,0 +1,39 @@
+use std::time::Duration;
+
+/// How a worker claims and delivers. All durations are measured by this process, except that leases and retry times
+/// are compared by the database's clock.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Options {
+    pub(crate) lease: Duration,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) poll: Option<Duration>,
+    pub(crate) concurrency: usize,
+    pub(crate) batch: usize,
+    pub(crate) grace: Duration,
+}
+
+/// An option of a worker that makes no sense; the text says why.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct InvalidOption(pub(crate) &'static str);
+
+impl Options {
+    pub(crate) const DEFAULT: Self = Self {
+        lease: Duration::from_secs(30),
+        timeout: None,
+        poll: None,
+        concurrency: 10,
+        batch: 100,
+        grace: Duration::from_secs(10),
+    };
+
+    /// How long one attempt may take.
+    pub(crate) fn timeout(&self) -> Duration {
+        self.timeout.unwrap_or(self.lease)
+    }
+
+    /// An attempt is cancelled this long before its lease ends, so that its result still counts.
+    pub(crate) fn margin(&self) -> Duration {
+        self.lease / 5
+    }
+}

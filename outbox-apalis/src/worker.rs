@@ -1,0 +1,329 @@
+use std::{
+    future::Future,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use apalis::{
+    layers::WorkerBuilderExt,
+    prelude::{Monitor, WorkerBuilder},
+};
+use outbox_core::{Outcome, Publisher, Subscription};
+use outbox_seaorm::{Outbox, RegisterError, SchemaError};
+use sea_orm::DbBackend;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Handlers, InvalidOption, OutboxBackend,
+    destination::{self, AttemptResult, Destination, End, PublisherDestination},
+    feed::Source,
+    handlers::HandlersDestination,
+    options::Options,
+    task::DeliveryTask,
+};
+
+/// How often a worker shows that it is alive.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// When a worker that was killed disappears from the dashboards.
+const FORGET_AFTER: Duration = Duration::from_secs(3600);
+
+/// Delivers the events of an outbox: one apalis worker for each subscription, in this process.
+///
+/// Start any number of processes with the same subscriptions: they share the work. A process that dies is replaced
+/// when its leases end.
+pub struct Worker {
+    outbox: Outbox,
+    options: Options,
+    subscriptions: Vec<(Subscription, Arc<dyn Destination>)>,
+}
+
+impl std::fmt::Debug for Worker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names: Vec<_> = self.subscriptions.iter().map(|(subscription, _)| subscription.name()).collect();
+        f.debug_struct("Worker").field("options", &self.options).field("subscriptions", &names).finish()
+    }
+}
+
+/// Why a worker did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The tables do not fit.
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
+    /// A subscription could not be stored.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+    /// Two subscriptions of this worker have the same name.
+    #[error("the subscription {0:?} was added twice; one name is one subscription")]
+    Twice(String),
+    /// There is nothing to do.
+    #[error("the worker has no subscriptions; add one with `.handlers(…)` or `.publisher(…)`")]
+    Empty,
+}
+
+impl Worker {
+    /// Starts without subscriptions.
+    #[must_use]
+    pub fn new(outbox: Outbox) -> Self {
+        Self { outbox, options: Options::DEFAULT, subscriptions: Vec::new() }
+    }
+
+    /// Adds a subscription whose events go to typed functions in this process.
+    #[must_use]
+    pub fn handlers(mut self, subscription: Subscription, handlers: Handlers) -> Self {
+        let outbox = self.outbox.clone();
+        self.subscriptions.push((subscription, Arc::new(HandlersDestination { outbox, handlers })));
+        self
+    }
+
+    /// Adds a subscription whose events go to a destination outside.
+    #[must_use]
+    pub fn publisher(mut self, subscription: Subscription, publisher: impl Publisher) -> Self {
+        self.subscriptions.push((subscription, Arc::new(PublisherDestination(publisher))));
+        self
+    }
+
+    /// Sets how long a claimed delivery stays with this process before another may take it. Renewed while the process
+    /// lives, so it only decides how long the deliveries of a process that was killed wait. Defaults to 30 s.
+    ///
+    /// # Errors
+    ///
+    /// If it is shorter than 100 ms.
+    pub fn lease(mut self, lease: Duration) -> Result<Self, InvalidOption> {
+        if lease < Duration::from_millis(100) {
+            return Err(InvalidOption("a lease must be at least 100 ms"));
+        }
+        self.options.lease = lease;
+        Ok(self)
+    }
+
+    /// Sets how long one attempt may take; then it is cancelled and counts as failed. Defaults to the lease.
+    ///
+    /// # Errors
+    ///
+    /// If it is zero.
+    pub fn timeout(mut self, timeout: Duration) -> Result<Self, InvalidOption> {
+        if timeout.is_zero() {
+            return Err(InvalidOption("an attempt needs more time than zero"));
+        }
+        self.options.timeout = Some(timeout);
+        Ok(self)
+    }
+
+    /// Sets the longest wait between two looks at the database. Defaults to 5 s, and to 500 ms on SQLite, where a look
+    /// is a read of a local file.
+    ///
+    /// Events of this process, retries and delays do not wait for it; events of other processes do. After activity the
+    /// looks are eight times as frequent and become rarer again.
+    ///
+    /// # Errors
+    ///
+    /// If it is shorter than 10 ms.
+    pub fn poll(mut self, poll: Duration) -> Result<Self, InvalidOption> {
+        if poll < Duration::from_millis(10) {
+            return Err(InvalidOption("the poll interval must be at least 10 ms"));
+        }
+        self.options.poll = Some(poll);
+        Ok(self)
+    }
+
+    /// Sets how many deliveries each subscription has under way in this process, those included whose success is not
+    /// stored yet: what a crash repeats at most. Defaults to 10.
+    ///
+    /// # Errors
+    ///
+    /// If it is 0 or more than 10,000.
+    pub fn concurrency(mut self, deliveries: usize) -> Result<Self, InvalidOption> {
+        if !(1..=10_000).contains(&deliveries) {
+            return Err(InvalidOption("the concurrency must be between 1 and 10,000"));
+        }
+        self.options.concurrency = deliveries;
+        Ok(self)
+    }
+
+    /// Sets how many keys are claimed at once, and how many deliveries of each. Defaults to 100.
+    ///
+    /// # Errors
+    ///
+    /// If it is 0 or more than 10,000.
+    pub fn batch(mut self, size: usize) -> Result<Self, InvalidOption> {
+        if !(1..=10_000).contains(&size) {
+            return Err(InvalidOption("the batch size must be between 1 and 10,000"));
+        }
+        self.options.batch = size;
+        Ok(self)
+    }
+
+    /// Sets how long attempts under way may go on after the worker was asked to stop. Defaults to 10 s.
+    #[must_use]
+    pub fn shutdown_grace(mut self, grace: Duration) -> Self {
+        self.options.grace = grace;
+        self
+    }
+
+    /// Registers the subscriptions and delivers until `shutdown` completes.
+    ///
+    /// Then nothing new is begun, attempts under way have the grace time to end, and everything else is given back at
+    /// once with its attempt. When this returns, no lease of this worker is left, as long as the database answers.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`]. Once started, it goes on whatever the database does.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future is a crash: what is under way is delivered again after its lease.
+    pub async fn run_until(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), StartError> {
+        self.start().await?.run_until(shutdown).await;
+        Ok(())
+    }
+
+    /// Registers the subscriptions, so that the events of every commit from now on are theirs, without delivering yet.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`].
+    pub async fn start(self) -> Result<StartedWorker, StartError> {
+        if self.subscriptions.is_empty() {
+            return Err(StartError::Empty);
+        }
+        self.outbox.check_schema().await?;
+        let worker: Arc<str> = worker_id().into();
+        let poll = self.options.poll.unwrap_or(match self.outbox.writer().get_database_backend() {
+            DbBackend::Sqlite => Duration::from_millis(500),
+            _ => Duration::from_secs(5),
+        });
+        let stop = CancellationToken::new();
+        let mut sources: Vec<Source> = Vec::new();
+        for (subscription, destination) in self.subscriptions {
+            if sources.iter().any(|source| &*source.name == subscription.name()) {
+                return Err(StartError::Twice(subscription.name().to_owned()));
+            }
+            sources.push(Source {
+                outbox: self.outbox.clone(),
+                subscription: self.outbox.register(&subscription).await?,
+                name: subscription.name().into(),
+                worker: worker.clone(),
+                retry: *subscription.retry_policy(),
+                destination,
+                options: self.options,
+                poll,
+                stop: stop.clone(),
+            });
+        }
+        Ok(StartedWorker { outbox: self.outbox, worker, sources, stop })
+    }
+}
+
+/// A worker whose subscriptions are registered.
+pub struct StartedWorker {
+    outbox: Outbox,
+    worker: Arc<str>,
+    sources: Vec<Source>,
+    stop: CancellationToken,
+}
+
+impl std::fmt::Debug for StartedWorker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StartedWorker").field("id", &self.worker).finish_non_exhaustive()
+    }
+}
+
+impl StartedWorker {
+    /// Delivers until `shutdown` completes; see [`Worker::run_until`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future is a crash: what is under way is delivered again after its lease.
+    pub async fn run_until(self, shutdown: impl Future<Output = ()> + Send) {
+        let names: Vec<String> = self.sources.iter().map(|source| source.name.to_string()).collect();
+        tracing::info!(worker = &*self.worker, subscriptions = ?names, "worker started");
+        let alive = tokio::spawn(heartbeats(self.outbox.clone(), self.worker.clone(), names));
+        let monitor = self.sources.into_iter().fold(Monitor::new(), register);
+        let stop = self.stop;
+        // Feeds stop before apalis does: only they know what is under way and how long it may go on.
+        let signal = async {
+            shutdown.await;
+            tracing::info!(worker = &*self.worker, "worker is stopping");
+            stop.cancel();
+            Ok(())
+        };
+        if let Err(error) = monitor.run_with_signal(signal).await {
+            tracing::error!(%error, "a worker did not end cleanly");
+        }
+        alive.abort();
+        if let Err(error) = self.outbox.forget_worker(&self.worker).await {
+            tracing::debug!(%error, "the heartbeat was not taken back");
+        }
+        tracing::info!(worker = &*self.worker, "worker stopped");
+    }
+}
+
+fn register(monitor: Monitor, source: Source) -> Monitor {
+    monitor
+        .should_restart(|_, error| {
+            tracing::error!(%error, "a worker ended early and is started again");
+            true
+        })
+        .register(move |_| {
+            let mut backend = OutboxBackend::working(source.clone());
+            let results = backend.results();
+            let (destination, timeout) = (source.destination.clone(), source.options.timeout());
+            WorkerBuilder::new(format!("{}/{}", source.worker, source.name))
+                .backend(backend)
+                .enable_tracing()
+                .build(move |task: DeliveryTask| run(destination.clone(), results.clone(), task, timeout))
+        })
+}
+
+/// One apalis task: one attempt, whose end goes to the feed. An error is what apalis' layers see of a failure; nothing
+/// is tried again here.
+async fn run(
+    destination: Arc<dyn Destination>,
+    results: tokio::sync::mpsc::UnboundedSender<AttemptResult>,
+    task: DeliveryTask,
+    timeout: Duration,
+) -> Result<(), AttemptFailed> {
+    let Some(attempt) = &task.attempt else { return Ok(()) };
+    let (key, token, started) = (attempt.lane.key.clone(), attempt.lane.token, Instant::now());
+    let end = destination::attempt(destination, task, timeout).await;
+    let failed = match &end {
+        End::Outcome(Outcome::Retry(error) | Outcome::Permanent(error)) => {
+            Err(AttemptFailed(error.message().to_owned()))
+        }
+        _ => Ok(()),
+    };
+    // The feed ends only after all its tasks.
+    let _ = results.send(AttemptResult { key, token, end, started });
+    failed
+}
+
+/// The error text of an attempt, for apalis.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct AttemptFailed(String);
+
+async fn heartbeats(outbox: Outbox, worker: Arc<str>, names: Vec<String>) {
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut interval = tokio::time::interval(HEARTBEAT);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        let beat = async {
+            outbox.heartbeat(&worker, &names).await?;
+            outbox.forget_workers(FORGET_AFTER).await
+        };
+        if let Err(error) = beat.await {
+            tracing::debug!(%error, "heartbeat failed");
+        }
+    }
+}
+
+/// Host, process and a random part: a restarted process never takes the name of the one before.
+fn worker_id() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
+    let host = host.as_deref().map(str::trim).filter(|host| !host.is_empty()).unwrap_or("host").to_owned();
+    format!("{host}-{}-{:06x}", std::process::id(), fastrand::u32(..0x100_0000))
+}

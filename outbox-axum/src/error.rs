@@ -1,0 +1,138 @@
+use axum::{
+    Json,
+    response::{IntoResponse, Response},
+};
+use http::{HeaderValue, StatusCode, header::RETRY_AFTER};
+use outbox_core::PushError;
+use outbox_seaorm::{SavepointError, is_transient};
+use sea_orm::DbErr;
+use serde::Serialize;
+
+pub(crate) const INTERNAL: &str = "the request failed; the log of the service says why";
+pub(crate) const CONFLICT: &str = "this does not fit what is stored already; change the request";
+const BUSY: &str = "the service is busy; send the request again in a moment";
+const TOO_LARGE: &str = "this is more than one request may do; send less at once";
+const INVALID: &str = "a value of the request is not valid; change the request";
+
+/// What a handler answers when the database or the collector refused: `?` makes it from their errors.
+///
+/// | cause | status |
+/// |---|---|
+/// | unique or foreign key violated | 409 |
+/// | no connection free, database busy, serialization failure, deadlock | 503 with `retry-after: 1` |
+/// | event or number of events too large | 413 |
+/// | name or payload of an event not valid | 422 |
+/// | everything else | 500 |
+///
+/// All of them roll the request back. The body is `{"error":"…"}` with a fixed sentence; what the database said goes to
+/// the log alone. An application with more to say wraps it in an error type of its own.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The database refused a statement, or could not be reached.
+    #[error("a statement failed")]
+    Database(#[from] DbErr),
+    /// An event was not taken.
+    #[error("an event was not taken")]
+    Push(#[from] PushError),
+    /// A statement in a savepoint failed, and the work in it answered with a success nevertheless.
+    #[error("a statement in a savepoint failed and its error was ignored")]
+    Savepoint,
+}
+
+impl Error {
+    /// The status of the response.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::Database(error) if is_transient(error) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Database(error) if error.sql_err().is_some() => StatusCode::CONFLICT,
+            Self::Push(
+                PushError::PayloadTooLarge { .. } | PushError::TooManyEvents { .. } | PushError::TooManyBytes { .. },
+            ) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Push(PushError::Name(_) | PushError::Payload { .. }) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Database(_) | Self::Push(_) | Self::Savepoint => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+}
+
+impl<E: Into<Self>> From<SavepointError<E>> for Error {
+    fn from(error: SavepointError<E>) -> Self {
+        match error {
+            SavepointError::Work(error) => error.into(),
+            SavepointError::Database(error) => Self::Database(error),
+            _ => Self::Savepoint,
+        }
+    }
+}
+
+impl IntoResponse for Error {
+    fn into_response(self) -> Response {
+        let source: &dyn std::error::Error = &self;
+        let status = self.status();
+        if status.is_server_error() {
+            tracing::error!(error = source, "a handler failed");
+        } else {
+            tracing::debug!(error = source, "a handler refused the request");
+        }
+        match status {
+            StatusCode::SERVICE_UNAVAILABLE => busy(),
+            StatusCode::CONFLICT => answer(status, CONFLICT),
+            StatusCode::PAYLOAD_TOO_LARGE => answer(status, TOO_LARGE),
+            StatusCode::UNPROCESSABLE_ENTITY => answer(status, INVALID),
+            _ => answer(status, INTERNAL),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Sentence {
+    error: &'static str,
+}
+
+/// A response whose body is `{"error": sentence}`.
+pub(crate) fn answer(status: StatusCode, sentence: &'static str) -> Response {
+    (status, Json(Sentence { error: sentence })).into_response()
+}
+
+pub(crate) fn busy() -> Response {
+    let mut response = answer(StatusCode::SERVICE_UNAVAILABLE, BUSY);
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use outbox_core::{Events, Limits, NewEvent, check_name};
+    use sea_orm::ConnAcquireErr;
+
+    use super::*;
+
+    fn pushed(limits: Limits) -> Error {
+        let events = Events::new(limits, outbox_core::Context::default());
+        events.push(NewEvent::dynamic("a", "a", "1", &"four").unwrap()).unwrap_err().into()
+    }
+
+    #[test]
+    fn each_cause_has_its_status() {
+        let closed = Events::new(Limits::default(), outbox_core::Context::default());
+        let _ = closed.close();
+        let closed = closed.push(NewEvent::dynamic("a", "a", "1", &()).unwrap()).unwrap_err();
+        let name = check_name("event type", "Not A Name").unwrap_err();
+        let payload = NewEvent::dynamic("a", "a", "1", &std::collections::HashMap::from([((), ())])).unwrap_err();
+        for (error, status) in [
+            (pushed(Limits::default().payload(5)), 413),
+            (pushed(Limits::default().events(0)), 413),
+            (pushed(Limits::default().bytes(5)), 413),
+            (PushError::from(name).into(), 422),
+            (payload.into(), 422),
+            (closed.into(), 500),
+            (DbErr::ConnectionAcquire(ConnAcquireErr::Timeout).into(), 503),
+            (DbErr::RecordNotFound("todos".to_owned()).into(), 500),
+            (SavepointError::<DbErr>::StatementFailed.into(), 500),
+            (SavepointError::Work(DbErr::ConnectionAcquire(ConnAcquireErr::Timeout)).into(), 503),
+        ] {
+            assert_eq!(error.status().as_u16(), status, "{error:?}");
+        }
+    }
+}

@@ -1,0 +1,161 @@
+use std::ops::Deref;
+
+use async_trait::async_trait;
+use axum::{
+    extract::FromRequestParts,
+    response::{IntoResponse, Response},
+};
+use http::{StatusCode, request::Parts};
+use outbox_seaorm::{SavepointError, TxSource};
+use sea_orm::{ConnectionTrait, DbBackend, DbErr, ExecResult, QueryResult, Statement};
+
+/// The transaction of the request, as an extractor. Use `&tx` wherever SeaORM takes a connection.
+///
+/// It begins with the first statement and ends before the response leaves: finish with it before, and do not move it
+/// into a spawned task or the response's stream, or the request rolls back with a 500. Extractors, middleware and
+/// handler of one request share one transaction; take it as often as you like.
+///
+/// A wrapper of [`outbox_seaorm::Tx`], which explains its states, and dereferences to it. Functions that also run
+/// outside HTTP take that one or `&impl ConnectionTrait`; `&tx` fits both.
+///
+/// # Cancel safety
+///
+/// A statement whose future is dropped halfway leaves the transaction failed: nothing is committed.
+#[derive(Clone, Debug)]
+pub struct Tx(pub outbox_seaorm::Tx);
+
+/// The collector of the request, as an extractor: what is pushed is stored if and only if the request commits.
+///
+/// A cheap handle. It may outlive the response; pushing is an error then
+/// ([`PushError::Closed`](outbox_core::PushError::Closed)). A wrapper of [`outbox_core::Events`], which has the
+/// methods; functions that do not know axum take `&outbox_core::Events`, and `&events` fits.
+#[derive(Clone, Debug)]
+pub struct Events(pub outbox_core::Events);
+
+/// An extractor that was used on a route without [`OutboxLayer`](crate::OutboxLayer). Answers 500; the text names the
+/// fix.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("`{extractor}` used without `OutboxLayer`; add `.layer(OutboxLayer::new(…))` to the router")]
+#[non_exhaustive]
+pub struct MissingLayer {
+    extractor: &'static str,
+}
+
+impl Tx {
+    /// Runs `work` in a savepoint. If it answers with an error, or a statement in it failed, what it wrote is rolled
+    /// back and the events pushed meanwhile are dropped; the transaction goes on.
+    ///
+    /// One at a time: a savepoint inside a savepoint is fine, two side by side are not.
+    ///
+    /// ```
+    /// use outbox_axum::{Error, Events, Tx};
+    /// use outbox_core::NewEvent;
+    /// use outbox_seaorm::SavepointError;
+    /// use sea_orm::ConnectionTrait;
+    ///
+    /// async fn label(tx: Tx) -> Result<&'static str, Error> {
+    ///     let labelled = tx
+    ///         .savepoint(|tx, events| async move {
+    ///             tx.execute_unprepared("insert into labels values ('urgent')").await?;
+    ///             events.push(NewEvent::dynamic("label.created", "label", "urgent", &())?)?;
+    ///             Ok::<_, Error>(())
+    ///         })
+    ///         .await;
+    ///     match labelled {
+    ///         Ok(()) => Ok("new label"),
+    ///         Err(SavepointError::Work(Error::Database(_))) => Ok("the label was there"), // goes on, and commits
+    ///         Err(error) => Err(error.into()),
+    ///     }
+    /// }
+    /// # axum::Router::<()>::new().route("/", axum::routing::post(label));
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`outbox_seaorm::Tx::savepoint`]; [`Error`](crate::Error) takes all of them with `?`.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves the transaction failed: nothing can be committed.
+    pub async fn savepoint<T, E, F, Fut>(&self, work: F) -> Result<T, SavepointError<E>>
+    where
+        F: FnOnce(Self, Events) -> Fut,
+        Fut: Future<Output = Result<T, E>>,
+    {
+        self.0.savepoint(|tx, events| work(Self(tx), Events(events))).await
+    }
+}
+
+impl Deref for Tx {
+    type Target = outbox_seaorm::Tx;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl Deref for Events {
+    type Target = outbox_core::Events;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Tx {
+    type Rejection = MissingLayer;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Self::Rejection> {
+        Ok(Self(source(parts, "Tx")?.tx()))
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Events {
+    type Rejection = MissingLayer;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Self::Rejection> {
+        Ok(Self(source(parts, "Events")?.events()))
+    }
+}
+
+fn source<'a>(parts: &'a Parts, extractor: &'static str) -> Result<&'a TxSource, MissingLayer> {
+    parts.extensions.get().ok_or(MissingLayer { extractor })
+}
+
+impl MissingLayer {
+    /// The status of the response: 500.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        StatusCode::INTERNAL_SERVER_ERROR
+    }
+}
+
+impl IntoResponse for MissingLayer {
+    fn into_response(self) -> Response {
+        tracing::error!("{self}");
+        (self.status(), self.to_string()).into_response()
+    }
+}
+
+#[async_trait]
+impl ConnectionTrait for Tx {
+    fn get_database_backend(&self) -> DbBackend {
+        self.0.get_database_backend()
+    }
+
+    async fn execute_raw(&self, statement: Statement) -> Result<ExecResult, DbErr> {
+        self.0.execute_raw(statement).await
+    }
+
+    async fn execute_unprepared(&self, sql: &str) -> Result<ExecResult, DbErr> {
+        self.0.execute_unprepared(sql).await
+    }
+
+    async fn query_one_raw(&self, statement: Statement) -> Result<Option<QueryResult>, DbErr> {
+        self.0.query_one_raw(statement).await
+    }
+
+    async fn query_all_raw(&self, statement: Statement) -> Result<Vec<QueryResult>, DbErr> {
+        self.0.query_all_raw(statement).await
+    }
+}

@@ -1,0 +1,202 @@
+use std::time::Duration;
+
+use axum::{
+    Json, Router,
+    extract::{Request, State},
+    middleware::{Next, from_fn, from_fn_with_state},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use http::{
+    HeaderValue, Method, StatusCode,
+    header::{
+        ALLOW, AUTHORIZATION, CACHE_CONTROL, REFERRER_POLICY, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+    },
+};
+use outbox_seaorm::{Outbox, Status, SubscriptionStatus};
+use serde::Serialize;
+use tower_layer::Layer;
+
+use crate::{
+    error::answer,
+    token::{InvalidToken, Token},
+};
+
+/// A probe that waits longer has given up.
+const READY_WITHIN: Duration = Duration::from_secs(2);
+
+/// What operators use, for a listener of its own: status API, health checks, and the dashboard.
+///
+/// | path | answer |
+/// |---|---|
+/// | `GET /healthz` | 200 `ok` while the process runs |
+/// | `GET /readyz` | 200 `ready` if the database answers and has the tables, else 503 `not ready` |
+/// | `GET /outbox/api/status` | subscriptions with their counts, and workers |
+/// | everything else | the [dashboard](Self::dashboard), or 404 |
+///
+/// All but the first two need the token: `Authorization: Bearer TOKEN`, or HTTP basic authentication with the token as
+/// the password of any user, so that a browser can log in. Nothing here writes, so nothing depends on a commit and a
+/// crash loses nothing.
+///
+/// ```
+/// use axum::Router;
+/// use outbox_axum::{InvalidToken, Operator};
+/// use outbox_seaorm::Outbox;
+///
+/// fn operator_router(outbox: Outbox, token: String, board: Router) -> Result<Router, InvalidToken> {
+///     Ok(Operator::new(outbox, token)?.dashboard(board).into_router())
+/// }
+/// ```
+#[derive(Debug)]
+pub struct Operator {
+    outbox: Outbox,
+    token: Token,
+    dashboard: Option<Router>,
+}
+
+impl Operator {
+    /// Serves this outbox to those who know the token.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidToken`] if the token is empty or has white space or control characters, which no client could send:
+    /// a line break at the end of a secret's file is noticed here.
+    pub fn new(outbox: impl Into<Outbox>, token: impl Into<String>) -> Result<Self, InvalidToken> {
+        Ok(Self { outbox: outbox.into(), token: Token::new(token.into())?, dashboard: None })
+    }
+
+    /// Serves a dashboard, such as apalis-board, under all paths that are not the operator's own. Defaults to none.
+    ///
+    /// It can be looked at only: other methods than GET and HEAD are answered with 405 before they reach it.
+    #[must_use]
+    pub fn dashboard(mut self, dashboard: Router) -> Self {
+        self.dashboard = Some(dashboard);
+        self
+    }
+
+    /// Builds the router.
+    pub fn into_router(self) -> Router {
+        let api = Router::new()
+            .route("/status", get(status))
+            .fallback(not_found)
+            .method_not_allowed_fallback(method_not_allowed)
+            .with_state(self.outbox.clone());
+        let guarded = Router::new().nest("/outbox/api", api);
+        let guarded = match self.dashboard {
+            Some(dashboard) => guarded.fallback_service(from_fn(look_only).layer(dashboard)),
+            None => guarded.fallback(not_found),
+        };
+        // The token is asked for around the whole router, so no path of it can be forgotten.
+        let guarded = from_fn_with_state(self.token, require_token).layer(guarded);
+        Router::new()
+            .route("/healthz", get(|| async { "ok" }))
+            .route("/readyz", get(ready))
+            .with_state(self.outbox)
+            .fallback_service(guarded)
+            .layer(from_fn(secure))
+    }
+}
+
+#[derive(Serialize)]
+struct StatusAnswer {
+    subscriptions: Vec<Subscription>,
+    workers: Vec<Worker>,
+}
+
+#[derive(Serialize)]
+struct Subscription {
+    #[serde(flatten)]
+    status: SubscriptionStatus,
+    circuit: &'static str,
+}
+
+#[derive(Serialize)]
+struct Worker {
+    id: String,
+    subscriptions: Vec<String>,
+    last_seen_seconds: f64,
+}
+
+impl From<Status> for StatusAnswer {
+    fn from(status: Status) -> Self {
+        // There are no circuits yet, so none can be open.
+        let subscription = |status| Subscription { status, circuit: "closed" };
+        let worker = |worker: outbox_seaorm::WorkerStatus| Worker {
+            id: worker.id,
+            subscriptions: worker.subscriptions,
+            last_seen_seconds: worker.last_seen_seconds,
+        };
+        Self {
+            subscriptions: status.subscriptions.into_iter().map(subscription).collect(),
+            workers: status.workers.into_iter().map(worker).collect(),
+        }
+    }
+}
+
+async fn status(State(outbox): State<Outbox>) -> Response {
+    match outbox.status().await {
+        Ok(status) => Json(StatusAnswer::from(status)).into_response(),
+        Err(error) => {
+            let source: &dyn std::error::Error = &error;
+            tracing::error!(error = source, "the status could not be read");
+            answer(StatusCode::SERVICE_UNAVAILABLE, "the database does not answer; the log of the service says why")
+        }
+    }
+}
+
+async fn ready(State(outbox): State<Outbox>) -> (StatusCode, &'static str) {
+    const NOT_READY: (StatusCode, &str) = (StatusCode::SERVICE_UNAVAILABLE, "not ready");
+    match tokio::time::timeout(READY_WITHIN, outbox.check_schema()).await {
+        Ok(Ok(())) => (StatusCode::OK, "ready"),
+        Ok(Err(error)) => {
+            let source: &dyn std::error::Error = &error;
+            tracing::warn!(error = source, "not ready");
+            NOT_READY
+        }
+        Err(_) => {
+            tracing::warn!("not ready: the database does not answer in time");
+            NOT_READY
+        }
+    }
+}
+
+async fn not_found() -> Response {
+    answer(StatusCode::NOT_FOUND, "there is nothing under this path")
+}
+
+async fn method_not_allowed() -> Response {
+    answer(StatusCode::METHOD_NOT_ALLOWED, "this path does not take this method")
+}
+
+async fn look_only(request: Request, next: Next) -> Response {
+    if matches!(*request.method(), Method::GET | Method::HEAD) {
+        return next.run(request).await;
+    }
+    let sentence = "jobs are pushed by committing events, not through the dashboard";
+    let mut response = answer(StatusCode::METHOD_NOT_ALLOWED, sentence);
+    response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+    response
+}
+
+async fn require_token(State(token): State<Token>, mut request: Request, next: Next) -> Response {
+    if token.is_in(request.headers()) {
+        // What comes next has no use for the secret, and cannot print it.
+        request.headers_mut().remove(AUTHORIZATION);
+        return next.run(request).await;
+    }
+    let mut response = answer(StatusCode::UNAUTHORIZED, "this needs the operator token");
+    let challenge = HeaderValue::from_static(r#"Basic realm="outbox", charset="UTF-8""#);
+    response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
+    response
+}
+
+async fn secure(request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    let headers = response.headers_mut();
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(X_FRAME_OPTIONS, HeaderValue::from_static("DENY"));
+    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    // A dashboard may know better, for its assets.
+    headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    response
+}

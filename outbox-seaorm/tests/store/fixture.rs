@@ -1,0 +1,262 @@
+use std::{
+    future::{Future, poll_fn},
+    pin::pin,
+    task::Poll,
+    time::{Duration, Instant},
+};
+
+use outbox_core::{Context, NewEvent, Subscription};
+use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
+use outbox_seaorm::{ClaimedLane, Finished, LaneReport, Next, Outbox};
+use sea_orm::{ConnectionTrait, DbBackend, QueryResult, Statement, TryGetable};
+use serde_json::json;
+use tempfile::TempDir;
+
+/// A lease that ends in no test.
+pub(crate) const LONG: Duration = Duration::from_secs(600);
+
+/// A lease that a test waits for.
+pub(crate) const SHORT: Duration = Duration::from_millis(30);
+
+pub(crate) struct Migrator;
+
+impl MigratorTrait for Migrator {
+    fn migrations() -> Vec<Box<dyn MigrationTrait>> {
+        outbox_migrations::all()
+    }
+}
+
+/// An outbox on a file of its own, with the table `notes` of an application beside it.
+pub(crate) struct Store {
+    pub(crate) outbox: Outbox,
+    directory: TempDir,
+}
+
+impl Store {
+    pub(crate) async fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let outbox = Outbox::connect(&url(&directory), 2).await.unwrap();
+        outbox_migrations::up::<Migrator>(outbox.writer()).await.unwrap();
+        outbox.writer().execute_unprepared("create table notes (text text primary key)").await.unwrap();
+        Self { outbox, directory }
+    }
+
+    /// An outbox with connections and a copy of the subscriptions of its own: what another process has.
+    pub(crate) async fn another_process(&self) -> Outbox {
+        Outbox::connect(&url(&self.directory), 1).await.unwrap()
+    }
+
+    /// Registers a subscription to all events.
+    pub(crate) async fn subscribe(&self, name: &str) -> i32 {
+        self.register(Subscription::new(name).unwrap()).await
+    }
+
+    pub(crate) async fn register(&self, subscription: Subscription) -> i32 {
+        self.outbox.register(&subscription).await.unwrap()
+    }
+
+    /// Commits events in one unit of work.
+    pub(crate) async fn record(&self, events: impl IntoIterator<Item = NewEvent>) {
+        record(&self.outbox, events).await;
+    }
+
+    /// Commits one event for each of these aggregates, in one unit of work.
+    pub(crate) async fn record_todos(&self, ids: &[&str]) {
+        self.record(ids.iter().map(|id| todo(id))).await;
+    }
+
+    pub(crate) async fn claim(&self, subscription: i32) -> Vec<ClaimedLane> {
+        self.claim_for(subscription, LONG).await
+    }
+
+    pub(crate) async fn claim_for(&self, subscription: i32, lease: Duration) -> Vec<ClaimedLane> {
+        self.outbox.claim(subscription, "worker", 100, 100, lease).await.unwrap()
+    }
+
+    /// Claims the only lane that is due.
+    pub(crate) async fn claim_one(&self, subscription: i32, lease: Duration) -> ClaimedLane {
+        let mut lanes = self.claim_for(subscription, lease).await;
+        assert_eq!(lanes.len(), 1, "{lanes:?}");
+        lanes.remove(0)
+    }
+
+    /// Claims again and again until something is due.
+    pub(crate) async fn claim_when_due(&self, subscription: i32) -> Vec<ClaimedLane> {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            let lanes = self.claim(subscription).await;
+            if !lanes.is_empty() {
+                return lanes;
+            }
+            assert!(Instant::now() < deadline, "nothing became due");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    /// Claims and delivers until nothing is due, and returns the positions in the order of their delivery.
+    pub(crate) async fn deliver_all(&self, subscription: i32) -> Vec<i64> {
+        let mut delivered = Vec::new();
+        loop {
+            let lanes = self.claim(subscription).await;
+            if lanes.is_empty() {
+                return delivered;
+            }
+            for lane in lanes {
+                delivered.extend(lane.run.iter().map(|event| event.position));
+                self.outbox.settle(&[delivered_run(&lane)]).await.unwrap();
+            }
+        }
+    }
+
+    pub(crate) async fn execute(&self, sql: &str) {
+        self.outbox.writer().execute_unprepared(sql).await.unwrap();
+    }
+
+    /// Rows as other connections see them.
+    pub(crate) async fn rows(&self, sql: &str) -> Vec<QueryResult> {
+        let statement = Statement::from_string(DbBackend::Sqlite, sql);
+        self.outbox.reader().query_all_raw(statement).await.unwrap()
+    }
+
+    /// The first column of all rows.
+    pub(crate) async fn column<T: TryGetable>(&self, sql: &str) -> Vec<T> {
+        self.rows(sql).await.iter().map(|row| row.try_get_by_index(0).unwrap()).collect()
+    }
+
+    pub(crate) async fn value<T: TryGetable>(&self, sql: &str) -> T {
+        let mut values = self.column(sql).await;
+        assert_eq!(values.len(), 1, "{sql}");
+        values.remove(0)
+    }
+
+    pub(crate) async fn count(&self, table: &str) -> i64 {
+        self.value(&format!("select count(*) from {table}")).await
+    }
+
+    /// Nothing that was begun is stored.
+    pub(crate) async fn is_empty(&self) {
+        assert_eq!(self.count("notes").await, 0);
+        assert_eq!(self.count("outbox_events").await, 0);
+        assert_eq!(self.count("outbox_deliveries").await, 0);
+        self.is_whole().await;
+    }
+
+    /// What holds at the end of every test: each lane counts its deliveries, each delivery has its lane and its event,
+    /// nothing is both finished and unfinished, and the writer's connection is in no transaction.
+    pub(crate) async fn is_whole(&self) {
+        for (rule, violations) in [
+            (
+                "a lane's pending is the number of its deliveries",
+                "select l.key, l.pending, (select count(*) from outbox_deliveries d
+                         where d.subscription_id = l.subscription_id and d.key = l.key) as deliveries
+                   from outbox_lanes l where pending <= 0 or pending <> deliveries",
+            ),
+            (
+                "every delivery has its lane",
+                "select d.key from outbox_deliveries d
+                  where not exists (select 1 from outbox_lanes l
+                         where l.subscription_id = d.subscription_id and l.key = d.key)",
+            ),
+            (
+                "every delivery has its event",
+                "select position from outbox_deliveries where position not in (select position from outbox_events)",
+            ),
+            (
+                "a delivery has one key and is in one state",
+                "select subscription_id, position from (
+                        select subscription_id, position from outbox_deliveries
+                        union all select subscription_id, position from outbox_delivered
+                        union all select subscription_id, position from outbox_dead_letters)
+                  group by 1, 2 having count(*) > 1",
+            ),
+            (
+                "a lane that nobody has tried is due with its head",
+                "select l.key from outbox_lanes l
+                  where attempts = 0 and last_error is null
+                    and due_at <> (select due_at from outbox_deliveries d
+                         where d.subscription_id = l.subscription_id and d.key = l.key order by position limit 1)",
+            ),
+        ] {
+            assert_eq!(self.rows(violations).await.len(), 0, "{rule}");
+        }
+        let name = format!("canary {}", self.count("notes").await);
+        self.execute(&format!("insert into notes values ('{name}')")).await;
+        assert_eq!(self.count(&format!("notes where text = '{name}'")).await, 1, "the writer is in a transaction");
+        self.execute(&format!("delete from notes where text = '{name}'")).await;
+    }
+}
+
+pub(crate) fn url(directory: &TempDir) -> String {
+    format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display())
+}
+
+pub(crate) async fn record(outbox: &Outbox, events: impl IntoIterator<Item = NewEvent>) {
+    let unit = outbox.begin(Context::default());
+    for event in events {
+        unit.events().push(event).unwrap();
+    }
+    unit.commit().await.unwrap();
+}
+
+/// The event of a todo, `todo/{id}`.
+pub(crate) fn todo(id: &str) -> NewEvent {
+    of_type("todo.created", id)
+}
+
+pub(crate) fn of_type(event_type: &str, id: &str) -> NewEvent {
+    NewEvent::dynamic(event_type, "todo", id, &json!({"id": id})).unwrap()
+}
+
+/// Keys with the positions of their runs.
+pub(crate) fn runs(lanes: &[ClaimedLane]) -> Vec<(&str, Vec<i64>)> {
+    lanes.iter().map(|lane| (lane.lane.key.as_str(), lane.run.iter().map(|event| event.position).collect())).collect()
+}
+
+/// The report of a worker that has delivered the whole run at its first attempt.
+pub(crate) fn delivered_run(lane: &ClaimedLane) -> LaneReport {
+    delivered(lane, lane.run.len(), Next::Yield)
+}
+
+/// The report of a worker that has delivered the first `n` of a run.
+pub(crate) fn delivered(lane: &ClaimedLane, n: usize, next: Next) -> LaneReport {
+    let attempts = |index| if index == 0 { lane.attempts } else { 1 };
+    let finished = lane.run[..n].iter().enumerate();
+    let finished = finished
+        .map(|(index, event)| Finished {
+            position: event.position,
+            attempts: attempts(index),
+            log: None,
+            error: None,
+        })
+        .collect();
+    LaneReport { lane: lane.lane.clone(), finished, next }
+}
+
+/// The report of a worker whose first delivery has failed.
+pub(crate) fn failed(lane: &ClaimedLane, after: Duration, error: &str) -> LaneReport {
+    let log = Some(json!([{"error": error}]).to_string());
+    let next = Next::Retry { after, attempts: lane.attempts, error: error.to_owned(), log };
+    LaneReport { lane: lane.lane.clone(), finished: Vec::new(), next }
+}
+
+/// Polls a future up to `polls` times with a turn of the runtime in between, then drops it: a client that hangs up.
+pub(crate) async fn hang_up_after<F: Future>(polls: usize, future: F) -> Option<F::Output> {
+    let mut future = pin!(future);
+    for _ in 0..polls {
+        let polled = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await;
+        if let Poll::Ready(output) = polled {
+            return Some(output);
+        }
+        tokio::task::yield_now().await;
+    }
+    None
+}
+
+/// Waits until a condition holds.
+pub(crate) async fn eventually<Fut: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> Fut) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !condition().await {
+        assert!(Instant::now() < deadline, "{what} did not happen in time");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
