@@ -18,6 +18,11 @@ pub(crate) const LONG: Duration = Duration::from_secs(600);
 /// A lease that a test waits for.
 pub(crate) const SHORT: Duration = Duration::from_millis(30);
 
+/// A statement that is still at work when its future is polled for the first time.
+pub(crate) const SLOW: &str = "
+    insert into notes
+    with recursive n (i) as (select 1 union all select i + 1 from n where i < 100000) select 'slow ' || max(i) from n";
+
 pub(crate) struct Migrator;
 
 impl MigratorTrait for Migrator {
@@ -222,12 +227,7 @@ pub(crate) fn delivered(lane: &ClaimedLane, n: usize, next: Next) -> LaneReport 
     let attempts = |index| if index == 0 { lane.attempts } else { 1 };
     let finished = lane.run[..n].iter().enumerate();
     let finished = finished
-        .map(|(index, event)| Finished {
-            position: event.position,
-            attempts: attempts(index),
-            log: None,
-            error: None,
-        })
+        .map(|(index, event)| Finished { position: event.position, attempts: attempts(index), log: None, error: None })
         .collect();
     LaneReport { lane: lane.lane.clone(), finished, next }
 }
@@ -239,12 +239,15 @@ pub(crate) fn failed(lane: &ClaimedLane, after: Duration, error: &str) -> LaneRe
     LaneReport { lane: lane.lane.clone(), finished: Vec::new(), next }
 }
 
+pub(crate) async fn poll_once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
+    poll_fn(|cx| Poll::Ready(pin!(&mut *future).poll(cx))).await
+}
+
 /// Polls a future up to `polls` times with a turn of the runtime in between, then drops it: a client that hangs up.
 pub(crate) async fn hang_up_after<F: Future>(polls: usize, future: F) -> Option<F::Output> {
     let mut future = pin!(future);
     for _ in 0..polls {
-        let polled = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await;
-        if let Poll::Ready(output) = polled {
+        if let Poll::Ready(output) = poll_once(&mut future).await {
             return Some(output);
         }
         tokio::task::yield_now().await;

@@ -1,0 +1,11 @@
+//! The layer, the extractors and the operator router through their public API, on SQLite.
+
+mod context;
+mod decision;
+mod disconnect;
+mod events;
+mod failure;
+mod handles;
+mod operator;
+mod savepoint;
+mod support;
