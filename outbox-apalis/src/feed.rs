@@ -503,6 +503,8 @@ impl Feed {
             let Some(lane) = self.lanes.get_mut(&lease.key).filter(|lane| lane.lane == *lease) else { continue };
             if held.contains(lease) {
                 lane.leased_until = asked_at + self.source.options.lease;
+            } else if lane.running && lane.run.front().is_some_and(|event| self.source.destination.settles(event)) {
+                // It ends its lease in its own transaction, perhaps just now; if the lease is lost, its commit fails.
             } else {
                 tracing::warn!(subscription = &*self.source.name, "the lease of a lane was lost");
                 self.lose(&lease.key);

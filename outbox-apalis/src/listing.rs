@@ -163,30 +163,23 @@ impl Metrics for OutboxBackend {
     }
 }
 
+/// The titles are those that the page of apalis-board knows; it calls every other one "Total Jobs".
 fn statistics(subscriptions: &[SubscriptionStatus]) -> Vec<Statistic> {
     let sum = |count: fn(&SubscriptionStatus) -> i64| subscriptions.iter().map(count).sum::<i64>();
-    let oldest = subscriptions.iter().filter_map(|each| each.oldest_pending_age_seconds).fold(0.0, f64::max);
+    let (pending, leased) = (sum(|each| each.pending), sum(|each| each.leased));
+    let (delivered, dead) = (sum(|each| each.delivered), sum(|each| each.dead));
     let numbers = [
-        ("Pending deliveries", sum(|each| each.pending)),
-        ("Leased keys", sum(|each| each.leased)),
-        ("Delivered", sum(|each| each.delivered)),
-        ("Dead letters", sum(|each| each.dead)),
+        ("TOTAL_JOBS", pending + delivered + dead),
+        ("PENDING_JOBS", pending - leased),
+        ("RUNNING_JOBS", leased),
+        ("DONE_JOBS", delivered),
+        ("KILLED_JOBS", dead),
     ];
-    let mut statistics: Vec<Statistic> = numbers
-        .into_iter()
-        .zip(1..)
-        .map(|((title, value), priority)| Statistic {
-            title: title.to_owned(),
-            stat_type: StatType::Number,
-            value: value.to_string(),
-            priority: Some(priority),
-        })
-        .collect();
-    statistics.push(Statistic {
-        title: "Oldest pending, seconds".to_owned(),
-        stat_type: StatType::Decimal,
-        value: format!("{oldest:.1}"),
-        priority: Some(5),
-    });
-    statistics
+    let statistic = |((title, value), priority): ((&str, i64), u64)| Statistic {
+        title: title.to_owned(),
+        stat_type: StatType::Number,
+        value: value.to_string(),
+        priority: Some(priority),
+    };
+    numbers.into_iter().zip(1..).map(statistic).collect()
 }

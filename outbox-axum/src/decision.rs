@@ -1,6 +1,6 @@
 use std::convert::Infallible;
 
-use axum::response::{IntoResponseParts, ResponseParts};
+use axum::response::{IntoResponse, IntoResponseParts, Response, ResponseParts};
 use http::StatusCode;
 
 /// Whether a response commits, when its status does not say it.
@@ -43,6 +43,12 @@ impl IntoResponseParts for Decision {
     fn into_response_parts(self, mut parts: ResponseParts) -> Result<ResponseParts, Self::Error> {
         parts.extensions_mut().insert(self);
         Ok(parts)
+    }
+}
+
+impl IntoResponse for Decision {
+    fn into_response(self) -> Response {
+        (self, ()).into_response()
     }
 }
 

@@ -81,7 +81,8 @@ impl Operator {
             .fallback(not_found)
             .method_not_allowed_fallback(method_not_allowed)
             .with_state(self.outbox.clone());
-        let guarded = Router::new().nest("/outbox/api", api);
+        // As a service, it also answers for the paths that it does not know.
+        let guarded = Router::new().nest_service("/outbox/api", api);
         let guarded = match self.dashboard {
             Some(dashboard) => guarded.fallback_service(from_fn(look_only).layer(dashboard)),
             None => guarded.fallback(not_found),

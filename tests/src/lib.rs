@@ -1,1 +1,134 @@
-//! x
+//! Helpers for tests that drive real processes.
+
+use std::{
+    future::Future,
+    path::PathBuf,
+    process::{Command as StdCommand, ExitStatus, Stdio},
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    io::{AsyncBufReadExt, BufReader, Lines},
+    process::{Child, ChildStdout, Command},
+};
+
+/// The token that started processes ask operators for.
+pub const TOKEN: &str = "test-token";
+
+/// A program of the workspace, started with settings of the environment. Killed when dropped.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    _stdout: Lines<BufReader<ChildStdout>>,
+    /// Where its API is.
+    pub http: String,
+    /// Where its operators' listener is.
+    pub ops: String,
+}
+
+/// Builds a binary of the workspace once and returns its path: `cargo test` alone does not.
+///
+/// # Panics
+///
+/// If it does not build.
+pub fn binary(package: &'static str) -> PathBuf {
+    static BUILT: OnceLock<std::sync::Mutex<Vec<&'static str>>> = OnceLock::new();
+    let exe = std::env::current_exe().expect("the test has a path");
+    let profile = exe.parent().and_then(|deps| deps.parent()).expect("tests are in target/PROFILE/deps");
+    let mut built = BUILT.get_or_init(Default::default).lock().expect("no build panicked");
+    if !built.contains(&package) {
+        let status = StdCommand::new(env!("CARGO"))
+            .args(["build", "--quiet", "--package", package, "--target-dir"])
+            .arg(profile.parent().expect("target/PROFILE"))
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .status()
+            .expect("cargo runs");
+        assert!(status.success(), "{package} does not build");
+        built.push(package);
+    }
+    profile.join(package)
+}
+
+/// A command that sees nothing of this process' settings.
+pub fn command(package: &'static str, mode: &str, settings: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(binary(package));
+    command.arg(mode).env_clear().env("OPS_TOKEN", TOKEN).env("RUST_LOG", "warn");
+    command.env("HTTP_ADDR", "127.0.0.1:0").env("OPS_ADDR", "127.0.0.1:0");
+    command.envs(settings.iter().copied()).stdin(Stdio::null()).kill_on_drop(true);
+    command
+}
+
+impl Process {
+    /// Starts a program and waits for its `listening` line.
+    ///
+    /// # Panics
+    ///
+    /// If the line does not come within 20 s.
+    pub async fn start(package: &'static str, mode: &str, settings: &[(&str, &str)]) -> Self {
+        let mut child = command(package, mode, settings).stdout(Stdio::piped()).spawn().expect("the program starts");
+        let mut lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
+        let listening = async {
+            loop {
+                let line =
+                    lines.next_line().await.expect("stdout can be read").expect("the program prints where it is");
+                if let Some(addresses) = line.strip_prefix("listening http=") {
+                    return addresses.to_owned();
+                }
+            }
+        };
+        let addresses = tokio::time::timeout(Duration::from_secs(20), listening).await.expect("a listening line");
+        let (http, ops) = addresses.split_once(" ops=").expect("both addresses");
+        let (http, ops) = (format!("http://{http}"), format!("http://{ops}"));
+        Self { child, _stdout: lines, http, ops }
+    }
+
+    /// kill -9, and waits for the end.
+    ///
+    /// # Panics
+    ///
+    /// If the process cannot be killed.
+    pub async fn kill(mut self) {
+        self.child.kill().await.expect("the process can be killed");
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    ///
+    /// # Panics
+    ///
+    /// If it does not end within `limit`.
+    pub async fn terminate(mut self, limit: Duration) -> (ExitStatus, Duration) {
+        let started = Instant::now();
+        self.signal("TERM");
+        let status = tokio::time::timeout(limit, self.child.wait()).await;
+        (status.expect("the process ends in time").expect("it can be waited for"), started.elapsed())
+    }
+
+    /// Sends a signal by name: `TERM`, `STOP`, `CONT`.
+    ///
+    /// # Panics
+    ///
+    /// If the process has ended.
+    pub fn signal(&self, name: &str) {
+        let pid = self.child.id().expect("the process runs").to_string();
+        let status = StdCommand::new("kill").args([&format!("-{name}"), &pid]).status().expect("kill runs");
+        assert!(status.success(), "kill -{name} {pid}");
+    }
+}
+
+/// Waits until `condition` holds, looking every 10 ms.
+///
+/// # Panics
+///
+/// If it does not hold within `limit`.
+pub async fn eventually<F, Fut>(limit: Duration, what: &str, mut condition: F)
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = bool>,
+{
+    let deadline = Instant::now() + limit;
+    while !condition().await {
+        assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

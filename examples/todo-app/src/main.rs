@@ -7,7 +7,7 @@ mod events;
 mod migrations;
 mod todos;
 
-use std::{error::Error, future::Future, net::SocketAddr, process::ExitCode};
+use std::{error::Error, future::Future, io::IsTerminal, net::SocketAddr, process::ExitCode};
 
 use axum::{
     Json, Router,
@@ -63,7 +63,10 @@ async fn main() -> ExitCode {
     };
     let filter =
         EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,sea_orm_migration=warn,apalis=warn"));
-    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_filter(filter);
+    let log = tracing_subscriber::fmt::layer()
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .with_filter(filter);
     tracing_subscriber::registry().with(log).with(outbox_apalis::board_events()).init();
     match run(command).await {
         Ok(()) => ExitCode::SUCCESS,

@@ -188,7 +188,9 @@ async fn an_eager_transaction_begins_before_the_handler() {
     let db = store.impatient().await;
     let held = outbox_seaorm::Outbox::new(db.clone()).begin(outbox_core::Context::default());
     held.tx().begin().await.unwrap();
-    let never = || async { panic!("the handler must not run") };
+    async fn never() {
+        panic!("the handler must not run");
+    }
     let router = Router::new().route("/", post_to(never)).layer(OutboxLayer::new(db).eager(true));
     let answer = send(&router, post()).await;
     assert_eq!((answer.facts(), answer.header("retry-after")), ((503, "rolled-back"), Some("1")));

@@ -8,8 +8,9 @@ use std::{
 };
 
 use axum::{Router, routing::post as post_to};
-use outbox_axum::{OutboxLayer, Tx};
-use tokio::sync::Notify;
+use outbox_axum::{Events, OutboxLayer, Tx};
+use sea_orm::ConnectionTrait;
+use tokio::sync::{Notify, mpsc};
 use tower::ServiceExt;
 
 use crate::support::{Store, build_app, eventually, place, post};
@@ -67,12 +68,8 @@ async fn a_disconnect_at_any_moment_stores_all_or_nothing() {
         assert!(orders.is_empty() || orders == ["a", "b"], "{orders:?} after {polls} polls");
         assert_eq!(app.store.payloads().await.len(), orders.len(), "after {polls} polls");
         committed += usize::from(!orders.is_empty());
-        sea_orm::ConnectionTrait::execute_unprepared(
-            app.store.outbox.writer(),
-            "delete from orders; delete from outbox_events",
-        )
-        .await
-        .unwrap();
+        let clear = "delete from orders; delete from outbox_events";
+        app.store.outbox.writer().execute_unprepared(clear).await.unwrap();
         if finished {
             break;
         }
@@ -82,11 +79,29 @@ async fn a_disconnect_at_any_moment_stores_all_or_nothing() {
 
 #[tokio::test]
 async fn a_commit_that_has_started_ends_by_itself() {
-    let app = build_app(|tx: Tx| async move {
-        place(&tx, "a").await;
-        tx.events().clone()
+    let (hand_out, mut handed_out) = mpsc::channel(1);
+    let store = Store::new().await;
+    let handler = move |tx: Tx, events: Events| {
+        let hand_out = hand_out.clone();
+        async move {
+            place(&tx, "a").await;
+            hand_out.send(events).await.unwrap();
+        }
+    };
+    let router = Router::new().route("/", post_to(handler)).layer(OutboxLayer::new(store.outbox.clone()));
+    let mut response = Box::pin(router.oneshot(post()));
+    let mut events = None;
+    // The commit closes the collector first.
+    while events.as_ref().is_none_or(|events: &Events| events.set_tenant("t").is_ok()) {
+        assert!(poll_once(&mut response).await.is_pending(), "hung up too late");
+        tokio::task::yield_now().await;
+        events = events.or_else(|| handed_out.try_recv().ok());
     }
-    .map_into_signal())
-    .await;
-    drop(app);
+    drop(response);
+    eventually("the commit ends", async || store.orders().await == ["a"] && store.payloads().await.len() == 1).await;
+    assert!(store.can_write().await);
+}
+
+async fn poll_once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
+    poll_fn(|cx| Poll::Ready(pin!(&mut *future).poll(cx))).await
 }

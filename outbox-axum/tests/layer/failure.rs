@@ -26,17 +26,20 @@ async fn is_a_500_that_stores_nothing(app: &App) {
 
 #[tokio::test]
 async fn a_panic_is_a_500_and_stores_nothing() {
-    let app = build_app(|tx: Tx| async move {
+    async fn handler(tx: Tx) {
         place(&tx, "a").await;
-        panic!("boom")
-    })
-    .await;
+        panic!("boom");
+    }
+    let app = build_app(handler).await;
     is_a_500_that_stores_nothing(&app).await;
 }
 
 #[tokio::test]
 async fn a_panic_before_the_first_statement_is_a_500() {
-    let app = build_app(|_tx: Tx| async move { panic!("boom {}", 7) }).await;
+    async fn handler(_: Tx, Events(events): Events) {
+        panic!("boom, {} events", events.len());
+    }
+    let app = build_app(handler).await;
     is_a_500_that_stores_nothing(&app).await;
 }
 
@@ -44,9 +47,10 @@ async fn a_panic_before_the_first_statement_is_a_500() {
 async fn a_panic_in_the_call_of_the_service_is_a_500() {
     use tower::{ServiceExt, service_fn};
     let store = Store::new().await;
-    let panics = service_fn(|_: Request<Body>| -> std::future::Ready<Result<http::Response<Body>, std::convert::Infallible>> {
-        panic!("boom")
-    });
+    let panics =
+        service_fn(|_: Request<Body>| -> std::future::Ready<Result<http::Response<Body>, std::convert::Infallible>> {
+            panic!("boom")
+        });
     let service = tower::Layer::layer(&OutboxLayer::new(store.outbox.clone()), panics);
     let response = service.oneshot(post()).await.unwrap();
     assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);

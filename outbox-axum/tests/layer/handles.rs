@@ -1,12 +1,14 @@
 //! Handles that outlive the handler.
 
-use axum::{body::Body, response::IntoResponse, routing::post as post_to, Router};
+use std::sync::Arc;
+
+use axum::{Router, body::Body, response::IntoResponse, routing::post as post_to};
 use futures_util::{StreamExt, stream};
 use http::StatusCode;
 use outbox_axum::{Events, OutboxLayer, Tx};
 use outbox_core::PushError;
 use sea_orm::{ConnectionTrait, DbErr};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc};
 
 use crate::support::{Store, insert, place, placed, post, send};
 
@@ -14,14 +16,14 @@ use crate::support::{Store, insert, place, placed, post, send};
 async fn a_handle_held_by_a_task_is_a_500_and_the_tasks_use_fails() {
     let store = Store::new().await;
     let (report, mut reported) = mpsc::channel::<Result<(), DbErr>>(1);
-    let (answered, wait) = oneshot::channel::<()>();
-    let wait = std::sync::Arc::new(std::sync::Mutex::new(Some(wait)));
+    let answered = Arc::new(Notify::new());
+    let wait = answered.clone();
     let handler = move |tx: Tx| {
-        let (report, wait) = (report.clone(), wait.lock().unwrap().take().unwrap());
+        let (report, wait) = (report.clone(), wait.clone());
         async move {
             place(&tx, "a").await;
             tokio::spawn(async move {
-                wait.await.unwrap();
+                wait.notified().await;
                 report.send(insert(&tx, "late").await).await.unwrap();
             });
             StatusCode::CREATED
@@ -30,7 +32,7 @@ async fn a_handle_held_by_a_task_is_a_500_and_the_tasks_use_fails() {
     let router = Router::new().route("/", post_to(handler)).layer(OutboxLayer::new(store.outbox.clone()));
     assert_eq!(send(&router, post()).await.facts(), (500, "rolled-back"));
     assert!(store.is_empty().await && store.can_write().await);
-    answered.send(()).unwrap();
+    answered.notify_one();
     let error = reported.recv().await.unwrap().unwrap_err();
     assert!(error.to_string().contains("the transaction has ended"), "{error}");
     assert!(store.is_empty().await && store.can_write().await);
@@ -73,14 +75,14 @@ async fn a_response_stream_that_holds_the_handle_is_a_500() {
 async fn a_late_push_is_refused() {
     let store = Store::new().await;
     let (report, mut reported) = mpsc::channel(1);
-    let (answered, wait) = oneshot::channel::<()>();
-    let wait = std::sync::Arc::new(std::sync::Mutex::new(Some(wait)));
+    let answered = Arc::new(Notify::new());
+    let wait = answered.clone();
     let handler = move |events: Events| {
-        let (report, wait) = (report.clone(), wait.lock().unwrap().take().unwrap());
+        let (report, wait) = (report.clone(), wait.clone());
         async move {
             events.push(placed("a")).unwrap();
             tokio::spawn(async move {
-                wait.await.unwrap();
+                wait.notified().await;
                 report.send(events.push(placed("late"))).await.unwrap();
             });
             StatusCode::CREATED
@@ -88,7 +90,7 @@ async fn a_late_push_is_refused() {
     };
     let router = Router::new().route("/", post_to(handler)).layer(OutboxLayer::new(store.outbox.clone()));
     assert_eq!(send(&router, post()).await.facts(), (201, "committed"));
-    answered.send(()).unwrap();
+    answered.notify_one();
     assert!(matches!(reported.recv().await.unwrap(), Err(PushError::Closed)));
     assert_eq!(store.payloads().await, [r#"{"op":"a"}"#]);
 }
@@ -109,10 +111,8 @@ async fn a_request_kept_by_a_middleware_is_no_obstacle_and_of_no_use() {
         }
     };
     let handler = |tx: Tx| async move { place(&tx, "a").await };
-    let router = Router::new()
-        .route("/", post_to(handler))
-        .layer(from_fn(keeps))
-        .layer(OutboxLayer::new(store.outbox.clone()));
+    let router =
+        Router::new().route("/", post_to(handler)).layer(from_fn(keeps)).layer(OutboxLayer::new(store.outbox.clone()));
     assert_eq!(send(&router, post()).await.facts(), (200, "committed"));
     let mut parts = post().into_parts().0;
     parts.extensions = kept.recv().await.unwrap();

@@ -14,8 +14,8 @@ use outbox_core::NewEvent;
 use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
 use outbox_seaorm::{Outbox, entity::events};
 use sea_orm::{
-    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbBackend, DbErr, EntityTrait, QueryOrder, Statement,
-    sqlx::sqlite::SqliteJournalMode,
+    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbBackend, DbErr, EntityTrait, QueryOrder,
+    Statement, sqlx::sqlite::SqliteJournalMode,
 };
 use tempfile::TempDir;
 use tower::ServiceExt;

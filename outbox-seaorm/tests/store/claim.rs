@@ -1,1 +1,276 @@
+use std::time::Duration;
 
+use chrono::Utc;
+use outbox_core::{Context, Ordering, Subscription};
+use outbox_seaorm::Next;
+
+use crate::fixture::{LONG, SHORT, Store, delivered, delivered_run, failed, runs, todo};
+
+const DELAY: Duration = Duration::from_millis(60);
+
+#[tokio::test]
+async fn a_claimed_lane_is_not_claimed_again_before_its_lease_ends() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record_todos(&["1"]).await;
+    let first = store.claim_one(id, SHORT).await;
+    assert_eq!((first.attempts, first.run.len()), (1, 1));
+    assert!(store.outbox.next_due(id).await.unwrap().is_some_and(|wait| !wait.is_zero() && wait <= SHORT));
+    let begun = std::time::Instant::now();
+    let again = store.claim_when_due(id).await.remove(0);
+    assert!(begun.elapsed() >= Duration::from_millis(10), "{:?}", begun.elapsed());
+    assert!(again.lane.token > first.lane.token);
+    assert_eq!((again.attempts, &again.lane.key, &again.run), (2, &first.lane.key, &first.run));
+    assert!(store.claim(id).await.is_empty());
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_lane_that_was_tried_before_comes_with_its_head_alone() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record_todos(&["a", "a", "a"]).await;
+    let first = store.claim_one(id, SHORT).await;
+    assert_eq!(runs(&[first]), [("todo/a", vec![1, 2, 3])]);
+    let after_a_crash = store.claim_when_due(id).await.remove(0);
+    assert_eq!(runs(std::slice::from_ref(&after_a_crash)), [("todo/a", vec![1])]);
+    store.outbox.settle(&[failed(&after_a_crash, Duration::ZERO, "no")]).await.unwrap();
+    let after_a_failure = store.claim_when_due(id).await.remove(0);
+    assert_eq!(
+        (after_a_failure.attempts, runs(std::slice::from_ref(&after_a_failure))),
+        (3, vec![("todo/a", vec![1])])
+    );
+    store.outbox.settle(&[delivered_run(&after_a_failure)]).await.unwrap();
+    assert_eq!(runs(&store.claim(id).await), [("todo/a", vec![2, 3])]);
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_lane_whose_holder_died_after_a_part_of_its_run_comes_with_its_next_head_alone() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record_todos(&["a", "a", "a"]).await;
+    let lane = store.claim_one(id, SHORT).await;
+    store.outbox.settle(&[delivered(&lane, 1, Next::Keep)]).await.unwrap();
+    let again = store.claim_when_due(id).await.remove(0);
+    assert_eq!((again.attempts, runs(std::slice::from_ref(&again))), (2, vec![("todo/a", vec![2])]));
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_paused_subscription_gives_nothing() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    let other = store.subscribe("other").await;
+    store.record_todos(&["1"]).await;
+    store.execute("update outbox_subscriptions set paused_at = '2026-01-01T00:00:00.000Z' where name = 's'").await;
+    assert!(store.claim(id).await.is_empty());
+    assert_eq!(store.outbox.next_due(id).await.unwrap(), None);
+    assert_eq!(store.claim(other).await.len(), 1);
+    store.execute("update outbox_subscriptions set paused_at = null").await;
+    assert_eq!(store.claim(id).await.len(), 1);
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_paused_or_idle_subscription_is_polled_without_the_write_lock() {
+    let store = Store::new().await;
+    let (id, idle) = (store.subscribe("s").await, store.subscribe("idle").await);
+    store.record_todos(&["1"]).await;
+    store.execute("update outbox_subscriptions set paused_at = '2026-01-01T00:00:00.000Z' where name = 's'").await;
+    store.execute("delete from outbox_deliveries where subscription_id = 2").await;
+    store.execute("delete from outbox_lanes where subscription_id = 2").await;
+    let writing = store.outbox.begin(Context::default());
+    writing.tx().begin().await.unwrap();
+    assert!(store.claim(id).await.is_empty());
+    assert!(store.claim(idle).await.is_empty());
+    writing.rollback().await;
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_delayed_event_is_not_claimed_early_and_holds_back_only_its_own_key() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    let delayed = todo("a").delay(DELAY);
+    let begun = std::time::Instant::now();
+    store.record([todo("a"), delayed, todo("a"), todo("b")]).await;
+    let lanes = store.claim(id).await;
+    assert_eq!(runs(&lanes), [("todo/a", vec![1]), ("todo/b", vec![4])]);
+    for lane in &lanes {
+        store.outbox.settle(&[delivered_run(lane)]).await.unwrap();
+    }
+    assert!(store.claim(id).await.is_empty());
+    let wait = store.outbox.next_due(id).await.unwrap().unwrap();
+    assert!(wait <= DELAY, "{wait:?}");
+    assert_eq!(runs(&store.claim_when_due(id).await), [("todo/a", vec![2, 3])]);
+    assert!(begun.elapsed() >= DELAY - Duration::from_millis(2), "{:?}", begun.elapsed());
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_delayed_head_holds_back_what_is_pushed_later_for_its_key() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record([todo("a").delay(DELAY)]).await;
+    store.record_todos(&["a"]).await;
+    assert!(store.claim(id).await.is_empty());
+    assert_eq!(runs(&store.claim_when_due(id).await), [("todo/a", vec![1, 2])]);
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn an_event_is_not_delivered_before_its_time_and_the_later_of_time_and_delay_counts() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    let (past, soon) = (Utc::now() - Duration::from_secs(60), Utc::now() + DELAY);
+    store
+        .record([
+            todo("past").not_before(past),
+            todo("soon").not_before(soon),
+            todo("delay").not_before(past).delay(LONG),
+            todo("time").not_before(Utc::now() + LONG).delay(Duration::ZERO),
+        ])
+        .await;
+    assert_eq!(runs(&store.claim(id).await), [("todo/past", vec![1])]);
+    assert_eq!(runs(&store.claim_when_due(id).await), [("todo/soon", vec![2])]);
+    assert!(Utc::now() >= soon);
+    assert!(store.claim(id).await.is_empty());
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_priority_is_a_head_start_and_not_an_exemption_from_a_delay() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record([todo("low"), todo("delayed").priority(100).delay(LONG)]).await;
+    store.record([todo("high").priority(1), todo("higher").priority(2)]).await;
+    // Low, and one minute and a half older: before `high`, after `higher`.
+    store.record_todos(&["old"]).await;
+    for table in ["outbox_deliveries", "outbox_lanes"] {
+        let older = "strftime('%Y-%m-%dT%H:%M:%fZ', due_at, '-90 seconds')";
+        store.execute(&format!("update {table} set due_at = {older} where key = 'todo/old'")).await;
+    }
+    let lanes = store.claim(id).await;
+    let keys: Vec<_> = lanes.iter().map(|lane| lane.lane.key.as_str()).collect();
+    assert_eq!(keys, ["todo/higher", "todo/old", "todo/high", "todo/low"]);
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_run_is_in_order_and_ends_at_its_limit() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record_todos(&["a", "b", "a", "b", "a"]).await;
+    let lanes = store.outbox.claim(id, "worker", 100, 2, LONG).await.unwrap();
+    assert_eq!(runs(&lanes), [("todo/a", vec![1, 3]), ("todo/b", vec![2, 4])]);
+    store.outbox.settle(&[delivered_run(&lanes[0]), delivered_run(&lanes[1])]).await.unwrap();
+    assert_eq!(runs(&store.claim(id).await), [("todo/a", vec![5])]);
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn the_oldest_lanes_are_claimed_first() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    let names: Vec<String> = (0..20).map(|n| format!("{}", 99 - n)).collect();
+    for name in &names {
+        store.record_todos(&[name]).await;
+    }
+    for table in ["outbox_deliveries", "outbox_lanes"] {
+        let older = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-' || substr(key, 6) || ' seconds')";
+        store.execute(&format!("update {table} set due_at = {older}")).await;
+    }
+    let mut claimed = Vec::new();
+    while claimed.len() < 20 {
+        let lanes = store.outbox.claim(id, "worker", 5, 1, LONG).await.unwrap();
+        assert_eq!(lanes.len(), 5);
+        claimed.extend(lanes.into_iter().map(|lane| lane.run[0].aggregate_id.clone()));
+    }
+    assert_eq!(claimed, names);
+    assert!(store.claim(id).await.is_empty());
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn lanes_that_are_equally_old_come_in_the_order_of_their_events() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record((0..50).map(|n| todo(&format!("{}", 99 - n)))).await;
+    let positions: Vec<_> = store.claim(id).await.iter().map(|lane| lane.run[0].position).collect();
+    assert_eq!(positions, (1..=50).collect::<Vec<_>>());
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn the_ordering_decides_what_waits_for_each_other() {
+    let store = Store::new().await;
+    let subscribe =
+        async |name: &str, ordering| store.register(Subscription::new(name).unwrap().ordering(ordering)).await;
+    let aggregate = subscribe("aggregate", Ordering::Aggregate).await;
+    let none = subscribe("none", Ordering::None).await;
+    let tenant = subscribe("tenant", Ordering::Tenant).await;
+    let tag = subscribe("tag", Ordering::Tag("region".to_owned())).await;
+    let global = subscribe("global", Ordering::Global).await;
+    for (n, who) in [(1, Some("acme")), (2, None), (3, Some("other")), (4, Some("acme"))] {
+        let unit = store.outbox.begin(Context::default());
+        if let Some(who) = who {
+            unit.events().set_tenant(who).unwrap();
+        }
+        let event = todo(if n < 3 { "a" } else { "b" });
+        unit.events().push(if n == 3 { event } else { event.tag("region", "eu").unwrap() }).unwrap();
+        unit.commit().await.unwrap();
+    }
+    let positions = async |id| -> Vec<Vec<i64>> {
+        let lanes = store.claim(id).await;
+        let mut runs: Vec<Vec<i64>> = runs(&lanes).into_iter().map(|(_, run)| run).collect();
+        runs.sort();
+        runs
+    };
+    assert_eq!(positions(aggregate).await, [vec![1, 2], vec![3, 4]]);
+    assert_eq!(positions(none).await, [[1], [2], [3], [4]]);
+    assert_eq!(positions(tenant).await, [vec![1, 4], vec![2], vec![3]]);
+    assert_eq!(positions(tag).await, [vec![1, 2, 4], vec![3]]);
+    assert_eq!(positions(global).await, [[1, 2, 3, 4]]);
+    store.is_whole().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_workers_never_hold_the_same_lane() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record((0..200).map(|n| todo(&n.to_string()))).await;
+    let other = store.another_process().await;
+    let mut workers = Vec::new();
+    for (outbox, name) in [(store.outbox.clone(), "a"), (other.clone(), "b"), (other, "c")] {
+        workers.push(tokio::spawn(async move {
+            let mut keys = Vec::new();
+            loop {
+                let lanes = outbox.claim(id, name, 7, 1, LONG).await.unwrap();
+                if lanes.is_empty() {
+                    return keys;
+                }
+                keys.extend(lanes.into_iter().map(|lane| lane.lane.key));
+            }
+        }));
+    }
+    let mut keys = Vec::new();
+    for worker in workers {
+        keys.extend(worker.await.unwrap());
+    }
+    assert_eq!(keys.len(), 200);
+    keys.sort();
+    keys.dedup();
+    assert_eq!(keys.len(), 200);
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_subscription_that_does_not_exist_gives_nothing() {
+    let store = Store::new().await;
+    store.subscribe("s").await;
+    store.record_todos(&["1"]).await;
+    assert!(store.claim(7).await.is_empty());
+    assert_eq!(store.outbox.next_due(7).await.unwrap(), None);
+    store.is_whole().await;
+}

@@ -1,1 +1,215 @@
+use std::collections::HashMap;
 
+use outbox_core::{Ordering, StartPosition, Subscription};
+use outbox_seaorm::{Next, Outbox};
+
+use crate::fixture::{LONG, Store, delivered, hang_up_after, record, runs, todo};
+
+fn from_the_beginning(name: &str) -> Subscription {
+    Subscription::new(name).unwrap().start(StartPosition::Beginning)
+}
+
+async fn generation(store: &Store) -> i64 {
+    store.value("select generation from outbox_meta").await
+}
+
+/// Delivers everything and checks that each of the events was there once, and each key in its order.
+async fn delivers_once_in_order(store: &Store, subscription: i32, events: i64) {
+    let positions = store.deliver_all(subscription).await;
+    let keys: HashMap<i64, String> = store
+        .rows("select position, aggregate_id from outbox_events")
+        .await
+        .iter()
+        .map(|row| (row.try_get("", "position").unwrap(), row.try_get("", "aggregate_id").unwrap()))
+        .collect();
+    let mut last = HashMap::new();
+    for position in &positions {
+        let before = last.insert(&keys[position], *position);
+        assert!(before < Some(*position), "{position} came after {before:?}");
+    }
+    assert_eq!(store.count(&format!("outbox_delivered where subscription_id = {subscription}")).await, events);
+    assert_eq!(store.count(&format!("outbox_deliveries where subscription_id = {subscription}")).await, 0);
+}
+
+#[tokio::test]
+async fn a_registration_that_is_cancelled_anywhere_is_continued_by_the_next() {
+    let store = Store::new().await;
+    store.record((0..1200).map(|n| todo(&(n % 7).to_string()))).await;
+    let mut unfinished = 0;
+    for polls in (0..1000).step_by(40) {
+        let name = format!("s{polls}");
+        if hang_up_after(polls, store.outbox.register(&from_the_beginning(&name))).await.is_none() {
+            // Waits for the transaction that was cut off.
+            store.execute("select 1").await;
+            let known: Vec<i32> =
+                store.column(&format!("select id from outbox_subscriptions where name = '{name}'")).await;
+            for id in known {
+                let ready = store.outbox.next_due(id).await.unwrap().is_some();
+                let complete = store.count(&format!("outbox_deliveries where subscription_id = {id}")).await == 1200;
+                assert!(complete || !ready, "after {polls} polls");
+                unfinished += 1;
+            }
+        }
+        let id = store.outbox.register(&from_the_beginning(&name)).await.unwrap();
+        assert_eq!(store.count(&format!("outbox_deliveries where subscription_id = {id}")).await, 1200);
+    }
+    assert!(unfinished > 0, "no registration was cut off halfway");
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn nothing_is_claimed_before_the_backfill_is_complete() {
+    let store = Store::new().await;
+    let id = store.register(from_the_beginning("s")).await;
+    store.record_todos(&["a", "b"]).await;
+    // As a process that was killed leaves it.
+    store.execute("update outbox_subscriptions set backfill_from = 1").await;
+    assert!(store.claim(id).await.is_empty());
+    assert_eq!(store.outbox.next_due(id).await.unwrap(), None);
+    assert_eq!(store.register(from_the_beginning("s")).await, id);
+    assert_eq!(store.claim(id).await.len(), 2);
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_backfill_leaves_alone_what_is_there_already() {
+    let store = Store::new().await;
+    store.record_todos(&["old", "a", "b"]).await;
+    let id = store.register(from_the_beginning("s")).await;
+    let lanes = store.claim(id).await;
+    assert_eq!(runs(&lanes).len(), 3);
+    let mut dead = delivered(&lanes[1], 1, Next::Yield);
+    dead.finished[0].error = Some("dead".to_owned());
+    store.outbox.settle(&[delivered(&lanes[0], 1, Next::Yield), dead]).await.unwrap();
+    store.record_todos(&["a", "new"]).await;
+    store.execute("update outbox_subscriptions set backfill_from = 1").await;
+    store.register(from_the_beginning("s").ordering(Ordering::Global)).await;
+    assert_eq!(store.count("outbox_delivered").await, 1);
+    assert_eq!(store.count("outbox_dead_letters").await, 1);
+    assert_eq!(store.column::<i64>("select position from outbox_deliveries order by position").await, [3, 4, 5]);
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn an_old_event_does_not_wait_for_a_newer_one_that_is_delayed() {
+    let store = Store::new().await;
+    store.record_todos(&["a"]).await;
+    let id = store.subscribe("s").await;
+    // A commit between registration and backfill.
+    store.record([todo("a").delay(LONG)]).await;
+    store.execute("update outbox_subscriptions set backfill_from = 1").await;
+    store.subscribe("s").await;
+    assert_eq!(runs(&store.claim(id).await), [("todo/a", vec![1])]);
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_registration_that_fails_names_the_subscription() {
+    let store = Store::new().await;
+    store.execute("drop table outbox_subscriptions").await;
+    let error = store.outbox.register(&Subscription::new("billing").unwrap()).await.unwrap_err();
+    assert_eq!(error.to_string(), "the subscription \"billing\" could not be registered");
+    assert!(std::error::Error::source(&error).is_some());
+}
+
+#[tokio::test]
+async fn a_subscription_begins_with_the_next_commit_from_a_time_or_at_the_beginning() {
+    let store = Store::new().await;
+    store.record_todos(&["1", "2", "3", "4"]).await;
+    store.execute("update outbox_events set recorded_at = '2026-01-01T00:00:0' || aggregate_id || '.000Z'").await;
+    let start = async |name: &str, position| store.register(Subscription::new(name).unwrap().start(position)).await;
+    let since = |at: &str| StartPosition::Since(at.parse().unwrap());
+    let now = start("now", StartPosition::Now).await;
+    let beginning = start("beginning", StartPosition::Beginning).await;
+    let exact = start("exact", since("2026-01-01T00:00:03.000Z")).await;
+    let between = start("between", since("2026-01-01T00:00:02.001Z")).await;
+    let zone = start("zone", since("2026-01-01T02:00:02+02:00")).await;
+    let future = start("future", since("2926-01-01T00:00:00Z")).await;
+    let always = start("always", StartPosition::Since(chrono::DateTime::<chrono::Utc>::MIN_UTC)).await;
+    store.record_todos(&["5"]).await;
+    for (id, expected) in [
+        (now, &[5][..]),
+        (beginning, &[1, 2, 3, 4, 5]),
+        (exact, &[3, 4, 5]),
+        (between, &[3, 4, 5]),
+        (zone, &[2, 3, 4, 5]),
+        (future, &[5]),
+        (always, &[1, 2, 3, 4, 5]),
+    ] {
+        assert_eq!(store.deliver_all(id).await, expected, "{id}");
+    }
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn registering_again_continues_where_the_subscription_was() {
+    let store = Store::new().await;
+    store.record_todos(&["1"]).await;
+    let id = store.subscribe("s").await;
+    let before = generation(&store).await;
+    assert_eq!(store.subscribe("s").await, id);
+    assert_eq!(store.register(from_the_beginning("s")).await, id, "the start is that of the first registration");
+    assert_eq!(generation(&store).await, before);
+    assert_eq!(store.count("outbox_deliveries").await, 0);
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_changed_subscription_holds_for_the_commits_after_it() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record_todos(&["1"]).await;
+    let before = generation(&store).await;
+    assert_eq!(store.register(Subscription::new("s").unwrap().events(["order.*"]).unwrap()).await, id);
+    assert!(generation(&store).await > before);
+    store.record_todos(&["2"]).await;
+    let before = generation(&store).await;
+    assert_eq!(store.register(Subscription::new("s").unwrap().ordering(Ordering::Global)).await, id);
+    assert!(generation(&store).await > before);
+    store.record_todos(&["3"]).await;
+    assert_eq!(runs(&store.claim(id).await), [("todo/1", vec![1]), ("", vec![3])]);
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_long_history_is_delivered_completely_and_in_order() {
+    let store = Store::new().await;
+    store.record((0..1700).map(|n| todo(&(n % 7).to_string()))).await;
+    let id = store.register(from_the_beginning("s")).await;
+    store.record_todos(&["1", "new"]).await;
+    delivers_once_in_order(&store, id, 1702).await;
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_backfill_takes_only_what_matches() {
+    let store = Store::new().await;
+    store.record((0..600).map(|n| todo("1").tag(if n % 100 == 0 { "rare" } else { "usual" }, "x").unwrap())).await;
+    let id = store.register(from_the_beginning("s").required_tags(["rare"])).await;
+    assert_eq!(store.deliver_all(id).await, [1, 101, 201, 301, 401, 501]);
+    store.is_whole().await;
+}
+
+async fn writer(outbox: Outbox, events: usize) {
+    for n in 0..events {
+        record(&outbox, [todo(&(n % 3).to_string())]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_subscription_registered_while_others_commit_gets_every_event_once() {
+    let store = Store::new().await;
+    store.record((0..1100).map(|n| todo(&(n % 3).to_string()))).await;
+    let other = store.another_process().await;
+    let writers = [tokio::spawn(writer(store.outbox.clone(), 60)), tokio::spawn(writer(other.clone(), 60))];
+    let ids = tokio::join!(async { store.outbox.register(&from_the_beginning("s")).await.unwrap() }, async {
+        other.register(&from_the_beginning("s")).await.unwrap()
+    },);
+    assert_eq!(ids.0, ids.1);
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    store.is_whole().await;
+    delivers_once_in_order(&store, ids.0, 1220).await;
+    store.is_whole().await;
+}

@@ -1,0 +1,5 @@
+//! The example application as real processes.
+
+mod example;
+mod faults;
+mod startup;
