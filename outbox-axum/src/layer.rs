@@ -58,7 +58,8 @@ impl OutboxLayer {
     ///
     /// Each field comes from the first of these that has it:
     ///
-    /// 1. a [`Context`] in the request's extensions, put there by the application's own middleware;
+    /// 1. a [`Context`] in the request's extensions, put there by the application's own middleware outside of this
+    ///    layer;
     /// 2. this function;
     /// 3. the headers: trace context from `traceparent` and `tracestate`, correlation id from `x-correlation-id`, else
     ///    `x-request-id`. Values that are not valid are ignored;

@@ -85,7 +85,7 @@
 //! | answers 4xx or 5xx | its response, after ROLLBACK | nothing | `rolled-back` |
 //! | answers with a [`Decision`] | its response | as decided | as decided |
 //! | panics | 500 | nothing | `rolled-back` |
-//! | ignores the error of a statement outside a savepoint | 500 | nothing | `rolled-back` |
+//! | ignores the error of a statement outside a savepoint, or cancels one | 500 | nothing | `rolled-back` |
 //! | leaves a [`Tx`] in a spawned task or in the response's stream | 500 | nothing | `rolled-back` |
 //! | succeeds, and no connection is free or the database is busy | 503, `retry-after: 1` | nothing | `rolled-back` |
 //! | succeeds, and a deferred constraint refuses the COMMIT | 409 | nothing | `rolled-back` |

@@ -1,4 +1,4 @@
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use outbox_core::{Batch, NewEvent, Subject};
@@ -10,6 +10,13 @@ use crate::{Outbox, sqlite, subscriptions::KnownSubscriptions};
 
 /// A head start of one priority step.
 const SECONDS_PER_PRIORITY: f64 = 60.0;
+
+/// Longest wait: a thousand years. SQLite knows no time after the year 9999.
+const LONGEST_WAIT: Duration = Duration::from_secs(1000 * 366 * 24 * 3600);
+
+/// The times that sort as text and that SQLite reads: the years 0 to 9999.
+const FIRST_TIME: DateTime<Utc> = DateTime::from_timestamp_millis(-62_167_219_200_000).expect("in range");
+const LAST_TIME: DateTime<Utc> = DateTime::from_timestamp_millis(253_402_300_799_999).expect("in range");
 
 #[derive(Serialize)]
 struct EventRow<'a> {
@@ -137,13 +144,18 @@ pub(crate) async fn insert_deliveries(
 fn schedule(event: &NewEvent) -> (f64, Option<String>) {
     match event.schedule() {
         (None, None) => (f64::from(event.head_start_minutes()) * -SECONDS_PER_PRIORITY, None),
-        (delay, not_before) => (delay.unwrap_or_default().as_secs_f64(), not_before.map(timestamp)),
+        (delay, not_before) => (seconds(delay.unwrap_or_default()), not_before.map(timestamp)),
     }
+}
+
+/// A wait as the statements take it.
+pub(crate) fn seconds(wait: Duration) -> f64 {
+    wait.min(LONGEST_WAIT).as_secs_f64()
 }
 
 /// The format of the tables' times.
 pub(crate) fn timestamp(at: DateTime<Utc>) -> String {
-    at.to_rfc3339_opts(SecondsFormat::Millis, true)
+    at.clamp(FIRST_TIME, LAST_TIME).to_rfc3339_opts(SecondsFormat::Millis, true)
 }
 
 pub(crate) fn json<T: Serialize + ?Sized>(rows: &T) -> Result<String, DbErr> {

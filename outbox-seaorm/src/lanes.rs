@@ -7,7 +7,12 @@ use outbox_core::RecordedEvent;
 use sea_orm::{DatabaseTransaction, DbErr};
 use serde::Serialize;
 
-use crate::{Outbox, deliveries::recorded, flush::json, sqlite};
+use crate::{
+    Outbox,
+    deliveries::recorded,
+    flush::{json, seconds},
+    sqlite,
+};
 
 /// A lease on a lane: the ordered queue of one key of one subscription.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -123,12 +128,11 @@ impl<'a> From<&'a LaneReport> for LaneRow<'a> {
             Next::Yield => ("yield", 0, 0.0, None, None),
             Next::Release { attempts, log } => ("release", *attempts, 0.0, None, log.as_deref()),
             Next::Retry { after, attempts, error, log } => {
-                ("retry", *attempts, after.as_secs_f64(), Some(error.as_str()), log.as_deref())
+                ("retry", *attempts, seconds(*after), Some(error.as_str()), log.as_deref())
             }
         };
         let LaneRef { subscription, key, token } = &report.lane;
-        let finished = report.finished.len();
-        Self { subscription: *subscription, key, token: *token, finished, next, attempts, wait, error, log }
+        Self { subscription: *subscription, key, token: *token, finished: 0, next, attempts, wait, error, log }
     }
 }
 
@@ -157,7 +161,7 @@ impl Outbox {
             return Ok(Vec::new());
         }
         let tx = self.begin_write().await?;
-        let values = [subscription.into(), lanes.into(), lease.as_secs_f64().into(), worker.into()];
+        let values = [subscription.into(), lanes.into(), seconds(lease).into(), worker.into()];
         let rows = self.query_all(&tx, sqlite::CLAIM, values).await?;
         let mut claimed = HashMap::with_capacity(rows.len());
         for row in &rows {
@@ -165,27 +169,31 @@ impl Outbox {
             let lane = LaneRef { subscription, key: key.clone(), token: row.try_get("", "lease_token")? };
             let attempts: u32 = row.try_get("", "attempts")?;
             let attempt_log = row.try_get("", "attempt_log")?;
-            claimed.insert(key, (None::<String>, ClaimedLane { lane, attempts, attempt_log, run: Vec::new() }));
+            claimed.insert(key, (String::new(), ClaimedLane { lane, attempts, attempt_log, run: Vec::new() }));
         }
         let keys: Vec<&String> = claimed.keys().collect();
         let rows = self.query_all(&tx, sqlite::RUNS, [subscription.into(), json(&keys)?.into(), run.into()]).await?;
         tx.commit().await?;
+        let mut complete = Vec::with_capacity(claimed.len());
         for row in &rows {
             let key: String = row.try_get("", "key")?;
             let Some((head_due, lane)) = claimed.get_mut(&key) else { continue };
             // A lease that ended without a result may mean that the head kills its worker: nothing else goes with it.
             let tried_before = lane.attempts > 1 && !lane.run.is_empty();
+            // What waits for its time holds back all that comes after it.
             if tried_before || !row.try_get::<bool>("", "due")? {
+                complete.extend(claimed.remove(&key));
                 continue;
             }
-            if head_due.is_none() {
-                *head_due = Some(row.try_get("", "due_at")?);
+            if lane.run.is_empty() {
+                *head_due = row.try_get("", "due_at")?;
             }
             lane.run.push(recorded(row)?);
         }
-        let mut claimed: Vec<_> = claimed.into_values().collect();
-        claimed.sort_by(|(a, _), (b, _)| a.cmp(b));
-        Ok(claimed.into_iter().map(|(_, lane)| lane).collect())
+        complete.extend(claimed.into_values());
+        complete.retain(|(_, lane)| !lane.run.is_empty());
+        complete.sort_by(|(a, x), (b, y)| (a, x.run[0].position).cmp(&(b, y.run[0].position)));
+        Ok(complete.into_iter().map(|(_, lane)| lane).collect())
     }
 
     /// How long until the next lane of a subscription is due by the database's clock: zero if one is, `None` if there
@@ -231,14 +239,16 @@ impl Outbox {
             .iter()
             .map(|lane| serde_json::json!({"subscription": lane.subscription, "key": lane.key, "token": lane.token}))
             .collect();
-        let values = [json(&rows)?.into(), lease.as_secs_f64().into()];
+        let values = [json(&rows)?.into(), seconds(lease).into()];
         let rows = self.query_all(self.writer(), sqlite::RENEW, values).await?;
         let held = rows
             .iter()
-            .map(|row| Ok((row.try_get("", "subscription_id")?, row.try_get("", "key")?)))
-            .collect::<Result<HashSet<(i32, String)>, DbErr>>()?;
-        let is_held = |lane: &&LaneRef| held.contains(&(lane.subscription, lane.key.clone()));
-        Ok(lanes.iter().filter(is_held).cloned().collect())
+            .map(|row| {
+                let (subscription, key) = (row.try_get("", "subscription_id")?, row.try_get("", "key")?);
+                Ok(LaneRef { subscription, key, token: row.try_get("", "lease_token")? })
+            })
+            .collect::<Result<HashSet<LaneRef>, DbErr>>()?;
+        Ok(lanes.iter().filter(|lane| held.contains(lane)).cloned().collect())
     }
 }
 
@@ -247,7 +257,7 @@ pub(crate) async fn settle_in(
     tx: &DatabaseTransaction,
     reports: &[LaneReport],
 ) -> Result<Vec<Settled>, DbErr> {
-    let mut lanes: Vec<LaneRow<'_>> = reports.iter().map(LaneRow::from).collect();
+    let lanes: Vec<LaneRow<'_>> = reports.iter().map(LaneRow::from).collect();
     let mut settled = vec![Settled::Superseded; reports.len()];
     for row in outbox.query_all(tx, sqlite::HELD, [json(&lanes)?.into()]).await? {
         let report: i64 = row.try_get("", "report")?;
@@ -270,29 +280,34 @@ pub(crate) async fn settle_in(
             })
         })
         .collect();
-    let gone = finish(outbox, tx, finished).await?;
-    for (lane, report) in lanes.iter_mut().zip(reports) {
-        let gone = |delivery: &&Finished| gone.contains(&(lane.subscription, delivery.position));
-        lane.finished = report.finished.iter().filter(gone).count();
+    let moved = finish(outbox, tx, finished).await?;
+    // A lane advances once, to where its last report says, however many there are of it.
+    let mut advanced: HashMap<(i32, &str), LaneRow<'_>> = HashMap::with_capacity(lanes.len());
+    for (_, lane) in lanes.into_iter().enumerate().filter(|(index, _)| held(index)) {
+        advanced.insert((lane.subscription, lane.key), lane);
     }
-    let held_lanes: Vec<&LaneRow<'_>> = (0..lanes.len()).filter(held).map(|index| &lanes[index]).collect();
-    if !held_lanes.is_empty() {
-        let held_lanes = json(&held_lanes)?;
-        outbox.execute(tx, sqlite::ADVANCE_LANES, [held_lanes.as_str().into()]).await?;
-        outbox.execute(tx, sqlite::DELETE_EMPTY_LANES, [held_lanes.into()]).await?;
+    for (subscription, key) in &moved {
+        if let Some(lane) = advanced.get_mut(&(*subscription, key.as_str())) {
+            lane.finished += 1;
+        }
+    }
+    if !advanced.is_empty() {
+        let advanced = json(&advanced.values().collect::<Vec<_>>())?;
+        outbox.execute(tx, sqlite::ADVANCE_LANES, [advanced.as_str().into()]).await?;
+        outbox.execute(tx, sqlite::DELETE_EMPTY_LANES, [advanced.into()]).await?;
     }
     Ok(settled)
 }
 
-/// Moves deliveries to the history or to the dead letters, and returns those that were moved. A commit whose answer was
-/// lost is reported again: what is gone already is not moved, and not subtracted from its lane, a second time.
+/// Moves deliveries to the history or to the dead letters, and returns the lane of each that was moved. A commit whose
+/// answer was lost is reported again: what is gone already is not moved, and not subtracted from its lane, a second time.
 async fn finish(
     outbox: &Outbox,
     tx: &DatabaseTransaction,
     mut finished: Vec<FinishedRow<'_>>,
-) -> Result<HashSet<(i32, i64)>, DbErr> {
+) -> Result<Vec<(i32, String)>, DbErr> {
     if finished.is_empty() {
-        return Ok(HashSet::new());
+        return Ok(Vec::new());
     }
     let deleted = outbox.query_all(tx, sqlite::DELETE_DELIVERIES, [json(&finished)?.into()]).await?;
     let gone = deleted
@@ -306,5 +321,5 @@ async fn finish(
     if dead {
         outbox.execute(tx, sqlite::INSERT_DEAD_LETTERS, [finished.into()]).await?;
     }
-    Ok(gone)
+    deleted.iter().map(|row| Ok((row.try_get("", "subscription_id")?, row.try_get("", "key")?))).collect()
 }

@@ -42,6 +42,15 @@ pub(crate) const UPSERT_LANES: &str = "
       from json_each($1) where true
     on conflict (subscription_id, key) do update set pending = pending + excluded.pending";
 
+/// $1 subscription, $2 keys. After a backfill: what it put before a delayed delivery does not wait for it. Lanes that a
+/// worker has tried keep their lease or backoff.
+pub(crate) const DUE_WITH_HEAD: &str = "
+    update outbox_lanes
+       set due_at = (select d.due_at from outbox_deliveries d
+                      where d.subscription_id = outbox_lanes.subscription_id and d.key = outbox_lanes.key
+                      order by position limit 1)
+     where subscription_id = $1 and key in (select value from json_each($2)) and attempts = 0 and last_error is null";
+
 /// $1 subscription: seconds until its next lane is due, negative if it is. Asked before a claim, so that an idle poll
 /// takes no write lock. Index: outbox_lanes_due.
 pub(crate) const NEXT_DUE: &str = "
@@ -62,28 +71,29 @@ pub(crate) const CLAIM: &str = "
        and exists (select 1 from outbox_subscriptions where id = $1 and paused_at is null and backfill_from is null)
     returning key, lease_token, attempts, attempt_log";
 
-/// $1 subscription, $2 keys, $3 run. Index: primary key of the deliveries.
+/// $1 subscription, $2 keys, $3 run. Index: primary key of the deliveries; `cross join` holds the planner to it, which
+/// otherwise reads all deliveries of the subscription.
 pub(crate) const RUNS: &str = "
     select d.key, d.due_at, d.due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as due, e.*
       from json_each($2) lane
-      join outbox_deliveries d on d.subscription_id = $1 and d.key = lane.value
+     cross join outbox_deliveries d on d.subscription_id = $1 and d.key = lane.value
        and d.position in (select position from outbox_deliveries
                            where subscription_id = $1 and key = lane.value order by position limit $3)
-      join outbox_events e on e.position = d.position
+     cross join outbox_events e on e.position = d.position
      order by d.position";
 
-/// $1 reports. The lanes whose lease is still held.
+/// $1 reports. The lanes whose lease is still held: neither taken over nor ended by its holder.
 pub(crate) const HELD: &str = "
     select r.key as report from json_each($1) r
       join outbox_lanes l on l.subscription_id = r.value->>'subscription' and l.key = r.value->>'key'
-       and l.lease_token = r.value->>'token'";
+       and l.lease_token = r.value->>'token' and l.leased_by is not null";
 
 /// $1 finished deliveries. Returns those that were still there: a report that is stored twice counts once.
 pub(crate) const DELETE_DELIVERIES: &str = "
     delete from outbox_deliveries
      where (subscription_id, key, position) in (
            select value->>'subscription', value->>'key', value->>'position' from json_each($1))
-    returning subscription_id, position";
+    returning subscription_id, key, position";
 
 /// $1 finished deliveries. A replayed delivery replaces its history.
 pub(crate) const INSERT_DELIVERED: &str = "
@@ -104,8 +114,8 @@ pub(crate) const INSERT_DEAD_LETTERS: &str = "
        set attempts = excluded.attempts, error = excluded.error, attempt_log = excluded.attempt_log,
            died_at = excluded.died_at";
 
-/// $1 reports of lanes that are held. After `keep` the lease goes on; after `retry` the head waits; after `yield` the
-/// lane is due with its next delivery.
+/// $1 reports of lanes that are held. After `keep` the lease goes on; after `retry` the head waits; after `yield` and
+/// `release` the lane is due with its next delivery.
 pub(crate) const ADVANCE_LANES: &str = "
     update outbox_lanes
        set pending = outbox_lanes.pending - r.finished,
@@ -117,7 +127,7 @@ pub(crate) const ADVANCE_LANES: &str = "
                else coalesce((select d.due_at from outbox_deliveries d
                                where d.subscription_id = r.subscription and d.key = r.lane
                                order by position limit 1), outbox_lanes.due_at) end,
-           last_error = r.error,
+           last_error = case r.next when 'release' then last_error else r.error end,
            attempt_log = r.log
       from (select value->>'subscription' as subscription, value->>'key' as lane, value->>'finished' as finished,
                    value->>'attempts' as attempts, value->>'next' as next, value->>'wait' as wait,
@@ -138,8 +148,8 @@ pub(crate) const RENEW: &str = "
       from (select value->>'subscription' as subscription, value->>'key' as lane, value->>'token' as token
               from json_each($1)) r
      where outbox_lanes.subscription_id = r.subscription and outbox_lanes.key = r.lane
-       and outbox_lanes.lease_token = r.token
-    returning outbox_lanes.subscription_id, outbox_lanes.key";
+       and outbox_lanes.lease_token = r.token and outbox_lanes.leased_by is not null
+    returning outbox_lanes.subscription_id, outbox_lanes.key, outbox_lanes.lease_token";
 
 /// $1 name.
 pub(crate) const SUBSCRIPTION_BY_NAME: &str = "
@@ -181,7 +191,7 @@ pub(crate) const INBOX_INSERT: &str = "
 pub(crate) const HEARTBEAT: &str = "
     insert into outbox_workers (id, subscriptions, started_at, last_seen_at)
     values ($1, $2, strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
-    on conflict (id) do update set last_seen_at = excluded.last_seen_at";
+    on conflict (id) do update set subscriptions = excluded.subscriptions, last_seen_at = excluded.last_seen_at";
 
 /// $1 seconds.
 pub(crate) const FORGET_WORKERS: &str = "

@@ -150,6 +150,8 @@ impl Outbox {
             })
             .collect();
         insert_deliveries(self, &tx, &missing).await?;
+        let keys: HashSet<&str> = missing.iter().map(|delivery| delivery.key.as_str()).collect();
+        self.execute(&tx, sqlite::DUE_WITH_HEAD, [id.into(), json(&keys)?.into()]).await?;
         let next = positions.last().map(|last| last + 1);
         self.execute(&tx, sqlite::SET_BACKFILL, [id.into(), Value::BigInt(next)]).await?;
         tx.commit().await?;

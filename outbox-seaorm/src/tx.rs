@@ -223,7 +223,8 @@ impl Drop for Unfinished<'_> {
         if !self.armed {
             return;
         }
-        // The lock is free unless another clone is at work right now; closing then has the same effect.
+        // The lock is free unless another clone is at work right now; a handle that is closed before its unit of work
+        // ends is not committed either.
         match self.shared.state.try_lock() {
             Ok(mut state) => state.failed = true,
             Err(_) => self.shared.closed.store(true, Ordering::SeqCst),

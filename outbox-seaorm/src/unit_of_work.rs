@@ -5,7 +5,7 @@ use std::{
 
 use outbox_core::{Batch, Context, Events};
 use sea_orm::{DatabaseTransaction, DbBackend, DbErr, RuntimeErr, sqlx};
-use tokio::sync::Mutex;
+use tokio::{runtime::Handle, sync::Mutex};
 
 use crate::{
     LaneReport, Outbox, Settled, flush, lanes,
@@ -24,6 +24,8 @@ pub struct UnitOfWork {
     outbox: Outbox,
     source: TxSource,
     finished: bool,
+    /// For the rollback when it is dropped outside: the connection's way back to its pool is a task.
+    runtime: Option<Handle>,
 }
 
 /// Hands out the handles of a unit of work without counting as one itself; what a request carries in its extensions.
@@ -103,10 +105,13 @@ pub fn is_transient(error: &DbErr) -> bool {
     match error {
         DbErr::ConnectionAcquire(_) | DbErr::Conn(_) => true,
         DbErr::Exec(RuntimeErr::SqlxError(error)) | DbErr::Query(RuntimeErr::SqlxError(error)) => match &**error {
-            // SQLite BUSY and its extended codes, LOCKED; PostgreSQL serialization failure, deadlock.
-            sqlx::Error::Database(error) => {
-                matches!(error.code().as_deref(), Some("5" | "261" | "517" | "773" | "6" | "40001" | "40P01"))
-            }
+            // SQLite BUSY and its extended codes, LOCKED; PostgreSQL serialization failure, deadlock, lock not available,
+            // too many connections, read-only for the moment, shutting down and starting up.
+            sqlx::Error::Database(error) => matches!(
+                error.code().as_deref(),
+                Some("5" | "261" | "517" | "773" | "6")
+                    | Some("40001" | "40P01" | "55P03" | "53300" | "25006" | "57P01" | "57P02" | "57P03")
+            ),
             sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
             _ => false,
         },
@@ -123,7 +128,7 @@ impl UnitOfWork {
             state: Mutex::new(State::default()),
         };
         let source = TxSource { shared: Arc::new(shared), in_use: Arc::default() };
-        Self { outbox, source, finished: false }
+        Self { outbox, source, finished: false, runtime: Handle::try_current().ok() }
     }
 
     /// A handle to the transaction; clones and further handles share it.
@@ -174,21 +179,32 @@ impl UnitOfWork {
     }
 
     /// Drops the events and rolls back.
+    ///
+    /// # Cancel safety
+    ///
+    /// Runs in a task of its own: once started it ends even if this future is dropped.
     pub async fn rollback(mut self) {
         self.finished = true;
-        self.source.shared.abandon().await;
+        let shared = self.source.shared.clone();
+        // In a task of its own: a client may hang up while this waits for a statement of a spawned task.
+        let _ = tokio::spawn(async move { shared.abandon().await }).await;
     }
 
     async fn finish(mut self, report: Option<LaneReport>) -> Result<Settled, CommitError> {
         self.finished = true;
         let (outbox, shared) = (self.outbox.clone(), self.source.shared.clone());
+        // Closed before the handles are counted: one that is handed out from now on can do nothing any more. Closed
+        // already is what a savepoint left that could not even mark its transaction as failed.
+        let broken = shared.closed.swap(true, Ordering::SeqCst);
         let held = self.source.handles() > 0;
         let task = tokio::spawn(async move {
-            if held {
-                shared.abandon().await;
-                return Err(CommitError::HandleHeld);
-            }
-            let result = commit(&outbox, &shared, report).await;
+            let result = if held {
+                Err(CommitError::HandleHeld)
+            } else if broken {
+                Err(CommitError::StatementFailed)
+            } else {
+                commit(&outbox, &shared, report).await
+            };
             shared.abandon().await;
             result
         });
@@ -205,8 +221,8 @@ impl Drop for UnitOfWork {
         }
         self.source.shared.closed.store(true, Ordering::SeqCst);
         let _ = self.source.shared.events.close();
-        // Outside a runtime the transaction rolls back when its last handle is dropped.
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        if let Some(runtime) = Handle::try_current().ok().or_else(|| self.runtime.take()) {
+            let _entered = runtime.enter();
             let shared = self.source.shared.clone();
             runtime.spawn(async move { shared.abandon().await });
         }
@@ -215,7 +231,6 @@ impl Drop for UnitOfWork {
 
 async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) -> Result<Settled, CommitError> {
     let mut state = shared.state.lock().await;
-    shared.closed.store(true, Ordering::SeqCst);
     let batch = shared.events.close();
     if state.failed {
         return Err(CommitError::StatementFailed);

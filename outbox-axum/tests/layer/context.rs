@@ -2,7 +2,7 @@
 
 use axum::{Router, body::Body, middleware::from_fn, routing::post as post_to};
 use http::Request;
-use outbox_axum::{Events, OutboxLayer};
+use outbox_axum::Events;
 use outbox_core::{Actor, Context};
 use outbox_seaorm::entity::events::Model;
 
@@ -88,10 +88,7 @@ async fn a_context_from_the_applications_middleware_wins() {
         request.extensions_mut().insert(context);
         next.run(request).await
     };
-    let router = Router::new()
-        .route("/", post_to(push))
-        .layer(OutboxLayer::new(store.outbox.clone()))
-        .layer(from_fn(authenticate));
+    let router = Router::new().route("/", post_to(push)).layer(store.layer()).layer(from_fn(authenticate));
     let event = recorded(&App { router, store }, &[("x-correlation-id", "theirs"), ("traceparent", TRACE)]).await;
     assert_eq!((event.tenant.as_deref(), event.correlation_id.as_deref()), (Some("acme"), Some("mine")));
     assert_eq!(event.traceparent.as_deref(), Some(TRACE));

@@ -6,7 +6,7 @@ use http::{Request, StatusCode};
 use outbox_axum::{Decision, Error, Events, OutboxLayer, Tx};
 use sea_orm::{ConnectionTrait, DbBackend, Statement};
 
-use crate::support::{Store, build_app, build_app_with, insert, place, placed, post, send};
+use crate::support::{Store, build_app, build_app_with, insert, place, placed, post, route, send};
 
 async fn answers(status: u16) -> (u16, String, usize) {
     let app = build_app(move |tx: Tx| async move {
@@ -116,7 +116,7 @@ async fn a_read_through_the_applications_connection_begins_no_transaction() {
             reader.query_one_raw(sql).await.unwrap().unwrap().try_get::<i64>("", "n").unwrap().to_string()
         }
     };
-    let router = Router::new().route("/", post_to(count)).layer(OutboxLayer::new(store.outbox.clone()));
+    let router = route(store.layer(), count);
     let held = store.outbox.begin(outbox_core::Context::default());
     held.tx().begin().await.unwrap();
     let answer = send(&router, post()).await;
@@ -152,7 +152,7 @@ async fn commit_happens_before_the_first_byte() {
             Body::from_stream(stream::once(seen)).into_response()
         }
     };
-    let router = Router::new().route("/", post_to(handler)).layer(OutboxLayer::new(store.outbox.clone()));
+    let router = route(store.layer(), handler);
     let answer = send(&router, post()).await;
     assert_eq!((answer.facts(), answer.body.as_str()), ((200, "committed"), "a event"));
 }
@@ -171,8 +171,8 @@ async fn a_layer_inside_a_layer_uses_the_outer_unit_of_work() {
         assert!(!response.headers().contains_key("outbox-outcome"), "the inner layer has ended nothing");
         response
     };
-    let inner = Router::new().route("/", post_to(handler)).layer(OutboxLayer::new(store.outbox.clone()));
-    let router = inner.layer(axum::middleware::from_fn(outer)).layer(OutboxLayer::new(store.outbox.clone()));
+    let inner = route(store.layer(), handler);
+    let router = inner.layer(axum::middleware::from_fn(outer)).layer(store.layer());
     assert_eq!(send(&router, post()).await.facts(), (409, "committed"));
     assert_eq!(store.orders().await, ["handler", "middleware"]);
     assert_eq!(store.payloads().await.len(), 2);
@@ -207,7 +207,7 @@ async fn an_error_of_the_inner_service_rolls_back_and_is_passed_on() {
         place(&tx, "a").await;
         Err::<http::Response<Body>, _>("inner")
     });
-    let mut service = OutboxLayer::new(store.outbox.clone()).layer(failing);
+    let mut service = store.layer().layer(failing);
     let error = service.ready().await.unwrap().call(post()).await.unwrap_err();
     assert_eq!(error, "inner");
     assert!(store.is_empty().await && store.can_write().await);

@@ -7,13 +7,12 @@ use std::{
     task::Poll,
 };
 
-use axum::{Router, routing::post as post_to};
-use outbox_axum::{Events, OutboxLayer, Tx};
+use outbox_axum::{Events, Tx};
 use sea_orm::ConnectionTrait;
 use tokio::sync::{Notify, mpsc};
 use tower::ServiceExt;
 
-use crate::support::{Store, build_app, eventually, place, post};
+use crate::support::{Store, build_app, eventually, place, post, route};
 
 #[tokio::test]
 async fn rolls_back_when_the_client_disconnects_in_the_middle() {
@@ -30,7 +29,7 @@ async fn rolls_back_when_the_client_disconnects_in_the_middle() {
             }
         }
     };
-    let router = Router::new().route("/", post_to(handler)).layer(OutboxLayer::new(store.outbox.clone()));
+    let router = route(store.layer(), handler);
     tokio::select! {
         _ = router.clone().oneshot(post()) => panic!("the handler has not been told to go on"),
         () = reached.notified() => {}
@@ -88,7 +87,7 @@ async fn a_commit_that_has_started_ends_by_itself() {
             hand_out.send(events).await.unwrap();
         }
     };
-    let router = Router::new().route("/", post_to(handler)).layer(OutboxLayer::new(store.outbox.clone()));
+    let router = route(store.layer(), handler);
     let mut response = Box::pin(router.oneshot(post()));
     let mut events = None;
     // The commit closes the collector first.

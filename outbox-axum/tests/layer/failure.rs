@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use axum::{Router, body::Body, routing::post as post_to};
+use futures_util::FutureExt;
 use http::{Request, StatusCode};
 use outbox_axum::{Error, Events, OutboxLayer, Tx};
 use outbox_core::Context;
@@ -11,11 +12,24 @@ use sea_orm::ConnectionTrait;
 
 use crate::support::{Answer, App, Store, build_app, build_app_with, insert, place, placed, post, send};
 
+/// Takes some milliseconds, and long enough to be cancelled.
+const SLOW: &str = "insert into orders
+    with recursive n (i) as (select 1 union all select i + 1 from n where i < 50000)
+    select 'slow ' || max(i) from n";
+
 const INTERNAL: &str = r#"{"error":"the request failed; the log of the service says why"}"#;
 
 /// No word of the database may reach a client.
 fn is_quiet(answer: &Answer) -> bool {
     !["UNIQUE", "constraint", "orders", "sqlite", "boom"].iter().any(|word| answer.body.contains(word))
+}
+
+fn panicking<H, T>(store: &Store, handler: H) -> Router
+where
+    H: axum::handler::Handler<T, ()>,
+    T: 'static,
+{
+    Router::new().route("/", post_to(handler)).layer(store.layer())
 }
 
 async fn is_a_500_that_stores_nothing(app: &App) {
@@ -30,8 +44,9 @@ async fn a_panic_is_a_500_and_stores_nothing() {
         place(&tx, "a").await;
         panic!("boom");
     }
-    let app = build_app(handler).await;
-    is_a_500_that_stores_nothing(&app).await;
+    let store = Store::new().await;
+    let router = panicking(&store, handler);
+    is_a_500_that_stores_nothing(&App { router, store }).await;
 }
 
 #[tokio::test]
@@ -39,8 +54,9 @@ async fn a_panic_before_the_first_statement_is_a_500() {
     async fn handler(_: Tx, Events(events): Events) {
         panic!("boom, {} events", events.len());
     }
-    let app = build_app(handler).await;
-    is_a_500_that_stores_nothing(&app).await;
+    let store = Store::new().await;
+    let router = panicking(&store, handler);
+    is_a_500_that_stores_nothing(&App { router, store }).await;
 }
 
 #[tokio::test]
@@ -51,7 +67,7 @@ async fn a_panic_in_the_call_of_the_service_is_a_500() {
         service_fn(|_: Request<Body>| -> std::future::Ready<Result<http::Response<Body>, std::convert::Infallible>> {
             panic!("boom")
         });
-    let service = tower::Layer::layer(&OutboxLayer::new(store.outbox.clone()), panics);
+    let service = tower::Layer::layer(&store.layer(), panics);
     let response = service.oneshot(post()).await.unwrap();
     assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
 }
@@ -90,7 +106,7 @@ async fn a_swallowed_error_of_the_last_statement_is_a_500_and_stores_nothing() {
 async fn a_statement_that_was_cancelled_is_a_500_and_stores_nothing() {
     let app = build_app(|tx: Tx| async move {
         place(&tx, "a").await;
-        assert!(futures_util::FutureExt::now_or_never(insert(&tx, "b")).is_none(), "cancelled halfway");
+        assert!(tx.execute_unprepared(SLOW).now_or_never().is_none(), "cancelled halfway");
         StatusCode::CREATED
     })
     .await;
@@ -231,7 +247,7 @@ async fn a_failed_commit_is_logged_with_method_route_and_cause() {
     let handler = |tx: Tx| async move {
         tx.execute_unprepared("insert into lines values ('missing')").await.unwrap();
     };
-    let router = Router::new().route("/orders/{id}", post_to(handler)).layer(OutboxLayer::new(store.outbox.clone()));
+    let router = Router::new().route("/orders/{id}", post_to(handler)).layer(store.layer());
     send(&router, Request::post("/orders/7?secret=1").body(Body::empty()).unwrap()).await;
     let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
     for expected in ["ERROR", "method=POST", r#"path="/orders/{id}""#, "FOREIGN KEY constraint failed"] {

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use axum::{Router, body::Body, response::IntoResponse, routing::post as post_to};
 use futures_util::{StreamExt, stream};
 use http::StatusCode;
-use outbox_axum::{Events, OutboxLayer, Tx};
+use outbox_axum::{Events, Tx};
 use outbox_core::PushError;
 use sea_orm::{ConnectionTrait, DbErr};
 use tokio::sync::{Notify, mpsc};
 
-use crate::support::{Store, insert, place, placed, post, send};
+use crate::support::{Store, insert, place, placed, post, route, send};
 
 #[tokio::test]
 async fn a_handle_held_by_a_task_is_a_500_and_the_tasks_use_fails() {
@@ -29,7 +29,7 @@ async fn a_handle_held_by_a_task_is_a_500_and_the_tasks_use_fails() {
             StatusCode::CREATED
         }
     };
-    let router = Router::new().route("/", post_to(handler)).layer(OutboxLayer::new(store.outbox.clone()));
+    let router = route(store.layer(), handler);
     assert_eq!(send(&router, post()).await.facts(), (500, "rolled-back"));
     assert!(store.is_empty().await && store.can_write().await);
     answered.notify_one();
@@ -50,7 +50,7 @@ async fn a_task_that_finished_with_the_handle_is_no_obstacle() {
         StatusCode::CREATED
     };
     let store = Store::new().await;
-    let router = Router::new().route("/", post_to(handler)).layer(OutboxLayer::new(store.outbox.clone()));
+    let router = route(store.layer(), handler);
     assert_eq!(send(&router, post()).await.facts(), (201, "committed"));
     assert_eq!(store.orders().await, ["a", "b"]);
 }
@@ -66,7 +66,7 @@ async fn a_response_stream_that_holds_the_handle_is_a_500() {
         });
         Body::from_stream(writes).into_response()
     };
-    let router = Router::new().route("/", post_to(handler)).layer(OutboxLayer::new(store.outbox.clone()));
+    let router = route(store.layer(), handler);
     assert_eq!(send(&router, post()).await.facts(), (500, "rolled-back"));
     assert!(store.is_empty().await && store.can_write().await);
 }
@@ -88,7 +88,7 @@ async fn a_late_push_is_refused() {
             StatusCode::CREATED
         }
     };
-    let router = Router::new().route("/", post_to(handler)).layer(OutboxLayer::new(store.outbox.clone()));
+    let router = route(store.layer(), handler);
     assert_eq!(send(&router, post()).await.facts(), (201, "committed"));
     answered.notify_one();
     assert!(matches!(reported.recv().await.unwrap(), Err(PushError::Closed)));
@@ -111,8 +111,7 @@ async fn a_request_kept_by_a_middleware_is_no_obstacle_and_of_no_use() {
         }
     };
     let handler = |tx: Tx| async move { place(&tx, "a").await };
-    let router =
-        Router::new().route("/", post_to(handler)).layer(from_fn(keeps)).layer(OutboxLayer::new(store.outbox.clone()));
+    let router = Router::new().route("/", post_to(handler)).layer(from_fn(keeps)).layer(store.layer());
     assert_eq!(send(&router, post()).await.facts(), (200, "committed"));
     let mut parts = post().into_parts().0;
     parts.extensions = kept.recv().await.unwrap();

@@ -1,13 +1,16 @@
 //! An application of one handler, and a witness that sees only what is committed.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, panic::AssertUnwindSafe, time::Duration};
 
 use axum::{
     Router,
     body::{Body, to_bytes},
     handler::Handler,
+    middleware::{Next, from_fn},
+    response::IntoResponse,
     routing::any,
 };
+use futures_util::FutureExt;
 use http::{HeaderMap, Request, StatusCode};
 use outbox_axum::{OutboxLayer, Tx};
 use outbox_core::NewEvent;
@@ -59,6 +62,10 @@ impl Store {
             options.journal_mode(SqliteJournalMode::Wal).busy_timeout(Duration::from_millis(50))
         });
         Database::connect(options).await.unwrap()
+    }
+
+    pub(crate) fn layer(&self) -> OutboxLayer {
+        OutboxLayer::new(self.outbox.clone())
     }
 
     pub(crate) async fn orders(&self) -> Vec<String> {
@@ -113,8 +120,22 @@ where
     T: 'static,
 {
     let store = Store::new().await;
-    let layer = configure(OutboxLayer::new(store.outbox.clone()));
-    App { router: Router::new().route("/", any(handler)).layer(layer), store }
+    let layer = configure(store.layer());
+    App { router: route(layer, handler), store }
+}
+
+/// One handler behind a layer. A handler that panics is a 418, or its failed assertions would look like the 500 that
+/// many tests expect.
+pub(crate) fn route<H, T>(layer: OutboxLayer, handler: H) -> Router
+where
+    H: Handler<T, ()>,
+    T: 'static,
+{
+    let no_panic = |request: Request<Body>, next: Next| async move {
+        let answer = AssertUnwindSafe(next.run(request)).catch_unwind().await;
+        answer.unwrap_or_else(|_| StatusCode::IM_A_TEAPOT.into_response())
+    };
+    Router::new().route("/", any(handler)).layer(from_fn(no_panic)).layer(layer)
 }
 
 impl App {

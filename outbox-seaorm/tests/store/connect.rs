@@ -50,7 +50,7 @@ async fn a_file_that_cannot_be_opened_is_one_sentence() {
         "sqlite:///missing/folder/todo.db?mode=rwc",
         "sqlite://me:hunter2@host/todo.db?mode=rwc",
         "sqlite:///missing/todo.db?mode=ro&password=hunter2",
-        "sqlite:///missing/todo.db?mode=hunter2",
+        "sqlite:///missing/todo.db?mode=nonsense",
         "sqlite:///missing/todo.db",
     ] {
         let error = Outbox::connect(url, 1).await.unwrap_err();

@@ -1,0 +1,16 @@
+//! What a worker does, on SQLite files.
+
+mod board;
+mod burst;
+mod crash;
+mod deliver;
+mod failure;
+mod fixture;
+mod idle;
+mod lease;
+mod order;
+mod outage;
+mod share;
+mod shutdown;
+mod start;
+mod transactional;
