@@ -26,8 +26,8 @@ use crate::{
 /// A [`Worker`](crate::Worker) drives it. By itself it lists the deliveries of a subscription with their states for
 /// apalis-board; pushing is refused, because deliveries come from committed events only.
 ///
-/// It never answers a worker with an error: database errors are tried again inside, with backoff, because an error
-/// would end the worker.
+/// Database errors are no errors to the worker: they are tried again inside, with backoff, because an error would end
+/// it.
 #[derive(Debug)]
 pub struct OutboxBackend {
     pub(crate) outbox: Outbox,
@@ -62,6 +62,9 @@ pub enum BackendError {
     /// Deliveries are not pushed.
     #[error("deliveries come from committed events; push an event in a transaction instead")]
     PushRefused,
+    /// What feeds the worker ended early; the worker is started again.
+    #[error("what feeds the worker ended early")]
+    FeedEnded,
     /// The id is not one of a delivery.
     #[error("the id of a delivery is SUBSCRIPTION:EVENT_ID")]
     UnknownId,
@@ -119,7 +122,8 @@ impl Backend for OutboxBackend {
     ) -> Poll<Option<Result<Self::Task, Self::Error>>> {
         worker.heartbeat(cx);
         match self.ends() {
-            Some(ends) => ends.tasks.poll_recv(cx).map(|task| task.map(Ok)),
+            // A feed ends before its worker only on a bug: the error has the worker started again.
+            Some(ends) => ends.tasks.poll_recv(cx).map(|task| Some(task.ok_or(BackendError::FeedEnded))),
             None => Poll::Pending,
         }
     }
@@ -128,7 +132,8 @@ impl Backend for OutboxBackend {
     fn poll_close(&mut self, cx: &mut Context<'_>, _: &WorkerContext) -> Poll<Result<(), Self::Error>> {
         if let Feed::Running(ends) = &mut self.feed {
             ends.stop.cancel();
-            while let Ok(task) = ends.tasks.try_recv() {
+            // Until the feed has ended: it may hand out one more before it notices.
+            while let Some(task) = ready!(ends.tasks.poll_recv(cx)) {
                 give_back(ends, task);
             }
             // The result of the task that feeds: an error means that it panicked, and there is nothing to wait for.

@@ -5,7 +5,7 @@ use apalis_board::axum::{
     sse::{TracingBroadcaster, TracingSubscriber},
     ui::ServeUI,
 };
-use axum::{Extension, Router};
+use axum::{Extension, Router, http::StatusCode};
 use outbox_seaorm::Outbox;
 use sea_orm::DbErr;
 use tracing::Subscriber;
@@ -31,7 +31,7 @@ pub async fn dashboard(outbox: &Outbox) -> Result<Router, DbErr> {
         let backend = OutboxBackend::listing(outbox.clone(), &name);
         RegisterRoute::<OutboxBackend, DeliveryTask>::register(api, &name, backend)
     });
-    let api = api.build().layer(Extension(EVENTS.clone()));
+    let api = api.build().layer(Extension(EVENTS.clone())).fallback(async || StatusCode::NOT_FOUND);
     Ok(Router::new().nest("/api/v1", api).fallback_service(ServeUI::new()))
 }
 

@@ -1,7 +1,11 @@
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures_util::future::BoxFuture;
 use outbox_core::{DeliveryError, Outcome, Publisher, RecordedEvent};
+use tokio::task::{JoinError, JoinHandle};
 
 use crate::task::{Attempt, DeliveryTask};
 
@@ -29,6 +33,8 @@ pub(crate) enum End {
     Cancelled,
     /// This process does not know the event's type or version.
     Unknown,
+    /// The database did not let the attempt begin, or commit; nothing was written.
+    Unavailable(DeliveryError),
 }
 
 #[derive(Debug)]
@@ -59,35 +65,42 @@ pub(crate) struct AttemptResult {
 
 /// Runs one attempt in a task of its own, so that a panic is an error and a future that never yields stops nobody
 /// else's.
-pub(crate) async fn attempt(
-    destination: Arc<dyn Destination>,
-    task: DeliveryTask,
-    timeout: std::time::Duration,
-) -> End {
+pub(crate) async fn attempt(destination: Arc<dyn Destination>, task: DeliveryTask) -> End {
     let Some(attempt) = task.attempt else { return End::Cancelled };
+    if attempt.cancelled.is_cancelled() {
+        return End::Cancelled;
+    }
     if !destination.knows(&task.event) {
         return End::Unknown;
     }
-    let cancelled = attempt.cancelled.clone();
+    let (cancelled, decision, time) = (attempt.cancelled.clone(), attempt.decision.clone(), attempt.time);
     let event = task.event;
+    let settles = destination.settles(&event);
     let mut running = AbortOnDrop(tokio::spawn(async move { destination.deliver(&event, &attempt).await }));
-    tokio::select! {
+    let stopped = tokio::select! {
         // An attempt that has ended counts, even if it was cancelled at the same moment.
         biased;
-        joined = &mut running.0 => match joined {
-            Ok(end) => end,
-            Err(error) => retry(panic_message(error)),
-        },
+        joined = &mut running.0 => return ended(joined),
         () = cancelled.cancelled() => End::Cancelled,
-        () = tokio::time::sleep(timeout) => retry(format!("no result within {timeout:?}")),
-    }
+        // What settles itself minds its time: the wait for its transaction does not count.
+        () = tokio::time::sleep(time), if !settles => retry(no_result(time)),
+    };
+    if decision.take() { stopped } else { ended((&mut running.0).await) }
+}
+
+fn ended(joined: Result<End, JoinError>) -> End {
+    joined.unwrap_or_else(|error| retry(panic_message(error)))
 }
 
 fn retry(message: String) -> End {
     End::Outcome(Outcome::Retry(DeliveryError::retry(message)))
 }
 
-struct AbortOnDrop(tokio::task::JoinHandle<End>);
+pub(crate) fn no_result(within: Duration) -> String {
+    format!("no result within {within:?}")
+}
+
+struct AbortOnDrop(JoinHandle<End>);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
@@ -95,7 +108,7 @@ impl Drop for AbortOnDrop {
     }
 }
 
-fn panic_message(error: tokio::task::JoinError) -> String {
+fn panic_message(error: JoinError) -> String {
     let Ok(panic) = error.try_into_panic() else { return "the attempt was stopped".to_owned() };
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     let text = text.or_else(|| panic.downcast_ref::<String>().cloned());

@@ -17,15 +17,18 @@ use apalis_core::{
 };
 use outbox_core::{DeliveryError, Outcome, RecordedEvent, RetryPolicy};
 use outbox_seaorm::{ClaimedLane, Finished, LaneRef, LaneReport, Next, Outbox, Settled};
-use sea_orm::DbErr;
-use tokio::{sync::mpsc, task::JoinHandle};
+use sea_orm::{DbBackend, DbErr};
+use tokio::{
+    sync::mpsc,
+    task::{JoinError, JoinHandle},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     destination::{AttemptResult, Destination, End},
     listing::task_id,
     options::Options,
-    task::{Attempt, DeliveryTask},
+    task::{Attempt, Decision, DeliveryTask},
 };
 
 /// How many failed attempts of a delivery are remembered with error and time.
@@ -36,6 +39,12 @@ const UNKNOWN_WAIT: Duration = Duration::from_secs(30);
 
 /// The longest wait between two tries while the database is out of reach.
 const LONGEST_OUTAGE_WAIT: Duration = Duration::from_secs(5);
+
+/// The shortest wait between two looks that nothing has brought forward.
+const SOON: Duration = Duration::from_millis(10);
+
+/// How long after the grace a worker that stops goes on trying to store results, if its leases last that long.
+const LAST_TRIES: Duration = Duration::from_secs(10);
 
 /// What a feed works for.
 #[derive(Clone)]
@@ -61,6 +70,16 @@ pub(crate) struct Ends {
     pub(crate) stopped: JoinHandle<()>,
 }
 
+impl Source {
+    /// How long a transactional handler may take. While its transaction writes, SQLite lets no lease be renewed.
+    fn effect_time(&self) -> Duration {
+        match self.outbox.writer().get_database_backend() {
+            DbBackend::Sqlite => self.options.timeout().min(self.options.lease / 3),
+            _ => self.options.timeout(),
+        }
+    }
+}
+
 struct Feed {
     source: Source,
     tasks: mpsc::Sender<Task<DeliveryTask>>,
@@ -75,7 +94,7 @@ struct Feed {
     claiming: Option<JoinHandle<(usize, Result<Claimed, DbErr>)>>,
     settling: Option<JoinHandle<(Vec<LaneReport>, Result<Vec<Settled>, DbErr>)>>,
     renewing: Option<JoinHandle<(Instant, Vec<LaneRef>, Result<Vec<LaneRef>, DbErr>)>>,
-    renewed_at: Instant,
+    renew_at: Instant,
     /// When to look for lanes next.
     look_at: Instant,
     idle_wait: Duration,
@@ -124,7 +143,7 @@ pub(crate) fn start(source: Source) -> Ends {
         claiming: None,
         settling: None,
         renewing: None,
-        renewed_at: now,
+        renew_at: now,
         look_at: now,
         idle_wait: source.poll / 8,
         claim_failures: 0,
@@ -144,6 +163,7 @@ impl Feed {
         let mut tick = tokio::time::interval(options.lease / 10);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut grace_end: Option<Instant> = None;
+        let mut grace_is_over = false;
         loop {
             let stopping = grace_end.is_some();
             if stopping {
@@ -166,19 +186,23 @@ impl Feed {
                 (capacity, claimed) = finished(&mut self.claiming) => self.claimed(capacity, claimed, stopping),
                 (reports, settled) = finished(&mut self.settling) => self.settled(reports, settled),
                 (asked_at, lanes, held) = finished(&mut self.renewing) => self.renewed(asked_at, &lanes, held),
-                () = outbox.woken(subscription) => {
+                () = outbox.woken(subscription), if !stopping => {
                     self.look_at = Instant::now();
                     self.idle_wait = self.source.poll / 8;
                 }
-                () = tokio::time::sleep_until(self.look_at.into()), if !stopping && self.claiming.is_none() && self.room() > 0 => {}
+                () = tokio::time::sleep_until(self.look_at.into()), if !stopping && self.wants_lanes() => {}
                 () = tokio::time::sleep_until(self.settle_at.into()), if self.settling.is_none() && self.has_reports() => {}
                 _ = tick.tick() => self.guard_leases(),
                 () = stop.cancelled(), if !stopping => grace_end = Some(Instant::now() + options.grace),
                 () = self.tasks.closed(), if !stopping => grace_end = Some(Instant::now()),
-                () = sleep_until(grace_end), if grace_end.is_some() => {
+                () = sleep_until(grace_end), if stopping => {
+                    if grace_is_over {
+                        tracing::warn!(subscription = &*self.source.name, "results could not be stored; leases end by themselves");
+                        return;
+                    }
+                    grace_is_over = true;
+                    grace_end = Some(Instant::now() + options.lease.min(LAST_TRIES));
                     self.cancel_all();
-                    // Attempts answer to the cancellation; look again if one does not.
-                    grace_end = Some(Instant::now() + options.lease);
                     if self.tasks.is_closed() {
                         self.forget_running();
                     }
@@ -192,6 +216,15 @@ impl Feed {
         (2 * self.source.options.concurrency).saturating_sub(self.lanes.len())
     }
 
+    fn wants_lanes(&self) -> bool {
+        self.claiming.is_none() && self.can_store() && self.room() > 0
+    }
+
+    /// Nothing is begun while results cannot be stored: it would be repeated.
+    fn can_store(&self) -> bool {
+        self.settle_failures == 0
+    }
+
     fn is_quiet(&self) -> bool {
         self.claiming.is_none() && self.settling.is_none()
     }
@@ -201,13 +234,32 @@ impl Feed {
     }
 
     fn start_ready(&mut self) {
+        let options = self.source.options;
         let mut waiting = VecDeque::new();
-        while self.open < self.source.options.concurrency {
+        while self.can_store() && self.open < options.concurrency {
             let Some(key) = self.ready.pop_front() else { break };
-            let Some(lane) = self.lanes.get_mut(&key) else { continue };
+            // A lane that was lost and claimed again may stand here twice.
+            let Some(lane) = self.lanes.get_mut(&key).filter(|lane| !lane.running) else { continue };
             let Some(event) = lane.run.front().cloned() else { continue };
+            if lane.cancelled.is_cancelled() || Instant::now() + options.margin() >= lane.leased_until {
+                self.release(&key);
+                continue;
+            }
+            if lane.attempts > self.source.retry.attempts(event.max_attempts) && !lane.last_attempt_is_known() {
+                let begun = lane.attempts - 1;
+                tracing::warn!(subscription = &*self.source.name, event_id = %event.id, begun, "dead letter");
+                let log = lane.log.take();
+                let error = format!(
+                    "attempt {begun} was the last and ended without a result: its worker was killed, or lost its lease"
+                );
+                lane.finish_head(begun, log, Some(error));
+                self.open += 1;
+                self.go_on(key);
+                continue;
+            }
             // It acknowledges itself in its own transaction: what came before it in the lane must be stored first.
-            if self.source.destination.settles(&event) && (lane.unsettled > 0 || !lane.finished.is_empty()) {
+            let settles = self.source.destination.settles(&event);
+            if settles && (lane.unsettled > 0 || !lane.finished.is_empty()) {
                 waiting.push_back(key);
                 continue;
             }
@@ -218,12 +270,14 @@ impl Feed {
                 number: lane.attempts,
                 log: lane.log.clone(),
                 last: lane.run.len() == 1,
+                time: if settles { self.source.effect_time() } else { options.timeout() },
                 cancelled: lane.cancelled.child_token(),
+                decision: Decision::default(),
             };
             let task = TaskBuilder::new(DeliveryTask { event: event.clone(), attempt: Some(attempt) })
                 .task_id(TaskId::from_string(task_id(&self.source.name, &event)))
-                // apalis counts the attempt when it begins.
-                .attempt(lane.attempts.saturating_sub(1) as usize)
+                // As apalis' tracing shows it; apalis counts it once more when it begins.
+                .attempt(lane.attempts as usize)
                 .queue(Queue::from(&*self.source.name))
                 .build();
             self.open += 1;
@@ -240,9 +294,11 @@ impl Feed {
 
     fn claim(&mut self) {
         let capacity = self.room().min(self.source.options.batch);
-        if self.claiming.is_some() || capacity == 0 || self.look_at > Instant::now() {
+        if !self.wants_lanes() || self.look_at > Instant::now() {
             return;
         }
+        // A wake-up while the claim is under way brings the next look forward again.
+        self.look_at = Instant::now() + self.source.poll;
         let Source { outbox, subscription, worker, options, .. } = self.source.clone();
         self.claiming = Some(tokio::spawn(async move {
             let asked_at = Instant::now();
@@ -269,14 +325,16 @@ impl Feed {
             }
         };
         self.claim_failures = 0;
-        if lanes.len() < capacity {
+        if lanes.len() == capacity {
+            self.look_at = Instant::now();
+        } else {
             if !lanes.is_empty() {
                 self.idle_wait = self.source.poll / 8;
             }
-            // Due and not claimed: another worker is at it at this moment.
-            let due = next_due.filter(|due| !due.is_zero()).unwrap_or(Duration::MAX);
+            // Due and not claimed: it has just become due, or another worker is at it at this moment.
+            let due = next_due.map_or(Duration::MAX, |due| due.max(SOON));
             let jitter = fastrand::f64().mul_add(0.2, 0.9);
-            self.look_at = Instant::now() + self.idle_wait.mul_f64(jitter).min(due);
+            self.look_at = self.look_at.min(Instant::now() + self.idle_wait.mul_f64(jitter).min(due));
             self.idle_wait = (self.idle_wait * 2).min(self.source.poll);
         }
         for claimed in lanes {
@@ -293,10 +351,8 @@ impl Feed {
                 cancelled: CancellationToken::new(),
             };
             // Only after our own lease had ended without our noticing: the old one is void.
-            if let Some(old) = self.lanes.insert(key.clone(), lane) {
-                old.cancelled.cancel();
-                self.open -= usize::from(old.running) + old.finished.len();
-            }
+            self.lose(&key);
+            self.lanes.insert(key.clone(), lane);
             self.ready.push_back(key);
         }
         if stopping {
@@ -316,15 +372,10 @@ impl Feed {
         lane.running = false;
         let Some(event) = lane.run.front().cloned() else { return };
         let attempts = lane.attempts;
-        let finish = |lane: &mut Lane, log: Option<String>, error: Option<String>| {
-            lane.run.pop_front();
-            lane.finished.push(Finished { position: event.position, attempts, log, error });
-            (lane.attempts, lane.log) = (1, None);
-        };
         match end {
             End::Outcome(Outcome::Delivered) => {
                 let log = lane.log.take();
-                finish(lane, log, None);
+                lane.finish_head(attempts, log, None);
             }
             End::Outcome(Outcome::Retry(error)) if attempts < self.source.retry.attempts(event.max_attempts) => {
                 let wait = self.source.retry.delay(attempts, fastrand::f64());
@@ -339,7 +390,7 @@ impl Feed {
             End::Outcome(Outcome::Retry(error) | Outcome::Permanent(error)) => {
                 tracing::warn!(subscription = &*self.source.name, event_id = %event.id, attempts, %error, "dead letter");
                 let log = logged(lane, &self.source.worker, &error, started);
-                finish(lane, log, Some(error.message().to_owned()));
+                lane.finish_head(attempts, log, Some(error.message().to_owned()));
             }
             End::Settled => {
                 lane.run.pop_front();
@@ -358,8 +409,7 @@ impl Feed {
             }
             End::Cancelled => {
                 self.open -= 1;
-                let (attempts, log) = (attempts.saturating_sub(1), lane.log.take());
-                self.finish_lane(&key, Next::Release { attempts, log });
+                self.release(&key);
                 return;
             }
             End::Unknown => {
@@ -368,8 +418,14 @@ impl Feed {
                     "no handler in this worker for {} version {}; no attempt was spent",
                     event.event_type, event.schema_version
                 );
-                let (attempts, log) = (attempts.saturating_sub(1), lane.log.take());
-                self.finish_lane(&key, Next::Retry { after: UNKNOWN_WAIT, attempts, error, log });
+                self.postpone(&key, UNKNOWN_WAIT, error);
+                return;
+            }
+            End::Unavailable(error) => {
+                tracing::warn!(subscription = &*self.source.name, event_id = %event.id, %error, "attempt given back");
+                self.open -= 1;
+                let error = format!("{error}; no attempt was spent");
+                self.postpone(&key, self.source.retry.delay(1, fastrand::f64()), error);
                 return;
             }
             // `Outcome` may grow; a future kind is an unknown end.
@@ -379,11 +435,30 @@ impl Feed {
                 return;
             }
         }
-        if lane.run.is_empty() {
+        self.go_on(key);
+    }
+
+    /// With the next delivery of a lane, if there is one.
+    fn go_on(&mut self, key: String) {
+        if self.lanes.get(&key).is_some_and(|lane| lane.run.is_empty()) {
             self.finish_lane(&key, Next::Yield);
         } else {
             self.ready.push_back(key);
         }
+    }
+
+    /// Gives a lane back with the attempt.
+    fn release(&mut self, key: &str) {
+        let Some(lane) = self.lanes.get_mut(key) else { return };
+        let (attempts, log) = (lane.attempts.saturating_sub(1), lane.log.take());
+        self.finish_lane(key, Next::Release { attempts, log });
+    }
+
+    /// Gives a lane back with the attempt, for a while.
+    fn postpone(&mut self, key: &str, after: Duration, error: String) {
+        let Some(lane) = self.lanes.get_mut(key) else { return };
+        let (attempts, log) = (lane.attempts.saturating_sub(1), lane.log.take());
+        self.finish_lane(key, Next::Retry { after, attempts, error, log });
     }
 
     /// Reports a lane for the last time.
@@ -399,9 +474,7 @@ impl Feed {
             self.lanes.iter().filter(|(_, lane)| !lane.running).map(|(key, _)| key.clone()).collect();
         self.ready.clear();
         for key in ready {
-            let Some(lane) = self.lanes.get_mut(&key) else { continue };
-            let (attempts, log) = (lane.attempts.saturating_sub(1), lane.log.take());
-            self.finish_lane(&key, Next::Release { attempts, log });
+            self.release(&key);
         }
     }
 
@@ -443,18 +516,18 @@ impl Feed {
         self.settle_failures = 0;
         for (report, settled) in reports.iter().zip(settled) {
             self.open -= report.finished.len();
-            let held = self.lanes.get_mut(&report.lane.key).filter(|lane| lane.lane.token == report.lane.token);
-            if let Some(lane) = held {
-                lane.unsettled -= report.finished.len();
-            }
+            // Not the same lane any more if it was lost, and perhaps claimed again, since the report.
+            let held = self.lanes.get_mut(&report.lane.key).filter(|lane| lane.lane == report.lane);
             if settled == Settled::Superseded {
                 tracing::warn!(
                     subscription = &*self.source.name,
                     "the lease of a lane was lost; its results are dropped"
                 );
-                if matches!(report.next, Next::Keep) {
+                if held.is_some() {
                     self.lose(&report.lane.key);
                 }
+            } else if let Some(lane) = held {
+                lane.unsettled -= report.finished.len();
             }
             if !matches!(report.next, Next::Keep) {
                 // The lane may have more: its next delivery, or one that was flushed while it was leased.
@@ -478,10 +551,10 @@ impl Feed {
         for lane in self.lanes.values().filter(|lane| now + options.margin() >= lane.leased_until) {
             lane.cancelled.cancel();
         }
-        if self.renewing.is_some() || self.lanes.is_empty() || now < self.renewed_at + options.lease / 3 {
+        if self.renewing.is_some() || self.lanes.is_empty() || now < self.renew_at {
             return;
         }
-        self.renewed_at = now;
+        self.renew_at = now + options.lease / 3;
         let outbox = self.source.outbox.clone();
         let lanes: Vec<LaneRef> = self.lanes.values().map(|lane| lane.lane.clone()).collect();
         self.renewing = Some(tokio::spawn(async move {
@@ -495,6 +568,7 @@ impl Feed {
             Ok(held) => held,
             Err(error) => {
                 tracing::warn!(subscription = &*self.source.name, %error, "cannot renew leases, trying again");
+                self.renew_at = Instant::now();
                 return;
             }
         };
@@ -527,21 +601,35 @@ impl Feed {
     }
 }
 
+impl Lane {
+    /// The first delivery of the run is over.
+    fn finish_head(&mut self, attempts: u32, log: Option<String>, error: Option<String>) {
+        if let Some(event) = self.run.pop_front() {
+            self.finished.push(Finished { position: event.position, attempts, log, error });
+        }
+        (self.attempts, self.log) = (1, None);
+    }
+
+    /// Whether the attempt before this one came to an end that is in the log.
+    fn last_attempt_is_known(&self) -> bool {
+        let last = attempt_log(self.log.as_deref()).pop();
+        last.is_some_and(|entry| entry["attempt"] == self.attempts.saturating_sub(1))
+    }
+}
+
 /// The result of a background task; pending while there is none.
 async fn finished<T>(task: &mut Option<JoinHandle<T>>) -> T {
-    loop {
-        match task {
-            None => std::future::pending().await,
-            Some(running) => {
-                let joined = running.await;
-                *task = None;
-                match joined {
-                    Ok(value) => return value,
-                    // Only when the runtime shuts down, or on a bug in the store.
-                    Err(error) => tracing::error!(%error, "a database task of the worker ended early"),
-                }
-            }
-        }
+    let joined = match task {
+        None => std::future::pending().await,
+        Some(running) => running.await,
+    };
+    *task = None;
+    match joined.map_err(JoinError::try_into_panic) {
+        Ok(value) => value,
+        // A bug in the store. Nobody knows what is stored: a new feed begins with what the database says.
+        Err(Ok(panic)) => std::panic::resume_unwind(panic),
+        // The runtime is shutting down.
+        Err(Err(_)) => std::future::pending().await,
     }
 }
 
@@ -563,8 +651,7 @@ fn count(n: usize) -> u32 {
 
 /// The attempt log with one more entry.
 fn logged(lane: &Lane, worker: &str, error: &DeliveryError, started: Instant) -> Option<String> {
-    let mut log: Vec<serde_json::Value> =
-        lane.log.as_deref().and_then(|log| serde_json::from_str(log).ok()).unwrap_or_default();
+    let mut log = attempt_log(lane.log.as_deref());
     if log.len() >= LOGGED_ATTEMPTS {
         log.remove(0);
     }
@@ -576,4 +663,8 @@ fn logged(lane: &Lane, worker: &str, error: &DeliveryError, started: Instant) ->
         "milliseconds": started.elapsed().as_millis(),
     }));
     serde_json::to_string(&log).ok()
+}
+
+fn attempt_log(log: Option<&str>) -> Vec<serde_json::Value> {
+    log.and_then(|log| serde_json::from_str(log).ok()).unwrap_or_default()
 }

@@ -2,10 +2,10 @@ use std::{collections::HashMap, fmt, future::Future, sync::Arc};
 
 use futures_util::future::BoxFuture;
 use outbox_core::{Context, Delivery, DeliveryError, Event, Events, RecordedEvent};
-use outbox_seaorm::{Finished, LaneReport, Next, Outbox, Settled, Tx, UnitOfWork, once};
+use outbox_seaorm::{CommitError, Finished, LaneReport, Next, Outbox, Settled, Tx, UnitOfWork, once};
 
 use crate::{
-    destination::{Destination, End},
+    destination::{Destination, End, no_result},
     task::Attempt,
 };
 
@@ -68,6 +68,9 @@ impl Handlers {
     /// Events it pushes are flushed with them, caused by this one.
     ///
     /// Effects elsewhere (a mail, a call) are at least once, as with [`on`](Self::on).
+    ///
+    /// On SQLite no other transaction writes while the handler runs, not even one that renews a lease: there it has at
+    /// most a third of the [lease](crate::Worker::lease), then the attempt has failed.
     ///
     /// # Panics
     ///
@@ -140,9 +143,16 @@ pub(crate) struct HandlersDestination {
 impl HandlersDestination {
     async fn effect(&self, handler: &TxHandler, event: &Arc<RecordedEvent>, attempt: &Attempt) -> End {
         let unit = self.outbox.begin(caused_by(event));
-        if let Err(error) = self.write(&unit, handler, event, attempt).await {
+        if let Err(error) = unit.tx().begin().await {
+            return End::Unavailable(DeliveryError::retry(format!("the transaction could not begin: {error}")));
+        }
+        let written = tokio::time::timeout(attempt.time, self.write(&unit, handler, event, attempt)).await;
+        if let Err(error) = written.unwrap_or_else(|_| Err(DeliveryError::retry(no_result(attempt.time)))) {
             unit.rollback().await;
             return End::Outcome(Err(error).into());
+        }
+        if !attempt.decision.take() {
+            return End::Cancelled;
         }
         let finished =
             Finished { position: event.position, attempts: attempt.number, log: attempt.log.clone(), error: None };
@@ -150,7 +160,9 @@ impl HandlersDestination {
         let report = LaneReport { lane: attempt.lane.clone(), finished: vec![finished], next };
         match unit.commit_with(report).await {
             Ok(Settled::Done) => End::Settled,
-            Ok(Settled::Superseded) => End::Superseded,
+            // Not knowing is as losing the lease: the next claim finds out.
+            Ok(Settled::Superseded) | Err(CommitError::Unknown(_)) => End::Superseded,
+            Err(error) if error.is_transient() => End::Unavailable(error.into()),
             Err(error) => End::Outcome(Err(error.into()).into()),
         }
     }

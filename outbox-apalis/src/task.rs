@@ -1,4 +1,10 @@
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use outbox_core::{Delivery, RecordedEvent};
 use outbox_seaorm::LaneRef;
@@ -24,8 +30,22 @@ pub(crate) struct Attempt {
     pub(crate) log: Option<String>,
     /// Whether the run of the lane ends with this delivery.
     pub(crate) last: bool,
+    /// How long the handler or publisher may take.
+    pub(crate) time: Duration,
     /// Cancelled when the lease is lost or the worker stops.
     pub(crate) cancelled: tokio_util::sync::CancellationToken,
+    pub(crate) decision: Decision,
+}
+
+/// Decides once how an attempt ends: by being stopped, or by its own commit. A commit that was begun is waited for.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Decision(Arc<AtomicBool>);
+
+impl Decision {
+    /// True for the first who asks.
+    pub(crate) fn take(&self) -> bool {
+        !self.0.swap(true, Ordering::SeqCst)
+    }
 }
 
 impl DeliveryTask {

@@ -1,4 +1,6 @@
 use std::{
+    collections::HashSet,
+    convert::Infallible,
     future::Future,
     sync::Arc,
     time::{Duration, Instant},
@@ -24,6 +26,9 @@ use crate::{
 
 /// How often a worker shows that it is alive.
 const HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// The longest lease, poll interval and grace.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
 /// When a worker that was killed disappears from the dashboards.
 const FORGET_AFTER: Duration = Duration::from_secs(3600);
@@ -90,16 +95,17 @@ impl Worker {
     ///
     /// # Errors
     ///
-    /// If it is shorter than 100 ms.
+    /// If it is shorter than 100 ms or longer than a day.
     pub fn lease(mut self, lease: Duration) -> Result<Self, InvalidOption> {
-        if lease < Duration::from_millis(100) {
-            return Err(InvalidOption("a lease must be at least 100 ms"));
+        if !(Duration::from_millis(100)..=LONGEST).contains(&lease) {
+            return Err(InvalidOption("a lease must be at least 100 ms and at most a day"));
         }
         self.options.lease = lease;
         Ok(self)
     }
 
     /// Sets how long one attempt may take; then it is cancelled and counts as failed. Defaults to the lease.
+    /// Transactional handlers have [less on SQLite](Handlers::on_tx).
     ///
     /// # Errors
     ///
@@ -120,10 +126,10 @@ impl Worker {
     ///
     /// # Errors
     ///
-    /// If it is shorter than 10 ms.
+    /// If it is shorter than 10 ms or longer than a day.
     pub fn poll(mut self, poll: Duration) -> Result<Self, InvalidOption> {
-        if poll < Duration::from_millis(10) {
-            return Err(InvalidOption("the poll interval must be at least 10 ms"));
+        if !(Duration::from_millis(10)..=LONGEST).contains(&poll) {
+            return Err(InvalidOption("the poll interval must be at least 10 ms and at most a day"));
         }
         self.options.poll = Some(poll);
         Ok(self)
@@ -156,17 +162,19 @@ impl Worker {
         Ok(self)
     }
 
-    /// Sets how long attempts under way may go on after the worker was asked to stop. Defaults to 10 s.
+    /// Sets how long attempts under way may go on after the worker was asked to stop. Defaults to 10 s; more than a day
+    /// counts as a day.
     #[must_use]
     pub fn shutdown_grace(mut self, grace: Duration) -> Self {
-        self.options.grace = grace;
+        self.options.grace = grace.min(LONGEST);
         self
     }
 
     /// Registers the subscriptions and delivers until `shutdown` completes.
     ///
     /// Then nothing new is begun, attempts under way have the grace time to end, and everything else is given back at
-    /// once with its attempt. When this returns, no lease of this worker is left, as long as the database answers.
+    /// once with its attempt. When this returns, no lease of this worker is left, as long as the database answers; it
+    /// does not wait for one that is gone longer than the leases last, and 10 s at most.
     ///
     /// # Errors
     ///
@@ -189,6 +197,10 @@ impl Worker {
         if self.subscriptions.is_empty() {
             return Err(StartError::Empty);
         }
+        let mut names = HashSet::new();
+        if let Some((twice, _)) = self.subscriptions.iter().find(|(each, _)| !names.insert(each.name())) {
+            return Err(StartError::Twice(twice.name().to_owned()));
+        }
         self.outbox.check_schema().await?;
         let worker: Arc<str> = worker_id().into();
         let poll = self.options.poll.unwrap_or(match self.outbox.writer().get_database_backend() {
@@ -198,9 +210,6 @@ impl Worker {
         let stop = CancellationToken::new();
         let mut sources: Vec<Source> = Vec::new();
         for (subscription, destination) in self.subscriptions {
-            if sources.iter().any(|source| &*source.name == subscription.name()) {
-                return Err(StartError::Twice(subscription.name().to_owned()));
-            }
             sources.push(Source {
                 outbox: self.outbox.clone(),
                 subscription: self.outbox.register(&subscription).await?,
@@ -240,7 +249,6 @@ impl StartedWorker {
     pub async fn run_until(self, shutdown: impl Future<Output = ()> + Send) {
         let names: Vec<String> = self.sources.iter().map(|source| source.name.to_string()).collect();
         tracing::info!(worker = &*self.worker, subscriptions = ?names, "worker started");
-        let alive = tokio::spawn(heartbeats(self.outbox.clone(), self.worker.clone(), names));
         let monitor = self.sources.into_iter().fold(Monitor::new(), register);
         let stop = self.stop;
         // Feeds stop before apalis does: only they know what is under way and how long it may go on.
@@ -250,10 +258,12 @@ impl StartedWorker {
             stop.cancel();
             Ok(())
         };
-        if let Err(error) = monitor.run_with_signal(signal).await {
-            tracing::error!(%error, "a worker did not end cleanly");
+        tokio::select! {
+            ended = monitor.run_with_signal(signal) => if let Err(error) = ended {
+                tracing::error!(%error, "a worker did not end cleanly");
+            },
+            never = heartbeats(&self.outbox, &self.worker, &names) => match never {},
         }
-        alive.abort();
         if let Err(error) = self.outbox.forget_worker(&self.worker).await {
             tracing::debug!(%error, "the heartbeat was not taken back");
         }
@@ -270,11 +280,11 @@ fn register(monitor: Monitor, source: Source) -> Monitor {
         .register(move |_| {
             let mut backend = OutboxBackend::working(source.clone());
             let results = backend.results();
-            let (destination, timeout) = (source.destination.clone(), source.options.timeout());
+            let destination = source.destination.clone();
             WorkerBuilder::new(format!("{}/{}", source.worker, source.name))
                 .backend(backend)
                 .enable_tracing()
-                .build(move |task: DeliveryTask| run(destination.clone(), results.clone(), task, timeout))
+                .build(move |task: DeliveryTask| run(destination.clone(), results.clone(), task))
         })
 }
 
@@ -284,11 +294,10 @@ async fn run(
     destination: Arc<dyn Destination>,
     results: tokio::sync::mpsc::UnboundedSender<AttemptResult>,
     task: DeliveryTask,
-    timeout: Duration,
 ) -> Result<(), AttemptFailed> {
     let Some(attempt) = &task.attempt else { return Ok(()) };
     let (key, token, started) = (attempt.lane.key.clone(), attempt.lane.token, Instant::now());
-    let end = destination::attempt(destination, task, timeout).await;
+    let end = destination::attempt(destination, task).await;
     let failed = match &end {
         End::Outcome(Outcome::Retry(error) | Outcome::Permanent(error)) => {
             Err(AttemptFailed(error.message().to_owned()))
@@ -305,14 +314,14 @@ async fn run(
 #[error("{0}")]
 struct AttemptFailed(String);
 
-async fn heartbeats(outbox: Outbox, worker: Arc<str>, names: Vec<String>) {
+async fn heartbeats(outbox: &Outbox, worker: &str, names: &[String]) -> Infallible {
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let mut interval = tokio::time::interval(HEARTBEAT);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
         let beat = async {
-            outbox.heartbeat(&worker, &names).await?;
+            outbox.heartbeat(worker, &names).await?;
             outbox.forget_workers(FORGET_AFTER).await
         };
         if let Err(error) = beat.await {
@@ -326,4 +335,64 @@ fn worker_id() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
     let host = host.as_deref().map(str::trim).filter(|host| !host.is_empty()).unwrap_or("host").to_owned();
     format!("{host}-{}-{:06x}", std::process::id(), fastrand::u32(..0x100_0000))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    use futures_util::future::BoxFuture;
+    use outbox_core::{Context, NewEvent, PushError, RecordedEvent};
+    use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
+
+    use super::*;
+    use crate::task::Attempt;
+
+    struct Migrator;
+
+    impl MigratorTrait for Migrator {
+        fn migrations() -> Vec<Box<dyn MigrationTrait>> {
+            outbox_migrations::all()
+        }
+    }
+
+    /// Its first use panics in the feed: a bug.
+    #[derive(Default)]
+    struct Broken(AtomicUsize);
+
+    impl Destination for Broken {
+        fn knows(&self, _: &RecordedEvent) -> bool {
+            true
+        }
+
+        fn settles(&self, _: &RecordedEvent) -> bool {
+            assert!(self.0.fetch_add(1, SeqCst) > 0, "a bug in the feed");
+            false
+        }
+
+        fn deliver<'a>(&'a self, _: &'a Arc<RecordedEvent>, _: &'a Attempt) -> BoxFuture<'a, End> {
+            Box::pin(std::future::ready(End::Outcome(Outcome::Delivered)))
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_feed_that_panics_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
+        let outbox = Outbox::connect(&url, 1).await.unwrap();
+        outbox_migrations::up::<Migrator>(outbox.writer()).await.unwrap();
+        let mut worker = Worker::new(outbox.clone()).lease(Duration::from_millis(200)).unwrap();
+        worker.subscriptions.push((Subscription::new("s").unwrap(), Arc::new(Broken::default())));
+        let started = worker.start().await.unwrap();
+        let pushed = outbox.transaction(Context::default(), |_, events| async move {
+            events.push(NewEvent::dynamic("note.noted", "note", "a", &())?).map(|_| ())
+        });
+        pushed.await.map_err(|error: outbox_seaorm::TransactionError<PushError>| error).unwrap();
+        let delivered = async {
+            while outbox.status().await.unwrap().subscriptions[0].delivered == 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), started.run_until(delivered)).await.unwrap();
+    }
 }

@@ -132,3 +132,16 @@ where
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
+
+/// The code of the documents: `cargo test --doc` compiles it, and runs what can run.
+#[cfg(doctest)]
+mod documents {
+    #[doc = include_str!("../../README.md")]
+    mod readme {}
+
+    #[doc = include_str!("../../docs/guide.md")]
+    mod guide {}
+
+    #[doc = include_str!("../../docs/configuration.md")]
+    mod configuration {}
+}

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use outbox_apalis::Handlers;
-use outbox_core::{DeliveryError, Event, NewEvent, RetryPolicy};
+use outbox_core::{DeliveryError, Event, Jitter, NewEvent, RetryPolicy};
 use outbox_seaorm::DeliveryState::{Dead, Delivered, Pending};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -67,6 +67,20 @@ async fn a_failing_delivery_is_tried_at_growing_and_jittered_times_and_becomes_a
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_attempt_waits_for_the_poll_when_its_time_has_come() {
+    let fixture = Fixture::new().await;
+    let seen = Seen::default();
+    let handlers = seen.answering(|_, _| Err(DeliveryError::retry("no")));
+    let retry = RetryPolicy::default().max_attempts(50).unwrap().backoff(11 * MS, 11 * MS).unwrap();
+    let retry = retry.jitter(Jitter::Full);
+    let worker = run(fixture.worker().poll(NEVER).unwrap().handlers(subscription("s").retry(retry), handlers)).await;
+    fixture.push(each_noted(&["a", "b", "c"], 1)).await;
+    fixture.dead(3).await;
+    worker.stop().await;
+    assert_eq!(fixture.states("s").await, [(Dead, 50); 3]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn between_attempts_the_delivery_shows_its_last_error_and_the_failed_attempts() {
     let fixture = Fixture::new().await;
     let seen = Seen::default();
@@ -88,8 +102,7 @@ async fn between_attempts_the_delivery_shows_its_last_error_and_the_failed_attem
 async fn a_success_after_failures_keeps_their_log() {
     let fixture = Fixture::new().await;
     let seen = Seen::default();
-    let handlers =
-        seen.answering(|_, attempt| if attempt < 3 { Err(DeliveryError::retry("not yet")) } else { Ok(()) });
+    let handlers = seen.answering(|_, attempt| if attempt < 3 { Err(DeliveryError::retry("not yet")) } else { Ok(()) });
     let worker = run(fixture.worker().handlers(subscription("s"), handlers)).await;
     fixture.push([noted("a", 0), noted("a", 1)]).await;
     fixture.delivered(2).await;
@@ -328,8 +341,10 @@ async fn a_delivery_that_always_kills_its_worker_becomes_a_dead_letter_and_the_l
 async fn a_limit_that_was_lowered_meanwhile_spends_one_more_attempt() {
     let fixture = Fixture::new().await;
     let seen = Seen::default();
-    let handlers = |seen: &Seen| seen.answering(|_, attempt| if attempt < 4 { Err(DeliveryError::retry("no")) } else { Ok(()) });
-    let retry = RetryPolicy::default().max_attempts(9).unwrap().backoff(10 * MS, 300 * MS).unwrap().multiplier(5.0).unwrap();
+    let handlers =
+        |seen: &Seen| seen.answering(|_, attempt| if attempt < 4 { Err(DeliveryError::retry("no")) } else { Ok(()) });
+    let retry =
+        RetryPolicy::default().max_attempts(9).unwrap().backoff(10 * MS, 300 * MS).unwrap().multiplier(5.0).unwrap();
     let worker = run(fixture.worker().handlers(subscription("s").retry(retry), handlers(&seen))).await;
     fixture.push([noted("a", 0)]).await;
     let failed = "outbox_lanes where leased_by is null and attempts = 3";

@@ -8,7 +8,9 @@ use outbox_apalis::{Handlers, Worker};
 use outbox_core::{Context, Delivery, DeliveryError, Event, NewEvent, RetryPolicy, Subscription};
 use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
 use outbox_seaorm::{DeliveryRecord, DeliveryState, Outbox};
-use sea_orm::{ConnectionTrait, DbBackend, QueryResult, Statement, TryGetable};
+use sea_orm::{
+    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbBackend, QueryResult, Statement, TryGetable,
+};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 use tokio::{sync::oneshot, task::JoinHandle};
@@ -109,6 +111,14 @@ impl Fixture {
     /// An outbox with connections of its own: what another process has.
     pub(crate) async fn another_process(&self) -> Outbox {
         Outbox::connect(&self.url(), 2).await.unwrap()
+    }
+
+    /// A connection that waits only for a moment for SQLite's lock.
+    pub(crate) async fn impatient_connection(&self) -> DatabaseConnection {
+        let mut options = ConnectOptions::new(self.url());
+        options.max_connections(1).sqlx_logging(false);
+        options.map_sqlx_sqlite_opts(|options| options.busy_timeout(100 * MS));
+        Database::connect(options).await.unwrap()
     }
 
     pub(crate) fn worker(&self) -> Worker {

@@ -17,8 +17,7 @@ use crate::fixture::{
 async fn an_aggregate_that_fails_holds_back_only_itself() {
     let fixture = Fixture::new().await;
     let seen = Seen::default();
-    let handlers =
-        seen.answering(|event, _| if event.key == "bad" { Err(DeliveryError::retry("no")) } else { Ok(()) });
+    let handlers = seen.answering(|event, _| if event.key == "bad" { Err(DeliveryError::retry("no")) } else { Ok(()) });
     let retry = outbox_core::RetryPolicy::default().backoff(crate::fixture::NEVER, crate::fixture::NEVER).unwrap();
     let worker = run(fixture.worker().concurrency(1).unwrap().handlers(subscription("s").retry(retry), handlers)).await;
     fixture.push(each_noted(&["bad", "good"], 20)).await;
@@ -84,9 +83,12 @@ async fn without_order_a_failing_event_holds_back_nothing() {
 async fn in_global_order_every_event_waits_for_all_before_it() {
     let fixture = Fixture::new().await;
     let seen = Seen::default();
-    let handlers = seen.answering(|event, attempt| {
-        if event.n % 3 == 0 && attempt == 1 { Err(DeliveryError::retry("no")) } else { Ok(()) }
-    });
+    let handlers =
+        seen.answering(
+            |event, attempt| {
+                if event.n % 3 == 0 && attempt == 1 { Err(DeliveryError::retry("no")) } else { Ok(()) }
+            },
+        );
     let subscription = subscription("s").ordering(Ordering::Global);
     let worker = run(fixture.worker().batch(4).unwrap().handlers(subscription, handlers)).await;
     fixture.push((0..12).map(|n| noted(&format!("{}", n % 5), n))).await;
@@ -105,7 +107,8 @@ async fn a_lane_keeps_its_order_across_plain_and_transactional_handlers() {
             .on(move |event: Noted, delivery| {
                 let outbox = outbox.clone();
                 async move {
-                    let sql = format!("insert into effects values ('{}', {}, {})", event.key, event.n, delivery.attempt());
+                    let sql =
+                        format!("insert into effects values ('{}', {}, {})", event.key, event.n, delivery.attempt());
                     outbox.writer().execute_unprepared(&sql).await?;
                     Ok(())
                 }
@@ -139,7 +142,8 @@ async fn a_slow_subscription_delays_no_other() {
     let fixture = Fixture::new().await;
     let (slow, quick) = (Seen::default(), Seen::default());
     let worker = fixture.worker().concurrency(2).unwrap().shutdown_grace(MS);
-    let worker = worker.handlers(subscription("slow"), hanging(&slow)).handlers(subscription("quick"), quick.handlers());
+    let worker =
+        worker.handlers(subscription("slow"), hanging(&slow)).handlers(subscription("quick"), quick.handlers());
     let worker = run(worker).await;
     fixture.push(each_noted(&["a", "b", "c"], 10)).await;
     fixture.delivered(30).await;

@@ -85,17 +85,21 @@ impl Store {
         lanes.remove(0)
     }
 
+    /// The time has come for all that waits: delayed deliveries, failed ones, leases.
+    pub(crate) async fn time_passes(&self) {
+        let sql =
+            "update {} set due_at = '2000-01-01T00:00:00.000Z' where due_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now')";
+        for table in ["outbox_deliveries", "outbox_lanes"] {
+            self.execute(&sql.replace("{}", table)).await;
+        }
+    }
+
     /// Claims again and again until something is due.
     pub(crate) async fn claim_when_due(&self, subscription: i32) -> Vec<ClaimedLane> {
-        let deadline = Instant::now() + Duration::from_secs(5);
-        loop {
-            let lanes = self.claim(subscription).await;
-            if !lanes.is_empty() {
-                return lanes;
-            }
-            assert!(Instant::now() < deadline, "nothing became due");
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
+        eventually("a lane that is due", async || {
+            Some(self.claim(subscription).await).filter(|lanes| !lanes.is_empty())
+        })
+        .await
     }
 
     /// Claims and delivers until nothing is due, and returns the positions in the order of their delivery.
@@ -255,11 +259,14 @@ pub(crate) async fn hang_up_after<F: Future>(polls: usize, future: F) -> Option<
     None
 }
 
-/// Waits until a condition holds.
-pub(crate) async fn eventually<Fut: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> Fut) {
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while !condition().await {
-        assert!(Instant::now() < deadline, "{what} did not happen in time");
+/// Asks again and again until there is an answer.
+async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "{what} did not come in time");
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }

@@ -1,12 +1,10 @@
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outbox_core::Context;
 use outbox_seaorm::{ClaimedLane, CommitError, Finished, LaneReport, Next, Settled};
 use sea_orm::ConnectionTrait;
 
-use crate::fixture::{
-    LONG, SHORT, Store, delivered, delivered_run, eventually, failed, hang_up_after, record, runs, todo,
-};
+use crate::fixture::{LONG, SHORT, Store, delivered, delivered_run, failed, hang_up_after, record, runs, todo};
 
 /// A lane that a worker has lost, and the same lane as its next holder has it.
 async fn taken_over(store: &Store, subscription: i32) -> (ClaimedLane, ClaimedLane) {
@@ -109,7 +107,7 @@ async fn a_lease_that_its_holder_has_ended_takes_no_more_results() {
         }
         assert!(store.outbox.renew(std::slice::from_ref(&lane.lane), LONG).await.unwrap().is_empty());
         assert_eq!(tables(&store).await, before);
-        store.execute("update outbox_lanes set due_at = '2000-01-01T00:00:00.000Z', attempts = 1").await;
+        store.time_passes().await;
         store.deliver_all(id).await;
     }
     store.is_whole().await;
@@ -120,9 +118,8 @@ async fn held_and_superseded_reports_may_come_in_one_batch() {
     let store = Store::new().await;
     let (id, other) = (store.subscribe("s").await, store.subscribe("other").await);
     store.record_todos(&["a", "b", "c", "d"]).await;
-    let lost = store.claim_for(id, SHORT).await;
-    eventually("the end of all leases", async || store.outbox.next_due(id).await.unwrap() == Some(Duration::ZERO))
-        .await;
+    let lost = store.claim(id).await;
+    store.time_passes().await;
     let held = store.outbox.claim(id, "other worker", 2, 1, LONG).await.unwrap();
     let others = store.claim(other).await;
     let reports = [
@@ -191,18 +188,21 @@ async fn a_failure_stores_when_the_lane_is_due_again() {
     let id = store.subscribe("s").await;
     store.record_todos(&["a", "a"]).await;
     let lane = store.claim_one(id, LONG).await;
-    let wait = Duration::from_millis(50);
-    let begun = std::time::Instant::now();
-    assert_eq!(store.outbox.settle(&[failed(&lane, wait, "it's \"down\"")]).await.unwrap(), [Settled::Done]);
+    assert_eq!(store.outbox.settle(&[failed(&lane, LONG / 2, "it's \"down\"")]).await.unwrap(), [Settled::Done]);
     let due = store.outbox.next_due(id).await.unwrap().unwrap();
-    assert!(due > Duration::ZERO && due <= wait, "{due:?}");
+    assert!((LONG / 4..=LONG / 2).contains(&due), "{due:?}");
     let row = "select json_array(pending, attempts, leased_by, last_error, attempt_log) from outbox_lanes";
     let stored: String = store.value(row).await;
     assert_eq!(stored, r#"[2,1,null,"it's \"down\"","[{\"error\":\"it's \\\"down\\\"\"}]"]"#);
-    let again = store.claim_when_due(id).await.remove(0);
-    assert!(begun.elapsed() >= wait - Duration::from_millis(2), "{:?}", begun.elapsed());
+    assert!(store.claim(id).await.is_empty());
+    store.time_passes().await;
+    let again = store.claim_one(id, LONG).await;
     assert_eq!(again.attempts, 2);
     assert_eq!(again.attempt_log.as_deref(), Some(r#"[{"error":"it's \"down\""}]"#));
+    let begun = Instant::now();
+    store.outbox.settle(&[failed(&again, SHORT, "down")]).await.unwrap();
+    assert_eq!(store.claim_when_due(id).await[0].attempts, 3);
+    assert!(begun.elapsed() >= SHORT - Duration::from_millis(2), "{:?}", begun.elapsed());
     store.is_whole().await;
 }
 
@@ -464,9 +464,9 @@ async fn a_renewed_lease_ends_later() {
     let store = Store::new().await;
     let id = store.subscribe("s").await;
     store.record_todos(&["a"]).await;
-    let lane = store.claim_one(id, Duration::from_millis(50)).await;
+    let lane = store.claim_one(id, SHORT).await;
     assert_eq!(store.outbox.renew(std::slice::from_ref(&lane.lane), LONG).await.unwrap(), [lane.lane]);
-    tokio::time::sleep(Duration::from_millis(60)).await;
+    tokio::time::sleep(SHORT).await;
     assert!(store.claim(id).await.is_empty());
     store.is_whole().await;
 }

@@ -6,7 +6,7 @@ use sea_orm::{ColumnTrait, EntityTrait, QueryFilter};
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::fixture::{LONG, SHORT, Store, delivered, delivered_run, failed, hang_up_after, todo};
+use crate::fixture::{LONG, Store, delivered, delivered_run, failed, hang_up_after, todo};
 
 /// A subscription `s` with one delivery in each state and one behind a leased one, beside an empty one:
 /// `delivered`, `dead`, `retried`, `leased` twice, `waiting`.
@@ -61,7 +61,7 @@ async fn the_status_counts_what_is_in_each_state() {
 async fn the_last_error_is_that_of_a_retry_else_of_the_newest_dead_letter() {
     let store = Store::new().await;
     let id = busy(&store).await;
-    store.execute("update outbox_lanes set due_at = '2000-01-01T00:00:00.000Z' where last_error is not null").await;
+    store.time_passes().await;
     let lane = store.claim(id).await.into_iter().find(|lane| lane.lane.key == "todo/retried").unwrap();
     let last_error = async || store.outbox.status().await.unwrap().subscriptions[1].last_error.clone();
     assert_eq!(last_error().await.as_deref(), Some("down"), "while it is tried again");
@@ -75,9 +75,9 @@ async fn a_lease_that_has_ended_counts_as_pending() {
     let store = Store::new().await;
     let id = store.subscribe("s").await;
     store.record_todos(&["a"]).await;
-    store.claim_one(id, SHORT).await;
+    store.claim_one(id, LONG).await;
     assert_eq!(store.outbox.status().await.unwrap().subscriptions[0].leased, 1);
-    tokio::time::sleep(SHORT + Duration::from_millis(5)).await;
+    store.time_passes().await;
     let status = store.outbox.status().await.unwrap();
     assert_eq!((status.subscriptions[0].leased, status.subscriptions[0].pending), (0, 1));
     let records = store.outbox.deliveries(None, Some(DeliveryState::Pending), 0, 10).await.unwrap();

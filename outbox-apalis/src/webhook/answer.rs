@@ -1,0 +1,196 @@
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
+
+use http::{HeaderMap, Response, StatusCode, header::RETRY_AFTER};
+use http_body_util::BodyExt;
+use outbox_core::DeliveryError;
+use url::Url;
+
+/// Longest wait that a destination may ask for.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
+
+/// How much of a failure's body is read, in bytes.
+const READ_BYTES: usize = 1024;
+
+/// How much of it is shown, in characters. A part of the URL that only begins within what was read lies behind it, as
+/// long as it is shorter than the difference.
+const SHOWN_CHARS: usize = 512;
+
+/// Longest wait for the body of a failure: its status has said what counts.
+const BODY_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What an answer other than 2xx means for the delivery.
+pub(super) async fn failed<B>(answer: Response<B>, left: Duration, hidden: &Hidden) -> DeliveryError
+where
+    B: BodyExt<Data: AsRef<[u8]>> + Unpin,
+{
+    let (head, body) = answer.into_parts();
+    let mut text = format!("the destination answered {}", head.status.as_u16());
+    if head.status.is_redirection() {
+        text.push_str(", and redirects are not followed");
+    }
+    let excerpt = excerpt(&beginning(body, left.min(BODY_TIMEOUT)).await, hidden);
+    if !excerpt.is_empty() {
+        text.push_str(": ");
+        text.push_str(&excerpt);
+    }
+    match (passing(head.status), wait(&head.headers, SystemTime::now())) {
+        (false, _) => DeliveryError::permanent(text),
+        (true, None) => DeliveryError::retry(text),
+        (true, Some(wait)) => DeliveryError::retry_after(wait, text),
+    }
+}
+
+/// Whether another attempt may end differently. What HTTP has no meaning for is taken as a destination in trouble.
+fn passing(status: StatusCode) -> bool {
+    matches!(
+        status,
+        StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY | StatusCode::TOO_MANY_REQUESTS
+    ) || !(status.is_redirection() || status.is_client_error())
+}
+
+/// The wait that the destination asks for: seconds, or a date. What is neither counts as nothing said.
+fn wait(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    let wait = if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        // Digits that are no number are too many.
+        text.parse().map_or(MAX_RETRY_AFTER, Duration::from_secs)
+    } else {
+        httpdate::parse_http_date(text).ok()?.duration_since(now).unwrap_or_default()
+    };
+    Some(wait.min(MAX_RETRY_AFTER))
+}
+
+/// As much of the body as arrives in time, at most [`READ_BYTES`].
+async fn beginning<B>(mut body: B, timeout: Duration) -> Vec<u8>
+where
+    B: BodyExt<Data: AsRef<[u8]>> + Unpin,
+{
+    let mut read = Vec::new();
+    let reading = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            if let Some(data) = frame.data_ref().map(AsRef::as_ref) {
+                read.extend_from_slice(&data[..data.len().min(READ_BYTES - read.len())]);
+            }
+            if read.len() == READ_BYTES {
+                break;
+            }
+        }
+    };
+    // Too slow is as good as ended.
+    let _ = tokio::time::timeout(timeout, reading).await;
+    read
+}
+
+fn excerpt(body: &[u8], hidden: &Hidden) -> String {
+    let text = plain(&hidden.hide(String::from_utf8_lossy(body).into_owned()));
+    match text.char_indices().nth(SHOWN_CHARS) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+/// One line of text: without control characters, and without those that turn around or break what comes after.
+pub(super) fn plain(text: &str) -> String {
+    let unsafe_to_show = |c: char| {
+        c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+    };
+    let words = text.split(|c: char| c.is_whitespace() || unsafe_to_show(c)).filter(|word| !word.is_empty());
+    words.collect::<Vec<_>>().join(" ")
+}
+
+/// The parts of the URL that may be secret, which destinations like to repeat in their answers.
+pub(super) struct Hidden(Vec<String>);
+
+impl Hidden {
+    /// The query, its longer values, and the path's segments that look like a token.
+    pub(super) fn of(url: &Url) -> Self {
+        let query = url.query().map(str::to_owned).into_iter();
+        let raw = url.query().into_iter().flat_map(|query| query.split(['&', '='])).map(str::to_owned);
+        let decoded = url.query_pairs().map(|(_, value)| value.into_owned());
+        let values = raw.chain(decoded).filter(|value| value.len() >= 6);
+        let segments = url.path_segments().into_iter().flatten().filter(|segment| segment.len() >= 16);
+        let mut hidden: Vec<String> = query.chain(values).chain(segments.map(str::to_owned)).collect();
+        hidden.retain(|part| !part.is_empty());
+        // The longest first, so that none is left in pieces.
+        hidden.sort_by_key(|part| std::cmp::Reverse(part.len()));
+        Self(hidden)
+    }
+
+    fn hide(&self, text: String) -> String {
+        self.0.iter().fold(text, |text, part| text.replace(part, "…"))
+    }
+}
+
+impl fmt::Debug for Hidden {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Hidden")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statuses_that_may_pass_are_tried_again() {
+        for passing in [101, 408, 425, 429, 500, 501, 502, 503, 504, 599, 600, 999] {
+            assert!(super::passing(StatusCode::from_u16(passing).unwrap()), "{passing}");
+        }
+        for lasting in [300, 301, 302, 303, 304, 307, 308, 400, 401, 403, 404, 409, 410, 413, 422, 451, 499] {
+            assert!(!super::passing(StatusCode::from_u16(lasting).unwrap()), "{lasting}");
+        }
+    }
+
+    #[test]
+    fn the_wait_is_seconds_or_a_date_and_an_hour_at_most() {
+        let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
+        let asked = |text: &str| {
+            let headers = HeaderMap::from_iter([(RETRY_AFTER, text.parse().unwrap())]);
+            wait(&headers, now).map(|wait| wait.as_secs())
+        };
+        for (text, seconds) in [
+            ("0", 0),
+            (" 120 ", 120),
+            ("3600", 3600),
+            ("3601", 3600),
+            ("99999999999999999999999999", 3600),
+            ("Sun, 06 Nov 1994 08:50:07 GMT", 30),
+            ("Sunday, 06-Nov-94 08:50:07 GMT", 30),
+            ("Sun Nov  6 08:50:07 1994", 30),
+            ("Sun, 06 Nov 1994 08:49:37 GMT", 0),
+            ("Sat, 05 Nov 1994 08:49:37 GMT", 0),
+            ("Fri, 31 Dec 9999 23:59:59 GMT", 3600),
+        ] {
+            assert_eq!(asked(text), Some(seconds), "{text}");
+        }
+        for nothing in ["", "soon", "-1", "+1", "1.5", "1 s", "0x10", "Sun, 99 Nov 1994 08:49:37 GMT"] {
+            assert_eq!(asked(nothing), None, "{nothing}");
+        }
+        assert_eq!(wait(&HeaderMap::new(), now), None);
+    }
+
+    #[test]
+    fn an_excerpt_is_one_line_of_bounded_length() {
+        let none = Hidden(Vec::new());
+        assert_eq!(excerpt(b"  a\r\n\tb\x1b[31m\0 c\xe2\x80\xaed \xff ", &none), "a b [31m c d \u{fffd}");
+        assert_eq!(excerpt(&"ü".repeat(600).into_bytes(), &none), format!("{}…", "ü".repeat(512)));
+    }
+
+    #[test]
+    fn an_excerpt_does_not_repeat_the_secrets_of_the_url() {
+        let url = "https://h.example/hooks/T0123456789ABCDEFGH?token=s3cr%2Bt-value&v=1&longnakedkey";
+        let hidden = Hidden::of(&Url::parse(url).unwrap());
+        for (answer, shown) in [
+            ("no POST /hooks/T0123456789ABCDEFGH?token=s3cr%2Bt-value&v=1&longnakedkey", "no POST /hooks/…?…"),
+            ("bad token s3cr+t-value", "bad token …"),
+            ("token=s3cr%2Bt-value&amp;v=1", "token=…&amp;v=1"),
+            ("longnakedkey", "…"),
+            ("no such hook", "no such hook"),
+        ] {
+            assert_eq!(excerpt(answer.as_bytes(), &hidden), shown);
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! The environment variables, with the names and meanings that the example has; `docs/configuration.md` lists them.
+
+use std::{env, net::SocketAddr, num::NonZeroU64, str::FromStr, time::Duration};
+
+use outbox_apalis::{InvalidOption, Worker};
+use outbox_core::{InvalidPolicy, RetryPolicy};
+
+/// The lease of a worker that was not told another.
+const DEFAULT_LEASE: Duration = Duration::from_secs(30);
+
+pub(crate) struct Config {
+    pub(crate) database_url: String,
+    pub(crate) pool: u32,
+    pub(crate) http_addr: SocketAddr,
+    pub(crate) ops_addr: SocketAddr,
+    /// The token, and whether it was made up here and must be shown.
+    pub(crate) ops_token: (String, bool),
+    pub(crate) sink: Option<Sink>,
+    pub(crate) retention: Option<u64>,
+    lease: Option<Duration>,
+    poll: Option<Duration>,
+    max_attempts: Option<u32>,
+    backoff_base: Option<Duration>,
+    backoff_max: Option<Duration>,
+    concurrency: Option<usize>,
+    pub(crate) grace: Duration,
+}
+
+/// Where the subscription `sink` posts, and what it signs with.
+pub(crate) struct Sink {
+    pub(crate) url: String,
+    pub(crate) secret: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    #[error("the environment variable {name} is {value:?}, but must be {expected}")]
+    Value { name: &'static str, value: String, expected: &'static str },
+    #[error("REDIS_URL is set, but this version delivers without Redis; unset it")]
+    Redis,
+    #[error("SINK_URL is set, but WEBHOOK_SECRET is not; set it to whsec_ and base64")]
+    Secret,
+    #[error(
+        "OUTBOX_DEAD_LETTER_POLICY is \"hold\", but in this version the rest of a key always goes on after a dead \
+         letter; unset it, or set it to continue"
+    )]
+    Hold,
+    #[error("the retry settings OUTBOX_MAX_ATTEMPTS, OUTBOX_BACKOFF_BASE_MS and OUTBOX_BACKOFF_MAX_MS do not fit")]
+    Retry(#[from] InvalidPolicy),
+    #[error("the settings OUTBOX_LEASE_MS, OUTBOX_POLL_MS and OUTBOX_CONCURRENCY do not fit")]
+    Worker(#[from] InvalidOption),
+}
+
+impl Config {
+    pub(crate) fn from_env() -> Result<Self, ConfigError> {
+        if text("REDIS_URL").is_some() {
+            return Err(ConfigError::Redis);
+        }
+        refuse_hold()?;
+        let random_token = || {
+            let digits = "abcdefghijkmnpqrstuvwxyz23456789".as_bytes();
+            (0..24).map(|_| char::from(digits[fastrand::usize(..digits.len())])).collect::<String>()
+        };
+        let address = "an address such as 127.0.0.1:3000";
+        let pool: Option<u32> = read("DB_POOL", "a number of connections from 1")?;
+        if pool == Some(0) {
+            return Err(ConfigError::Value { name: "DB_POOL", value: "0".to_owned(), expected: "at least 1" });
+        }
+        Ok(Self {
+            database_url: database_url(text("DATABASE_URL")),
+            pool: pool.unwrap_or(10),
+            http_addr: read("HTTP_ADDR", address)?.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3000))),
+            ops_addr: read("OPS_ADDR", address)?.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3001))),
+            ops_token: text("OPS_TOKEN").map_or_else(|| (random_token(), true), |token| (token, false)),
+            sink: sink()?,
+            retention: read("OUTBOX_RETENTION_MS", "a number of milliseconds")?,
+            lease: milliseconds("OUTBOX_LEASE_MS")?,
+            poll: milliseconds("OUTBOX_POLL_MS")?,
+            max_attempts: read("OUTBOX_MAX_ATTEMPTS", "a number from 1")?,
+            backoff_base: milliseconds("OUTBOX_BACKOFF_BASE_MS")?,
+            backoff_max: milliseconds("OUTBOX_BACKOFF_MAX_MS")?,
+            concurrency: read("OUTBOX_CONCURRENCY", "a number from 1")?,
+            grace: milliseconds("OUTBOX_SHUTDOWN_GRACE_MS")?.unwrap_or(Duration::from_secs(10)),
+        })
+    }
+
+    pub(crate) fn lease(&self) -> Duration {
+        self.lease.unwrap_or(DEFAULT_LEASE)
+    }
+
+    pub(crate) fn retry_policy(&self) -> Result<RetryPolicy, ConfigError> {
+        let mut policy = RetryPolicy::default();
+        if let Some(attempts) = self.max_attempts {
+            policy = policy.max_attempts(attempts)?;
+        }
+        let base = self.backoff_base.unwrap_or(Duration::from_secs(1));
+        Ok(policy.backoff(base, self.backoff_max.unwrap_or(base.max(Duration::from_secs(60))))?)
+    }
+
+    pub(crate) fn apply(&self, mut worker: Worker) -> Result<Worker, ConfigError> {
+        worker = worker.lease(self.lease())?;
+        if let Some(poll) = self.poll {
+            worker = worker.poll(poll)?;
+        }
+        if let Some(concurrency) = self.concurrency {
+            worker = worker.concurrency(concurrency)?;
+        }
+        Ok(worker.shutdown_grace(self.grace))
+    }
+}
+
+fn refuse_hold() -> Result<(), ConfigError> {
+    let name = "OUTBOX_DEAD_LETTER_POLICY";
+    match text(name).as_deref() {
+        None | Some("continue") => Ok(()),
+        Some("hold") => Err(ConfigError::Hold),
+        Some(value) => Err(ConfigError::Value { name, value: value.to_owned(), expected: "hold or continue" }),
+    }
+}
+
+fn sink() -> Result<Option<Sink>, ConfigError> {
+    match (text("SINK_URL"), text("WEBHOOK_SECRET")) {
+        (None, _) => Ok(None),
+        (Some(_), None) => Err(ConfigError::Secret),
+        (Some(url), Some(secret)) => Ok(Some(Sink { url, secret })),
+    }
+}
+
+/// Without a mode, SQLite would refuse to start with a file that does not exist yet.
+fn database_url(url: Option<String>) -> String {
+    let url = url.unwrap_or_else(|| "sqlite://conformance.db".to_owned());
+    if url.starts_with("sqlite:") && !url.contains("mode=") {
+        let separator = if url.contains('?') { '&' } else { '?' };
+        return format!("{url}{separator}mode=rwc");
+    }
+    url
+}
+
+/// Empty is as good as not set.
+fn text(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+fn read<T: FromStr>(name: &'static str, expected: &'static str) -> Result<Option<T>, ConfigError> {
+    let Some(value) = text(name) else { return Ok(None) };
+    match value.parse() {
+        Ok(parsed) => Ok(Some(parsed)),
+        Err(_) => Err(ConfigError::Value { name, value, expected }),
+    }
+}
+
+fn milliseconds(name: &'static str) -> Result<Option<Duration>, ConfigError> {
+    let value: Option<NonZeroU64> = read(name, "a number of milliseconds from 1")?;
+    Ok(value.map(|ms| Duration::from_millis(ms.get())))
+}

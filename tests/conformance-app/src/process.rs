@@ -1,0 +1,177 @@
+use std::{error::Error, io::IsTerminal, net::SocketAddr, process::ExitCode, time::Duration};
+
+use axum::Router;
+use outbox_axum::Operator;
+use outbox_seaorm::Outbox;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
+
+use crate::{app::router, config::Config, subscriptions, tables::migrate};
+
+const USAGE: &str = "usage: conformance-app [all | serve | worker | migrate]
+
+  all      API, worker and operators' listener in one process (the default)
+  serve    API only
+  worker   worker and operators' listener only
+  migrate  brings the database to this version and exits
+
+Settings come from the environment: DATABASE_URL, DB_POOL, HTTP_ADDR, OPS_ADDR, OPS_TOKEN, SINK_URL, WEBHOOK_SECRET,
+OUTBOX_… (docs/configuration.md).";
+
+#[derive(Clone, Copy, PartialEq)]
+enum Command {
+    All,
+    Serve,
+    Worker,
+    Migrate,
+}
+
+/// Runs the process with these arguments until it is asked to stop.
+pub async fn main(arguments: impl Iterator<Item = String>) -> ExitCode {
+    let arguments: Vec<String> = arguments.collect();
+    let command = match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        [] | ["all"] => Command::All,
+        ["serve"] => Command::Serve,
+        ["worker"] => Command::Worker,
+        ["migrate"] => Command::Migrate,
+        ["help" | "--help" | "-h"] => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    log();
+    match run(command).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", with_causes(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn log() {
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,sea_orm_migration=warn,apalis=warn"));
+    let log = tracing_subscriber::fmt::layer()
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .with_filter(filter);
+    tracing_subscriber::registry().with(log).with(outbox_apalis::board_events()).init();
+}
+
+fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}\n  because: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+async fn run(command: Command) -> Result<(), Box<dyn Error>> {
+    let config = Config::from_env()?;
+    let outbox = Outbox::connect(&config.database_url, config.pool).await?;
+    migrate(&outbox).await?;
+    if command == Command::Migrate {
+        println!("the database is up to date");
+        return Ok(());
+    }
+    if config.retention.is_some() {
+        tracing::warn!("OUTBOX_RETENTION_MS is set, but this version keeps the whole history");
+    }
+    let (serves, works) = (command != Command::Worker, command != Command::Serve);
+    let http = if serves { Some(listen("HTTP_ADDR", config.http_addr).await?) } else { None };
+    let ops = if works { Some(listen("OPS_ADDR", config.ops_addr).await?) } else { None };
+
+    // From here on every event is theirs, also if it commits before the worker runs.
+    let worker = if works { Some(subscriptions::worker(&outbox, &config)?.start().await?) } else { None };
+    let operator = if works { Some(operator(&outbox, &config).await?) } else { None };
+    // Before anybody is told that there is a process to stop.
+    let stopped = stop_on_signal()?;
+    announce(http.as_ref(), ops.as_ref(), &config)?;
+    let (serving, operating, ()) = tokio::join!(
+        serve(http.map(|listener| (listener, router(outbox))), stopped.clone(), config.grace),
+        serve(ops.zip(operator), stopped.clone(), config.grace),
+        async {
+            if let Some(worker) = worker {
+                worker.run_until(until(stopped.clone())).await;
+            }
+        },
+    );
+    serving?;
+    operating?;
+    Ok(())
+}
+
+async fn operator(outbox: &Outbox, config: &Config) -> Result<Router, Box<dyn Error>> {
+    let dashboard = outbox_apalis::dashboard(outbox).await?;
+    Ok(Operator::new(outbox.clone(), &config.ops_token.0)?.dashboard(dashboard).into_router())
+}
+
+async fn listen(variable: &str, addr: SocketAddr) -> Result<TcpListener, String> {
+    TcpListener::bind(addr).await.map_err(|error| {
+        format!("cannot listen on {addr}: {error}; stop the program that uses it, or set {variable} to another address")
+    })
+}
+
+/// The line that tells where the listeners are; connections are accepted from now on.
+fn announce(http: Option<&TcpListener>, ops: Option<&TcpListener>, config: &Config) -> std::io::Result<()> {
+    let show = |listener: Option<&TcpListener>| match listener {
+        Some(listener) => listener.local_addr().map(|addr| addr.to_string()),
+        None => Ok("-".to_owned()),
+    };
+    println!("listening http={} ops={}", show(http)?, show(ops)?);
+    if let (Some(_), (token, true)) = (ops, &config.ops_token) {
+        println!("  operators log in with any user name and the password {token} (set OPS_TOKEN to choose one)");
+    }
+    Ok(())
+}
+
+/// Serves until the process is asked to stop; requests under way then have the grace time to end.
+async fn serve(
+    listening: Option<(TcpListener, Router)>,
+    stopped: watch::Receiver<bool>,
+    grace: Duration,
+) -> std::io::Result<()> {
+    let Some((listener, router)) = listening else { return Ok(()) };
+    let overdue = async {
+        until(stopped.clone()).await;
+        tokio::time::sleep(grace).await;
+    };
+    tokio::select! {
+        served = axum::serve(listener, router).with_graceful_shutdown(until(stopped.clone())) => served,
+        () = overdue => {
+            tracing::warn!("requests that were still under way after the grace time are dropped");
+            Ok(())
+        }
+    }
+}
+
+/// Completes when the process is asked to stop.
+async fn until(mut stopped: watch::Receiver<bool>) {
+    // An error means that nobody can ask any more.
+    let _ = stopped.wait_for(|stopped| *stopped).await;
+}
+
+/// Turns true at SIGTERM and SIGINT.
+fn stop_on_signal() -> std::io::Result<watch::Receiver<bool>> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (stop, stopped) = watch::channel(false);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        let _ = stop.send(true);
+    });
+    Ok(stopped)
+}

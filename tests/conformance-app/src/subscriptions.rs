@@ -1,0 +1,39 @@
+//! Who gets the events.
+
+use std::error::Error;
+
+use outbox_apalis::{Effect, Handlers, WebhookPublisher, Worker};
+use outbox_core::{DeliveryError, Event, Ordering, StartPosition, Subscription};
+use outbox_seaorm::Outbox;
+
+use crate::{
+    config::Config,
+    events::{OrderPlaced, OrderPoisoned},
+    poison, tables,
+};
+
+/// The worker with all subscriptions. They start at the beginning: what was committed before the first worker came up
+/// is theirs as well.
+pub(crate) fn worker(outbox: &Outbox, config: &Config) -> Result<Worker, Box<dyn Error>> {
+    let retry = config.retry_policy()?;
+    let subscription = |name: &str, event_type: &str| -> Result<Subscription, Box<dyn Error>> {
+        Ok(Subscription::new(name)?.events([event_type])?.retry(retry).start(StartPosition::Beginning))
+    };
+    let mut worker = Worker::new(outbox.clone())
+        .handlers(subscription("effects", OrderPlaced::TYPE)?.ordering(Ordering::None), effects())
+        .handlers(subscription("poison", OrderPoisoned::TYPE)?, poison::handlers(config.lease()));
+    if let Some(sink) = &config.sink {
+        let publisher = WebhookPublisher::new(&sink.url, &sink.secret)?.allow_loopback();
+        worker = worker.publisher(subscription("sink", OrderPlaced::TYPE)?, publisher);
+    }
+    Ok(config.apply(worker)?)
+}
+
+fn effects() -> Handlers {
+    Handlers::new().on_tx(apply)
+}
+
+async fn apply(order: OrderPlaced, effect: Effect) -> Result<(), DeliveryError> {
+    tables::apply(effect.tx(), effect.delivery().event().id, &order).await?;
+    Ok(())
+}
