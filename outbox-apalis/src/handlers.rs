@@ -150,7 +150,7 @@ impl HandlersDestination {
         let report = LaneReport { lane: attempt.lane.clone(), finished: vec![finished], next };
         match unit.commit_with(report).await {
             Ok(Settled::Done) => End::Settled,
-            Ok(Settled::Superseded) => End::Superseded,
+            Ok(Settled::Superseded | Settled::Busy) => End::Superseded,
             Err(error) => End::Outcome(Err(error.into()).into()),
         }
     }

@@ -241,6 +241,8 @@ impl StartedWorker {
         let names: Vec<String> = self.sources.iter().map(|source| source.name.to_string()).collect();
         tracing::info!(worker = &*self.worker, subscriptions = ?names, "worker started");
         let alive = tokio::spawn(heartbeats(self.outbox.clone(), self.worker.clone(), names));
+        let outbox = self.outbox.clone();
+        let listening = tokio::spawn(async move { outbox.listen().await });
         let monitor = self.sources.into_iter().fold(Monitor::new(), register);
         let stop = self.stop;
         // Feeds stop before apalis does: only they know what is under way and how long it may go on.
@@ -254,6 +256,7 @@ impl StartedWorker {
             tracing::error!(%error, "a worker did not end cleanly");
         }
         alive.abort();
+        listening.abort();
         if let Err(error) = self.outbox.forget_worker(&self.worker).await {
             tracing::debug!(%error, "the heartbeat was not taken back");
         }

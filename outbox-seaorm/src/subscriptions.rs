@@ -1,13 +1,13 @@
 use std::collections::HashSet;
 
 use outbox_core::{Filter, Ordering, StartPosition, Subject, Subscription};
-use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, Value};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, QueryResult, Value};
+use serde::de::DeserializeOwned;
 
 use crate::{
     Outbox,
     deliveries::recorded,
     flush::{DeliveryRow, insert_deliveries, json, timestamp},
-    sqlite,
     tx::Shared,
 };
 
@@ -30,15 +30,14 @@ pub(crate) struct Known {
 
 impl KnownSubscriptions {
     pub(crate) async fn load(outbox: &Outbox, db: &impl ConnectionTrait, generation: i64) -> Result<Self, DbErr> {
-        let rows = outbox.query_all(db, sqlite::SUBSCRIPTIONS, []).await?;
-        let parse = |error: serde_json::Error| DbErr::Json(error.to_string());
+        let rows = outbox.query_all(db, outbox.sql().subscriptions, []).await?;
         let subscriptions = rows
             .iter()
             .map(|row| {
                 Ok(Known {
                     id: row.try_get("", "id")?,
-                    filter: serde_json::from_str(&row.try_get::<String>("", "filter")?).map_err(parse)?,
-                    ordering: serde_json::from_str(&row.try_get::<String>("", "ordering")?).map_err(parse)?,
+                    filter: parsed(row, "filter")?,
+                    ordering: parsed(row, "ordering")?,
                 })
             })
             .collect::<Result<_, DbErr>>()?;
@@ -48,6 +47,10 @@ impl KnownSubscriptions {
     pub(crate) fn matching<'a>(&'a self, subject: &'a Subject<'a>) -> impl Iterator<Item = &'a Known> + 'a {
         self.subscriptions.iter().filter(move |known| known.filter.matches(subject))
     }
+}
+
+fn parsed<T: DeserializeOwned>(row: &QueryResult, column: &str) -> Result<T, DbErr> {
+    serde_json::from_str(&row.try_get::<String>("", column)?).map_err(|error| DbErr::Json(error.to_string()))
 }
 
 /// Why a subscription could not be registered.
@@ -88,24 +91,24 @@ impl Outbox {
         let filter = json(subscription.filter())?;
         let ordering = json(subscription.key_choice())?;
         let tx = self.begin_write().await?;
-        let existing = self.query_one(&tx, sqlite::SUBSCRIPTION_BY_NAME, [subscription.name().into()]).await?;
+        let existing = self.query_one(&tx, self.sql().subscription_by_name, [subscription.name().into()]).await?;
         let (id, backfill) = match existing {
             Some(row) => {
                 let id: i32 = row.try_get("", "id")?;
-                let same = row.try_get::<String>("", "filter")? == filter
-                    && row.try_get::<String>("", "ordering")? == ordering;
+                let same = parsed::<Filter>(&row, "filter")? == *subscription.filter()
+                    && parsed::<Ordering>(&row, "ordering")? == *subscription.key_choice();
                 if !same {
                     let values = [id.into(), filter.into(), ordering.into()];
-                    self.execute(&tx, sqlite::UPDATE_SUBSCRIPTION, values).await?;
-                    self.execute(&tx, sqlite::BUMP_GENERATION, []).await?;
+                    self.execute(&tx, self.sql().update_subscription, values).await?;
+                    self.execute(&tx, self.sql().bump_generation, []).await?;
                 }
                 (id, row.try_get::<Option<i64>>("", "backfill_from")?.is_some())
             }
             None => {
                 let from = self.first_position(&tx, subscription.start_position()).await?;
                 let values = [subscription.name().into(), filter.into(), ordering.into(), from.into()];
-                let row = self.query_one(&tx, sqlite::INSERT_SUBSCRIPTION, values).await?;
-                self.execute(&tx, sqlite::BUMP_GENERATION, []).await?;
+                let row = self.query_one(&tx, self.sql().insert_subscription, values).await?;
+                self.execute(&tx, self.sql().bump_generation, []).await?;
                 (row.ok_or(DbErr::RecordNotInserted)?.try_get("", "id")?, from.is_some())
             }
         };
@@ -119,7 +122,7 @@ impl Outbox {
             StartPosition::Beginning => String::new(),
             StartPosition::Since(at) => timestamp(at),
         };
-        let row = self.query_one(tx, sqlite::FIRST_POSITION_SINCE, [since.into()]).await?;
+        let row = self.query_one(tx, self.sql().first_position_since, [since.into()]).await?;
         row.map_or(Ok(None), |row| row.try_get("", "position"))
     }
 
@@ -127,13 +130,13 @@ impl Outbox {
     /// any number of processes may work on it.
     async fn backfill(&self, id: i32, subscription: &Subscription) -> Result<bool, DbErr> {
         let tx = self.begin_write().await?;
-        let row = self.query_one(&tx, sqlite::SUBSCRIPTION_BY_NAME, [subscription.name().into()]).await?;
+        let row = self.query_one(&tx, self.sql().subscription_by_name, [subscription.name().into()]).await?;
         let from = row.map_or(Ok(None), |row| row.try_get::<Option<i64>>("", "backfill_from"))?;
         let Some(from) = from else { return Ok(true) };
-        let rows = self.query_all(&tx, sqlite::EVENTS_FROM, [from.into(), BACKFILL_BATCH.into()]).await?;
+        let rows = self.query_all(&tx, self.sql().events_from, [from.into(), BACKFILL_BATCH.into()]).await?;
         let events = rows.iter().map(recorded).collect::<Result<Vec<_>, _>>()?;
         let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
-        let done = self.query_all(&tx, sqlite::POSITIONS_KNOWN, [id.into(), json(&positions)?.into()]).await?;
+        let done = self.query_all(&tx, self.sql().positions_known, [id.into(), json(&positions)?.into()]).await?;
         let done = done.iter().map(|row| row.try_get::<i64>("", "position")).collect::<Result<HashSet<_>, _>>()?;
         let missing: Vec<DeliveryRow> = events
             .iter()
@@ -151,15 +154,15 @@ impl Outbox {
             .collect();
         insert_deliveries(self, &tx, &missing).await?;
         let keys: HashSet<&str> = missing.iter().map(|delivery| delivery.key.as_str()).collect();
-        self.execute(&tx, sqlite::DUE_WITH_HEAD, [id.into(), json(&keys)?.into()]).await?;
+        self.execute(&tx, self.sql().due_with_head, [id.into(), json(&keys)?.into()]).await?;
         let next = positions.last().map(|last| last + 1);
-        self.execute(&tx, sqlite::SET_BACKFILL, [id.into(), Value::BigInt(next)]).await?;
+        self.execute(&tx, self.sql().set_backfill, [id.into(), Value::BigInt(next)]).await?;
         tx.commit().await?;
         Ok(next.is_none())
     }
 
     /// A transaction of the outbox' own. On SQLite it waits for the write lock first, so it never fails halfway.
     pub(crate) async fn begin_write(&self) -> Result<DatabaseTransaction, DbErr> {
-        Shared::begin(self.writer()).await
+        Shared::begin(self.store()).await
     }
 }
