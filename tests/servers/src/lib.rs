@@ -4,6 +4,8 @@
 //! when the process is killed. A test that needs a server never passes without one: if the binaries are missing and
 //! cannot be installed, it fails with a sentence that says what to install.
 
+mod proxy;
+
 use std::{
     fs,
     net::TcpListener,
@@ -13,6 +15,8 @@ use std::{
     sync::{Mutex, OnceLock},
     time::{Duration, Instant},
 };
+
+pub use proxy::{Fault, Proxy};
 
 /// Keeps the server as long as its standard input is open, then ends it and removes its folder, unless it was stopped
 /// on purpose.
