@@ -316,7 +316,8 @@ async fn heartbeats(outbox: Outbox, worker: Arc<str>, names: Vec<String>) {
         interval.tick().await;
         let beat = async {
             outbox.heartbeat(&worker, &names).await?;
-            outbox.forget_workers(FORGET_AFTER).await
+            outbox.forget_workers(FORGET_AFTER).await?;
+            outbox.settle_subscriptions().await
         };
         if let Err(error) = beat.await {
             tracing::debug!(%error, "heartbeat failed");

@@ -213,7 +213,53 @@ pub(crate) static POSTGRES: Sql = Sql {
         values ($1, $2::text::jsonb, $3::text::jsonb, $4) returning id",
 
     update_subscription: "
-        update outbox_subscriptions set filter = $2::text::jsonb, ordering = $3::text::jsonb where id = $1",
+        update outbox_subscriptions
+           set filter = $2::text::jsonb, ordering = $3::text::jsonb, changed_at = clock_timestamp(),
+               changed_in = pg_current_snapshot(), settled_after = null
+         where id = $1",
+
+    unsettled_subscriptions: "
+        select name from outbox_subscriptions where changed_in is not null order by name",
+
+    // The window is that of the flushes: a stale one has drawn its positions around the change, whenever it commits.
+    missed_events: concat!(
+        "select ",
+        event_columns!(),
+        " from outbox_subscriptions s
+          join outbox_events e on e.recorded_at between s.changed_at - interval '10 minutes'
+                                                    and s.changed_at + interval '10 minutes'
+         where s.id = $1 and s.changed_in is not null
+           and not pg_visible_in_snapshot(e.transaction_id, s.changed_in)
+         order by e.position"
+    ),
+
+    // First the transactions that run now are noted, then they are waited for; two seconds more for a flush that had no
+    // transaction id yet.
+    settle_subscription: "
+        update outbox_subscriptions
+           set settled_after = coalesce(settled_after, pg_snapshot_xmax(pg_current_snapshot()))
+         where id = $1
+        returning settled_after <= pg_snapshot_xmin(pg_current_snapshot())
+                  and changed_at < clock_timestamp() - interval '2 seconds' as settled",
+
+    forget_change: "update outbox_subscriptions set changed_in = null, settled_after = null where id = $1",
+
+    pause: "update outbox_subscriptions set paused_at = coalesce(paused_at, clock_timestamp()) where name = $1",
+
+    resume: "update outbox_subscriptions set paused_at = null where name = $1",
+
+    remove: &[
+        "delete from outbox_lanes where subscription_id = $1",
+        "delete from outbox_deliveries where subscription_id = $1",
+        "delete from outbox_delivered where subscription_id = $1",
+        "delete from outbox_dead_letters where subscription_id = $1",
+        "delete from outbox_subscriptions where id = $1",
+    ],
+
+    remove_orphans: &[
+        "delete from outbox_lanes where subscription_id not in (select id from outbox_subscriptions)",
+        "delete from outbox_deliveries where subscription_id not in (select id from outbox_subscriptions)",
+    ],
 
     first_position_since: "
         select min(position) as position from outbox_events

@@ -77,6 +77,31 @@ pub(crate) struct Sql {
     /// $1 id, $2 filter, $3 ordering.
     pub(crate) update_subscription: &'static str,
 
+    /// The names of subscriptions that a flush which is still under way may not know in their present form.
+    pub(crate) unsettled_subscriptions: &'static str,
+
+    /// $1 subscription: the events that such a flush may have written.
+    pub(crate) missed_events: &'static str,
+
+    /// $1 subscription: whether no such flush can be left. Asked before the events are read, so that what commits
+    /// later is found the next time.
+    pub(crate) settle_subscription: &'static str,
+
+    /// $1 subscription.
+    pub(crate) forget_change: &'static str,
+
+    /// $1 name.
+    pub(crate) pause: &'static str,
+
+    /// $1 name.
+    pub(crate) resume: &'static str,
+
+    /// $1 subscription; one after another.
+    pub(crate) remove: &'static [&'static str],
+
+    /// What a flush that did not know of the removal has written for a subscription that is gone.
+    pub(crate) remove_orphans: &'static [&'static str],
+
     /// The first position at or after time $1. Index: outbox_events_recorded.
     pub(crate) first_position_since: &'static str,
 

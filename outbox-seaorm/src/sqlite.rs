@@ -152,6 +152,30 @@ pub(crate) static SQLITE: Sql = Sql {
     update_subscription: "
     update outbox_subscriptions set filter = $2, ordering = $3 where id = $1",
 
+    // A change excludes every other writer: no flush can have missed it.
+    unsettled_subscriptions: "select name from outbox_subscriptions where false",
+
+    missed_events: "select * from outbox_events where $1 is null",
+
+    settle_subscription: "select $1 is not null as settled",
+
+    forget_change: "select $1 is not null",
+
+    pause: "update outbox_subscriptions
+               set paused_at = coalesce(paused_at, strftime('%Y-%m-%dT%H:%M:%fZ', 'now')) where name = $1",
+
+    resume: "update outbox_subscriptions set paused_at = null where name = $1",
+
+    remove: &[
+        "delete from outbox_lanes where subscription_id = $1",
+        "delete from outbox_deliveries where subscription_id = $1",
+        "delete from outbox_delivered where subscription_id = $1",
+        "delete from outbox_dead_letters where subscription_id = $1",
+        "delete from outbox_subscriptions where id = $1",
+    ],
+
+    remove_orphans: &[],
+
     first_position_since: "
     select min(position) as position from outbox_events where recorded_at >= $1",
 

@@ -1,6 +1,6 @@
 use std::collections::HashSet;
 
-use outbox_core::{Filter, Ordering, StartPosition, Subject, Subscription};
+use outbox_core::{Filter, Ordering, RecordedEvent, StartPosition, Subject, Subscription};
 use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, QueryResult, Value};
 use serde::de::DeserializeOwned;
 
@@ -135,30 +135,127 @@ impl Outbox {
         let Some(from) = from else { return Ok(true) };
         let rows = self.query_all(&tx, self.sql().events_from, [from.into(), BACKFILL_BATCH.into()]).await?;
         let events = rows.iter().map(recorded).collect::<Result<Vec<_>, _>>()?;
+        let (filter, ordering) = (subscription.filter(), subscription.key_choice());
+        self.add_missing(&tx, id, filter, ordering, &events).await?;
         let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
-        let done = self.query_all(&tx, self.sql().positions_known, [id.into(), json(&positions)?.into()]).await?;
+        let next = positions.last().map(|last| last + 1);
+        self.execute(&tx, self.sql().set_backfill, [id.into(), Value::BigInt(next)]).await?;
+        tx.commit().await?;
+        Ok(next.is_none())
+    }
+
+    /// Inserts the deliveries that a subscription should have of these events and has not.
+    async fn add_missing(
+        &self,
+        tx: &DatabaseTransaction,
+        id: i32,
+        filter: &Filter,
+        ordering: &Ordering,
+        events: &[RecordedEvent],
+    ) -> Result<bool, DbErr> {
+        let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
+        let done = self.query_all(tx, self.sql().positions_known, [id.into(), json(&positions)?.into()]).await?;
         let done = done.iter().map(|row| row.try_get::<i64>("", "position")).collect::<Result<HashSet<_>, _>>()?;
         let missing: Vec<DeliveryRow> = events
             .iter()
             .filter(|event| !done.contains(&event.position))
             .filter_map(|event| {
                 let subject = Subject::of_recorded(event);
-                subscription.filter().matches(&subject).then(|| DeliveryRow {
+                filter.matches(&subject).then(|| DeliveryRow {
                     subscription: id,
-                    key: subscription.key_choice().key(&subject),
+                    key: ordering.key(&subject),
                     position: event.position,
                     wait: 0.0,
                     not_before: None,
                 })
             })
             .collect();
-        insert_deliveries(self, &tx, &missing).await?;
+        insert_deliveries(self, tx, &missing).await?;
         let keys: HashSet<&str> = missing.iter().map(|delivery| delivery.key.as_str()).collect();
-        self.execute(&tx, self.sql().due_with_head, [id.into(), json(&keys)?.into()]).await?;
-        let next = positions.last().map(|last| last + 1);
-        self.execute(&tx, self.sql().set_backfill, [id.into(), Value::BigInt(next)]).await?;
+        self.execute(tx, self.sql().due_with_head, [id.into(), json(&keys)?.into()]).await?;
+        Ok(!missing.is_empty())
+    }
+
+    /// Mends what flushes missed that were under way while a subscription changed: they matched their events with the
+    /// subscriptions as they were before, and committed afterwards. Workers call it every few seconds.
+    ///
+    /// A delivery that is added here may come after a later one of its key. Never happens on SQLite.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails; the next call goes on.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: as a crash.
+    pub async fn settle_subscriptions(&self) -> Result<(), DbErr> {
+        for row in self.query_all(self.store_reader(), self.sql().unsettled_subscriptions, []).await? {
+            let name: String = row.try_get("", "name")?;
+            let tx = self.begin_write().await?;
+            let Some(row) = self.query_one(&tx, self.sql().subscription_by_name, [name.into()]).await? else {
+                continue;
+            };
+            let id: i32 = row.try_get("", "id")?;
+            let (filter, ordering) = (parsed(&row, "filter")?, parsed(&row, "ordering")?);
+            let settled = self.query_one(&tx, self.sql().settle_subscription, [id.into()]).await?;
+            let settled = settled.map_or(Ok(false), |row| row.try_get("", "settled"))?;
+            let rows = self.query_all(&tx, self.sql().missed_events, [id.into()]).await?;
+            let events = rows.iter().map(recorded).collect::<Result<Vec<_>, _>>()?;
+            let added = self.add_missing(&tx, id, &filter, &ordering, &events).await?;
+            if settled {
+                self.execute(&tx, self.sql().forget_change, [id.into()]).await?;
+            }
+            tx.commit().await?;
+            if added {
+                self.wake(&[id]);
+            }
+        }
+        for statement in self.sql().remove_orphans {
+            self.execute(self.store(), statement, []).await?;
+        }
+        Ok(())
+    }
+
+    /// Stops the delivery of a subscription; its events go on being collected. What is under way ends. False if there
+    /// is no such subscription.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn pause(&self, name: &str) -> Result<bool, DbErr> {
+        Ok(self.execute(self.store(), self.sql().pause, [name.into()]).await? == 1)
+    }
+
+    /// Goes on with the delivery of a subscription. False if there is no such subscription.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn resume(&self, name: &str) -> Result<bool, DbErr> {
+        let resumed = self.execute(self.store(), self.sql().resume, [name.into()]).await? == 1;
+        self.wake_all_here();
+        Ok(resumed)
+    }
+
+    /// Removes a subscription with its unfinished deliveries, its history and its dead letters; the events stay. False
+    /// if there is no such subscription. A worker that still has it delivers what it has claimed, and its results are
+    /// dropped.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails; nothing is removed then.
+    pub async fn remove(&self, name: &str) -> Result<bool, DbErr> {
+        let tx = self.begin_write().await?;
+        let Some(row) = self.query_one(&tx, self.sql().subscription_by_name, [name.into()]).await? else {
+            return Ok(false);
+        };
+        let id: i32 = row.try_get("", "id")?;
+        for statement in self.sql().remove {
+            self.execute(&tx, statement, [id.into()]).await?;
+        }
+        self.execute(&tx, self.sql().bump_generation, []).await?;
         tx.commit().await?;
-        Ok(next.is_none())
+        Ok(true)
     }
 
     /// A transaction of the outbox' own. On SQLite it waits for the write lock first, so it never fails halfway.
