@@ -148,6 +148,9 @@ const SQLITE: &[&str] = &[
 
 // Autovacuum: the hot tables are small and change completely all the time, so their dead rows must not wait for a
 // share of the table. Fillfactor leaves room for updates of lanes within their page.
+//
+// `changed_in`, `settled_after`: a flush that began before a change of a subscription may commit after it. Until no such
+// transaction is left, events that the snapshot does not see are looked through for deliveries that are missing.
 const POSTGRES: &[&str] = &[
     "create table outbox_meta (
        id smallint primary key check (id = 1),
@@ -172,7 +175,8 @@ const POSTGRES: &[&str] = &[
        traceparent text,
        tracestate text,
        tags jsonb,
-       max_attempts integer)",
+       max_attempts integer,
+       transaction_id xid8 not null default pg_current_xact_id())",
     "create index outbox_events_aggregate on outbox_events (aggregate_type, aggregate_id, position)",
     "create index outbox_events_type on outbox_events (event_type, position)",
     "create index outbox_events_tenant on outbox_events (tenant, position) where tenant is not null",
@@ -184,7 +188,10 @@ const POSTGRES: &[&str] = &[
        ordering jsonb not null,
        backfill_from bigint,
        paused_at timestamptz,
-       created_at timestamptz not null default clock_timestamp())",
+       created_at timestamptz not null default clock_timestamp(),
+       changed_at timestamptz not null default clock_timestamp(),
+       changed_in pg_snapshot default pg_current_snapshot(),
+       settled_after xid8)",
     "create table outbox_deliveries (
        subscription_id integer not null,
        key text not null,

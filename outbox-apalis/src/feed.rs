@@ -37,6 +37,9 @@ const LOGGED_ATTEMPTS: usize = 20;
 /// How long an event of an unknown type is left alone.
 const UNKNOWN_WAIT: Duration = Duration::from_secs(30);
 
+/// How long to wait for lanes that a commit holds.
+const BUSY_WAIT: Duration = Duration::from_millis(5);
+
 /// The longest wait between two tries while the database is out of reach.
 const LONGEST_OUTAGE_WAIT: Duration = Duration::from_secs(5);
 
@@ -89,7 +92,7 @@ struct Feed {
     /// Deliveries that were started and whose end is not stored: a crash repeats at most these.
     open: usize,
     reports: Vec<LaneReport>,
-    /// Reports whose storing failed: tried again as they are, so that no batch has two reports of one lane.
+    /// Reports whose storing failed: tried again as they are.
     unstored: Option<Vec<LaneReport>>,
     claiming: Option<JoinHandle<(usize, Result<Claimed, DbErr>)>>,
     settling: Option<JoinHandle<(Vec<LaneReport>, Result<Vec<Settled>, DbErr>)>>,
@@ -490,7 +493,7 @@ impl Feed {
         }));
     }
 
-    /// One report for each lane in which something is over.
+    /// What is over and not stored, the older reports of a lane before the newer.
     fn gather(&mut self) -> Vec<LaneReport> {
         let mut reports = std::mem::take(&mut self.reports);
         for lane in self.lanes.values_mut().filter(|lane| !lane.finished.is_empty()) {
@@ -514,7 +517,12 @@ impl Feed {
             }
         };
         self.settle_failures = 0;
-        for (report, settled) in reports.iter().zip(settled) {
+        let mut busy = Vec::new();
+        for (report, settled) in reports.into_iter().zip(settled) {
+            if settled == Settled::Busy {
+                busy.push(report);
+                continue;
+            }
             self.open -= report.finished.len();
             // Not the same lane any more if it was lost, and perhaps claimed again, since the report.
             let held = self.lanes.get_mut(&report.lane.key).filter(|lane| lane.lane == report.lane);
@@ -533,6 +541,11 @@ impl Feed {
                 // The lane may have more: its next delivery, or one that was flushed while it was leased.
                 self.look_at = Instant::now();
             }
+        }
+        if !busy.is_empty() {
+            self.settle_at = Instant::now() + BUSY_WAIT;
+            // Before later reports of the same lanes: the last one says what comes next.
+            self.reports.splice(0..0, busy);
         }
     }
 

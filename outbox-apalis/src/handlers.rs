@@ -161,7 +161,7 @@ impl HandlersDestination {
         match unit.commit_with(report).await {
             Ok(Settled::Done) => End::Settled,
             // Not knowing is as losing the lease: the next claim finds out.
-            Ok(Settled::Superseded) | Err(CommitError::Unknown(_)) => End::Superseded,
+            Ok(Settled::Superseded | Settled::Busy) | Err(CommitError::Unknown(_)) => End::Superseded,
             Err(error) if error.is_transient() => End::Unavailable(error.into()),
             Err(error) => End::Outcome(Err(error.into()).into()),
         }

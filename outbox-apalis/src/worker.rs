@@ -263,6 +263,7 @@ impl StartedWorker {
                 tracing::error!(%error, "a worker did not end cleanly");
             },
             never = heartbeats(&self.outbox, &self.worker, &names) => match never {},
+            never = self.outbox.listen() => match never {},
         }
         if let Err(error) = self.outbox.forget_worker(&self.worker).await {
             tracing::debug!(%error, "the heartbeat was not taken back");
@@ -322,7 +323,8 @@ async fn heartbeats(outbox: &Outbox, worker: &str, names: &[String]) -> Infallib
         interval.tick().await;
         let beat = async {
             outbox.heartbeat(worker, &names).await?;
-            outbox.forget_workers(FORGET_AFTER).await
+            outbox.forget_workers(FORGET_AFTER).await?;
+            outbox.settle_subscriptions().await
         };
         if let Err(error) = beat.await {
             tracing::debug!(%error, "heartbeat failed");

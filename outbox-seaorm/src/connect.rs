@@ -10,13 +10,20 @@ use crate::Outbox;
 /// How long a request waits for a connection, or for SQLite's write lock.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Claims, settlements, renewals and dashboards: short statements, a few at a time.
+const STORE_CONNECTIONS: u32 = 6;
+
+/// After this much idle time a connection is tested before it is used.
+const PING_AFTER: Duration = Duration::from_secs(1);
+
 /// Why the database could not be opened. No text holds a password: only scheme, file and cause are shown.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectError {
     /// The URL names another kind of database.
     #[error(
-        "the database URL starts with {scheme:?}; use sqlite://FILE?mode=rwc, for example sqlite://todo.db?mode=rwc"
+        "the database URL starts with {scheme:?}; use sqlite://FILE?mode=rwc, for example sqlite://todo.db?mode=rwc, or \
+         postgres://USER:PASSWORD@HOST/DATABASE"
     )]
     UnknownScheme {
         /// What stands before the colon.
@@ -25,30 +32,72 @@ pub enum ConnectError {
     /// The database did not open.
     #[error("the database could not be opened; check that the file's folder exists and can be written")]
     Open(#[source] DbErr),
+    /// The server did not answer, or refused.
+    #[error("the database server could not be reached; check host, port, user, password and database of its URL")]
+    Server(#[source] DbErr),
+}
+
+/// The pools of an outbox.
+#[derive(Debug)]
+pub(crate) struct Pools {
+    /// For units of work.
+    pub(crate) writer: DatabaseConnection,
+    /// For the application's own reading.
+    pub(crate) reader: DatabaseConnection,
+    /// For claims, settlements and renewals, so that requests that use up their pool hold up no lease.
+    pub(crate) store: DatabaseConnection,
+    /// For reading what dashboards show and whether anything is due.
+    pub(crate) store_reader: DatabaseConnection,
 }
 
 impl Outbox {
     /// Opens a database for the outbox and for the application's own use ([`reader`](Self::reader)).
     ///
-    /// SQLite runs with a write-ahead log, `synchronous=FULL` (a commit that was confirmed survives a power cut),
-    /// foreign keys on, one connection for writing and `readers` for reading: several write connections are no faster
-    /// and make the slowest requests many times slower (measured).
+    /// On **SQLite**: a write-ahead log, `synchronous=FULL` (a commit that was confirmed survives a power cut), foreign
+    /// keys on, one connection for writing and `connections` for reading. Several write connections are no faster and
+    /// make the slowest requests many times slower (measured).
+    ///
+    /// On **PostgreSQL**: one pool of at most `connections` for units of work and the application's own reading, and a
+    /// small one of its own for the work of the worker. No superuser, no extension; everything runs at READ COMMITTED.
     ///
     /// # Errors
     ///
-    /// [`ConnectError`] if the URL names another database or the file cannot be opened.
-    pub async fn connect(url: &str, readers: u32) -> Result<Self, ConnectError> {
-        match url.split(':').next() {
-            Some("sqlite") if url.contains(':') => {}
+    /// [`ConnectError`] if the URL names another database, or this one cannot be opened.
+    pub async fn connect(url: &str, connections: u32) -> Result<Self, ConnectError> {
+        let connections = connections.max(1);
+        match url.split_once(':').map(|(scheme, _)| scheme) {
+            Some("sqlite") => {
+                let writer = sqlite(url, 1).await.map_err(ConnectError::Open)?;
+                let reader = sqlite(url, connections).await.map_err(ConnectError::Open)?;
+                Ok(Self::with_connections(writer, reader))
+            }
+            Some("postgres" | "postgresql") => {
+                let requests = postgres(url, connections).await.map_err(ConnectError::Server)?;
+                let store = postgres(url, STORE_CONNECTIONS).await.map_err(ConnectError::Server)?;
+                let pools =
+                    Pools { writer: requests.clone(), reader: requests, store: store.clone(), store_reader: store };
+                Ok(Self::with_pools(pools))
+            }
             scheme => {
-                let scheme = scheme.unwrap_or_default().chars().take(20).collect();
-                return Err(ConnectError::UnknownScheme { scheme });
+                let scheme = scheme.unwrap_or(url).chars().take(20).collect();
+                Err(ConnectError::UnknownScheme { scheme })
             }
         }
-        let writer = sqlite(url, 1).await.map_err(ConnectError::Open)?;
-        let reader = sqlite(url, readers.max(1)).await.map_err(ConnectError::Open)?;
-        Ok(Self::with_connections(writer, reader))
     }
+}
+
+async fn postgres(url: &str, connections: u32) -> Result<DatabaseConnection, DbErr> {
+    let mut options = ConnectOptions::new(url);
+    options
+        .max_connections(connections)
+        .min_connections(1)
+        .connect_timeout(ACQUIRE_TIMEOUT)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        // A ping before every request would cost a round trip; one after a pause finds most dead connections.
+        .test_before_acquire(false)
+        .test_before_acquire_if_idle_for(PING_AFTER)
+        .sqlx_logging(false);
+    Database::connect(options).await
 }
 
 async fn sqlite(url: &str, connections: u32) -> Result<DatabaseConnection, DbErr> {

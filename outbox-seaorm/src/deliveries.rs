@@ -3,7 +3,7 @@ use outbox_core::{Actor, RecordedEvent};
 use sea_orm::{DbErr, QueryResult, Value};
 use uuid::Uuid;
 
-use crate::{Outbox, sqlite};
+use crate::Outbox;
 
 /// Where a delivery stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +75,7 @@ impl Outbox {
     ///
     /// If the database fails.
     pub async fn delivery(&self, subscription: &str, event: Uuid) -> Result<Option<DeliveryRecord>, DbErr> {
-        let Some(row) = self.query_one(self.reader(), sqlite::POSITION_OF, [event.into()]).await? else {
+        let Some(row) = self.query_one(self.store_reader(), self.sql().position_of, [event.into()]).await? else {
             return Ok(None);
         };
         let position = row.try_get("", "position")?;
@@ -97,7 +97,7 @@ impl Outbox {
     pub async fn activity(&self, subscription: &str) -> Result<[u64; 7], DbErr> {
         let mut days = [0; 7];
         for (id, _) in self.subscription_ids(Some(subscription)).await? {
-            for row in self.query_all(self.reader(), sqlite::ACTIVITY, [id.into()]).await? {
+            for row in self.query_all(self.store_reader(), self.sql().activity, [id.into()]).await? {
                 let days_ago: i64 = row.try_get("", "days_ago")?;
                 let deliveries: i64 = row.try_get("", "deliveries")?;
                 if let Some(day) = usize::try_from(6 - days_ago).ok().and_then(|day| days.get_mut(day)) {
@@ -109,7 +109,7 @@ impl Outbox {
     }
 
     async fn subscription_ids(&self, name: Option<&str>) -> Result<Vec<(i32, String)>, DbErr> {
-        let rows = self.query_all(self.reader(), sqlite::SUBSCRIPTIONS, []).await?;
+        let rows = self.query_all(self.store_reader(), self.sql().subscriptions, []).await?;
         let ids = rows.iter().map(|row| Ok((row.try_get("", "id")?, row.try_get::<String>("", "name")?)));
         let ids: Vec<(i32, String)> = ids.collect::<Result<_, DbErr>>()?;
         Ok(ids.into_iter().filter(|(_, each)| name.is_none_or(|name| name == each)).collect())
@@ -124,16 +124,18 @@ impl Outbox {
         position: Option<i64>,
     ) -> Result<Vec<DeliveryRecord>, DbErr> {
         let position = Value::BigInt(position);
-        let (db, leased) = (self.reader(), state == DeliveryState::Leased);
+        let (db, leased) = (self.store_reader(), state == DeliveryState::Leased);
         let rows = match state {
             DeliveryState::Pending | DeliveryState::Leased => {
                 let values = [id.into(), leased.into(), limit.into(), position];
-                self.query_all(db, sqlite::LIST_UNFINISHED, values).await?
+                self.query_all(db, self.sql().list_unfinished, values).await?
             }
             DeliveryState::Delivered => {
-                self.query_all(db, sqlite::LIST_DELIVERED, [id.into(), limit.into(), position]).await?
+                self.query_all(db, self.sql().list_delivered, [id.into(), limit.into(), position]).await?
             }
-            DeliveryState::Dead => self.query_all(db, sqlite::LIST_DEAD, [id.into(), limit.into(), position]).await?,
+            DeliveryState::Dead => {
+                self.query_all(db, self.sql().list_dead, [id.into(), limit.into(), position]).await?
+            }
         };
         rows.iter()
             .map(|row| {
@@ -150,7 +152,7 @@ impl Outbox {
                 match state {
                     DeliveryState::Pending | DeliveryState::Leased => unfinished(record, row),
                     DeliveryState::Delivered | DeliveryState::Dead => Ok(DeliveryRecord {
-                        attempts: row.try_get("", "attempts")?,
+                        attempts: row.try_get::<i32>("", "attempts")?.unsigned_abs(),
                         finished_at: row.try_get("", "finished_at")?,
                         error: row.try_get("", "error")?,
                         ..record
@@ -167,7 +169,7 @@ fn unfinished(record: DeliveryRecord, row: &QueryResult) -> Result<DeliveryRecor
         return Ok(DeliveryRecord { due_at: row.try_get("", "due_at")?, ..record });
     }
     Ok(DeliveryRecord {
-        attempts: row.try_get("", "lane_attempts")?,
+        attempts: row.try_get::<i32>("", "lane_attempts")?.unsigned_abs(),
         due_at: row.try_get("", "lane_due_at")?,
         leased_by: row.try_get("", "leased_by")?,
         error: row.try_get("", "last_error")?,
@@ -201,6 +203,6 @@ pub(crate) fn recorded(row: &QueryResult) -> Result<RecordedEvent, DbErr> {
             .transpose()
             .map_err(|e| DbErr::Json(e.to_string()))?
             .unwrap_or_default(),
-        max_attempts: row.try_get("", "max_attempts")?,
+        max_attempts: row.try_get::<Option<i32>>("", "max_attempts")?.map(i32::unsigned_abs),
     })
 }

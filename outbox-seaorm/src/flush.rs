@@ -2,11 +2,11 @@ use std::{collections::HashMap, time::Duration};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use outbox_core::{Batch, NewEvent, Subject};
-use sea_orm::{DatabaseTransaction, DbErr};
+use sea_orm::{DatabaseTransaction, DbErr, Value};
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::{Outbox, sqlite, subscriptions::KnownSubscriptions};
+use crate::{Outbox, outcome::CommitId, subscriptions::KnownSubscriptions};
 
 /// A head start of one priority step.
 const SECONDS_PER_PRIORITY: f64 = 60.0;
@@ -32,6 +32,15 @@ struct EventRow<'a> {
 }
 
 #[derive(Serialize)]
+struct MatchRow {
+    event: usize,
+    subscription: i32,
+    key: String,
+    wait: f64,
+    not_before: Option<String>,
+}
+
+#[derive(Serialize)]
 pub(crate) struct DeliveryRow {
     pub(crate) subscription: i32,
     pub(crate) key: String,
@@ -47,35 +56,101 @@ struct LaneRow<'a> {
     deliveries: usize,
 }
 
+/// What a flush has written.
+#[derive(Debug, Default)]
+pub(crate) struct Flushed {
+    /// The subscriptions to wake.
+    pub(crate) woken: Vec<i32>,
+    /// The transaction, if the flush came to know it.
+    pub(crate) commit_id: Option<CommitId>,
+}
+
 /// Writes the events of a request with their deliveries and lanes, as the last thing before COMMIT: positions follow
-/// the order of commits. Returns the subscriptions to wake.
-pub(crate) async fn flush(outbox: &Outbox, tx: &DatabaseTransaction, batch: Batch) -> Result<Vec<i32>, DbErr> {
+/// the order of commits.
+pub(crate) async fn flush(outbox: &Outbox, tx: &DatabaseTransaction, batch: Batch) -> Result<Flushed, DbErr> {
     if batch.events.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Flushed::default());
     }
-    let known = current(outbox, tx).await?;
-    let positions = insert_events(outbox, tx, &batch).await?;
-    let tenant = batch.context.tenant.as_deref();
-    let mut deliveries = Vec::new();
-    for event in &batch.events {
-        let subject = Subject::of_new(event, tenant);
-        let position = *positions.get(&event.id()).ok_or_else(|| DbErr::RecordNotInserted)?;
-        for subscription in known.matching(&subject) {
-            let (wait, not_before) = schedule(event);
-            let key = subscription.ordering.key(&subject);
-            deliveries.push(DeliveryRow { subscription: subscription.id, key, position, wait, not_before });
-        }
-    }
-    insert_deliveries(outbox, tx, &deliveries).await?;
-    let mut woken: Vec<i32> = deliveries.iter().map(|delivery| delivery.subscription).collect();
+    let (mut woken, commit_id) = match outbox.sql().flush {
+        Some(sql) => at_once(outbox, tx, &batch, sql).await?,
+        None => (in_steps(outbox, tx, &batch).await?, None),
+    };
     woken.sort_unstable();
     woken.dedup();
-    Ok(woken)
+    Ok(Flushed { woken, commit_id })
+}
+
+/// One statement, with the process' copy of the subscriptions. If that copy is old the statement writes nothing, and is
+/// repeated with a new one.
+async fn at_once(
+    outbox: &Outbox,
+    tx: &DatabaseTransaction,
+    batch: &Batch,
+    sql: &'static str,
+) -> Result<(Vec<i32>, Option<CommitId>), DbErr> {
+    let events = json(&event_rows(batch))?;
+    let mut known = outbox.known();
+    loop {
+        let matches: Vec<MatchRow> = matches(batch, &known).collect();
+        let [tenant, actor_kind, actor_id, correlation, causation, traceparent, tracestate] = context_values(batch);
+        let values = [
+            events.as_str().into(),
+            json(&matches)?.into(),
+            known.generation.into(),
+            tenant,
+            actor_kind,
+            actor_id,
+            correlation,
+            causation,
+            traceparent,
+            tracestate,
+        ];
+        let row = outbox.query_one(tx, sql, values).await?.ok_or(DbErr::RecordNotInserted)?;
+        if row.try_get::<i64>("", "events")? > 0 {
+            let woken = matches.into_iter().map(|each| each.subscription).collect();
+            return Ok((woken, CommitId::read(&row)?));
+        }
+        let before = known.generation;
+        known = current(outbox, tx).await?;
+        if known.generation == before {
+            return Err(DbErr::RecordNotInserted);
+        }
+    }
+}
+
+/// Statement by statement, where a statement costs no round trip.
+async fn in_steps(outbox: &Outbox, tx: &DatabaseTransaction, batch: &Batch) -> Result<Vec<i32>, DbErr> {
+    let known = current(outbox, tx).await?;
+    let positions = insert_events(outbox, tx, batch).await?;
+    let deliveries = matches(batch, &known)
+        .map(|MatchRow { event, subscription, key, wait, not_before }| {
+            let position = *positions.get(&batch.events[event].id()).ok_or(DbErr::RecordNotInserted)?;
+            Ok(DeliveryRow { subscription, key, position, wait, not_before })
+        })
+        .collect::<Result<Vec<_>, DbErr>>()?;
+    insert_deliveries(outbox, tx, &deliveries).await?;
+    Ok(deliveries.iter().map(|delivery| delivery.subscription).collect())
+}
+
+/// Which event goes to which subscription, with its key.
+fn matches<'a>(batch: &'a Batch, known: &'a KnownSubscriptions) -> impl Iterator<Item = MatchRow> + 'a {
+    batch.events.iter().enumerate().flat_map(|(event, new)| {
+        let subject = Subject::of_new(new, batch.context.tenant.as_deref());
+        let (wait, not_before) = schedule(new);
+        let matching = known.matching(&subject).map(|subscription| MatchRow {
+            event,
+            subscription: subscription.id,
+            key: subscription.ordering.key(&subject),
+            wait,
+            not_before: not_before.clone(),
+        });
+        matching.collect::<Vec<_>>()
+    })
 }
 
 /// The subscriptions as this transaction sees them: this process' copy, read again if it is old.
 async fn current(outbox: &Outbox, tx: &DatabaseTransaction) -> Result<std::sync::Arc<KnownSubscriptions>, DbErr> {
-    let row = outbox.query_one(tx, sqlite::GENERATION, []).await?;
+    let row = outbox.query_one(tx, outbox.sql().generation, []).await?;
     let generation: i64 =
         row.ok_or_else(|| DbErr::RecordNotFound("outbox_meta".to_owned()))?.try_get("", "generation")?;
     let known = outbox.known();
@@ -88,10 +163,16 @@ async fn current(outbox: &Outbox, tx: &DatabaseTransaction) -> Result<std::sync:
 }
 
 async fn insert_events(outbox: &Outbox, tx: &DatabaseTransaction, batch: &Batch) -> Result<HashMap<Uuid, i64>, DbErr> {
-    let rows: Vec<EventRow<'_>> = batch
-        .events
-        .iter()
-        .map(|event| EventRow {
+    let [tenant, actor_kind, actor_id, correlation, causation, traceparent, tracestate] = context_values(batch);
+    let events = json(&event_rows(batch))?.into();
+    let values = [events, tenant, actor_kind, actor_id, correlation, causation, traceparent, tracestate];
+    let inserted = outbox.query_all(tx, outbox.sql().insert_events, values).await?;
+    inserted.iter().map(|row| Ok((row.try_get("", "event_id")?, row.try_get("", "position")?))).collect()
+}
+
+fn event_rows(batch: &Batch) -> Vec<EventRow<'_>> {
+    fn row(event: &NewEvent) -> EventRow<'_> {
+        EventRow {
             id: event.id().simple().to_string(),
             event_type: event.event_type(),
             schema_version: event.schema_version(),
@@ -101,12 +182,16 @@ async fn insert_events(outbox: &Outbox, tx: &DatabaseTransaction, batch: &Batch)
             occurred_at: event.occurred().map(timestamp),
             tags: (!event.tags().is_empty()).then(|| event.tags()),
             max_attempts: event.attempts_limit(),
-        })
-        .collect();
+        }
+    }
+    batch.events.iter().map(row).collect()
+}
+
+/// What all events of a request share, in the order of the statements' parameters.
+fn context_values(batch: &Batch) -> [Value; 7] {
     let context = batch.context.clone();
     let (actor_kind, actor_id) = context.actor.map(|actor| (actor.kind, actor.id)).unzip();
-    let values = [
-        json(&rows)?.into(),
+    [
         context.tenant.into(),
         actor_kind.into(),
         actor_id.into(),
@@ -114,9 +199,7 @@ async fn insert_events(outbox: &Outbox, tx: &DatabaseTransaction, batch: &Batch)
         context.causation_id.into(),
         context.traceparent.into(),
         context.tracestate.into(),
-    ];
-    let inserted = outbox.query_all(tx, sqlite::INSERT_EVENTS, values).await?;
-    inserted.iter().map(|row| Ok((row.try_get("", "event_id")?, row.try_get("", "position")?))).collect()
+    ]
 }
 
 /// Inserts deliveries and adds them to their lanes.
@@ -134,8 +217,8 @@ pub(crate) async fn insert_deliveries(
     }
     let lanes: Vec<LaneRow<'_>> =
         counts.into_iter().map(|((subscription, key), deliveries)| LaneRow { subscription, key, deliveries }).collect();
-    outbox.execute(tx, sqlite::INSERT_DELIVERIES, [json(deliveries)?.into()]).await?;
-    outbox.execute(tx, sqlite::UPSERT_LANES, [json(&lanes)?.into()]).await?;
+    outbox.execute(tx, outbox.sql().insert_deliveries, [json(deliveries)?.into()]).await?;
+    outbox.execute(tx, outbox.sql().upsert_lanes, [json(&lanes)?.into()]).await?;
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 use sea_orm::DbErr;
 use uuid::Uuid;
 
-use crate::{Outbox, Tx, sqlite};
+use crate::{Outbox, Tx};
 
 /// Whether `consumer` sees this event for the first time: remembers it in the transaction of the effect, so the effect
 /// happens exactly once however often the event is delivered.
@@ -25,5 +25,5 @@ use crate::{Outbox, Tx, sqlite};
 ///
 /// Dropping the future leaves the transaction failed: nothing can be committed.
 pub async fn once(outbox: &Outbox, tx: &Tx, consumer: &str, event: Uuid) -> Result<bool, DbErr> {
-    Ok(outbox.execute(tx, sqlite::INBOX_INSERT, [consumer.into(), event.into()]).await? == 1)
+    Ok(outbox.execute(tx, outbox.sql().inbox_insert, [consumer.into(), event.into()]).await? == 1)
 }

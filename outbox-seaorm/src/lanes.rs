@@ -4,14 +4,13 @@ use std::{
 };
 
 use outbox_core::RecordedEvent;
-use sea_orm::{DatabaseTransaction, DbErr};
+use sea_orm::{DatabaseTransaction, DbBackend, DbErr};
 use serde::Serialize;
 
 use crate::{
     Outbox,
     deliveries::recorded,
     flush::{json, seconds},
-    sqlite,
 };
 
 /// A lease on a lane: the ordered queue of one key of one subscription.
@@ -96,6 +95,8 @@ pub enum Settled {
     Done,
     /// The lease had been taken over: the report was dropped.
     Superseded,
+    /// A commit holds the lane at this moment. Nothing of this report was stored; give it again a moment later.
+    Busy,
 }
 
 #[derive(Serialize)]
@@ -160,20 +161,20 @@ impl Outbox {
         if self.next_due(subscription).await? != Some(Duration::ZERO) {
             return Ok(Vec::new());
         }
-        let tx = self.begin_write().await?;
         let values = [subscription.into(), lanes.into(), seconds(lease).into(), worker.into()];
-        let rows = self.query_all(&tx, sqlite::CLAIM, values).await?;
+        let rows = self.query_all(self.store(), self.sql().claim, values).await?;
         let mut claimed = HashMap::with_capacity(rows.len());
         for row in &rows {
             let key: String = row.try_get("", "key")?;
             let lane = LaneRef { subscription, key: key.clone(), token: row.try_get("", "lease_token")? };
-            let attempts: u32 = row.try_get("", "attempts")?;
+            let attempts = row.try_get::<i32>("", "attempts")?.unsigned_abs();
             let attempt_log = row.try_get("", "attempt_log")?;
             claimed.insert(key, (String::new(), ClaimedLane { lane, attempts, attempt_log, run: Vec::new() }));
         }
         let keys: Vec<&String> = claimed.keys().collect();
-        let rows = self.query_all(&tx, sqlite::RUNS, [subscription.into(), json(&keys)?.into(), run.into()]).await?;
-        tx.commit().await?;
+        // A statement of its own: what it sees is from after the claim, so nothing that was finished before.
+        let values = [subscription.into(), json(&keys)?.into(), run.into()];
+        let rows = self.query_all(self.store_reader(), self.sql().runs, values).await?;
         let mut complete = Vec::with_capacity(claimed.len());
         for row in &rows {
             let key: String = row.try_get("", "key")?;
@@ -191,9 +192,24 @@ impl Outbox {
             lane.run.push(recorded(row)?);
         }
         complete.extend(claimed.into_values());
-        complete.retain(|(_, lane)| !lane.run.is_empty());
+        let (mut complete, empty): (Vec<_>, Vec<_>) = complete.into_iter().partition(|(_, lane)| !lane.run.is_empty());
+        self.give_back(empty.into_iter().map(|(_, lane)| lane)).await?;
         complete.sort_by(|(a, x), (b, y)| (a, x.run[0].position).cmp(&(b, y.run[0].position)));
         Ok(complete.into_iter().map(|(_, lane)| lane).collect())
+    }
+
+    /// Gives back lanes that turned out to have nothing due: their head waits for its time.
+    async fn give_back(&self, lanes: impl Iterator<Item = ClaimedLane>) -> Result<(), DbErr> {
+        let reports: Vec<LaneReport> = lanes
+            .map(|lane| {
+                let next = Next::Release { attempts: lane.attempts.saturating_sub(1), log: lane.attempt_log };
+                LaneReport { lane: lane.lane, finished: Vec::new(), next }
+            })
+            .collect();
+        if !reports.is_empty() {
+            self.settle(&reports).await?;
+        }
+        Ok(())
     }
 
     /// How long until the next lane of a subscription is due by the database's clock: zero if one is, `None` if there
@@ -203,7 +219,7 @@ impl Outbox {
     ///
     /// If the database fails.
     pub async fn next_due(&self, subscription: i32) -> Result<Option<Duration>, DbErr> {
-        let row = self.query_one(self.reader(), sqlite::NEXT_DUE, [subscription.into()]).await?;
+        let row = self.query_one(self.store_reader(), self.sql().next_due, [subscription.into()]).await?;
         let seconds: Option<f64> = row.map(|row| row.try_get("", "seconds")).transpose()?;
         Ok(seconds.map(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX)))
     }
@@ -240,7 +256,7 @@ impl Outbox {
             .map(|lane| serde_json::json!({"subscription": lane.subscription, "key": lane.key, "token": lane.token}))
             .collect();
         let values = [json(&rows)?.into(), seconds(lease).into()];
-        let rows = self.query_all(self.writer(), sqlite::RENEW, values).await?;
+        let rows = self.query_all(self.store(), self.sql().renew, values).await?;
         let held = rows
             .iter()
             .map(|row| {
@@ -259,10 +275,17 @@ pub(crate) async fn settle_in(
 ) -> Result<Vec<Settled>, DbErr> {
     let lanes: Vec<LaneRow<'_>> = reports.iter().map(LaneRow::from).collect();
     let mut settled = vec![Settled::Superseded; reports.len()];
-    for row in outbox.query_all(tx, sqlite::HELD, [json(&lanes)?.into()]).await? {
-        let report: i64 = row.try_get("", "report")?;
-        if let Some(settled) = usize::try_from(report).ok().and_then(|report| settled.get_mut(report)) {
-            *settled = Settled::Done;
+    let lane_rows = json(&lanes)?;
+    for (sql, found) in [(outbox.sql().held, Settled::Busy), (outbox.sql().lock_held, Settled::Done)] {
+        // Where nobody else can write, what is held is locked.
+        if outbox.backend() == DbBackend::Sqlite && found == Settled::Busy {
+            continue;
+        }
+        for row in outbox.query_all(tx, sql, [lane_rows.as_str().into()]).await? {
+            let report: i64 = row.try_get("", "report")?;
+            if let Some(settled) = usize::try_from(report).ok().and_then(|report| settled.get_mut(report)) {
+                *settled = found;
+            }
         }
     }
     let held = |index: &usize| settled[*index] == Settled::Done;
@@ -293,8 +316,8 @@ pub(crate) async fn settle_in(
     }
     if !advanced.is_empty() {
         let advanced = json(&advanced.values().collect::<Vec<_>>())?;
-        outbox.execute(tx, sqlite::ADVANCE_LANES, [advanced.as_str().into()]).await?;
-        outbox.execute(tx, sqlite::DELETE_EMPTY_LANES, [advanced.into()]).await?;
+        outbox.execute(tx, outbox.sql().advance_lanes, [advanced.as_str().into()]).await?;
+        outbox.execute(tx, outbox.sql().delete_empty_lanes, [advanced.into()]).await?;
     }
     Ok(settled)
 }
@@ -309,7 +332,7 @@ async fn finish(
     if finished.is_empty() {
         return Ok(Vec::new());
     }
-    let deleted = outbox.query_all(tx, sqlite::DELETE_DELIVERIES, [json(&finished)?.into()]).await?;
+    let deleted = outbox.query_all(tx, outbox.sql().delete_deliveries, [json(&finished)?.into()]).await?;
     let gone = deleted
         .iter()
         .map(|row| Ok((row.try_get("", "subscription_id")?, row.try_get("", "position")?)))
@@ -317,9 +340,9 @@ async fn finish(
     finished.retain(|delivery| gone.contains(&(delivery.subscription, delivery.position)));
     let dead = finished.iter().any(|delivery| delivery.error.is_some());
     let finished = json(&finished)?;
-    outbox.execute(tx, sqlite::INSERT_DELIVERED, [finished.as_str().into()]).await?;
+    outbox.execute(tx, outbox.sql().insert_delivered, [finished.as_str().into()]).await?;
     if dead {
-        outbox.execute(tx, sqlite::INSERT_DEAD_LETTERS, [finished.into()]).await?;
+        outbox.execute(tx, outbox.sql().insert_dead_letters, [finished.into()]).await?;
     }
     deleted.iter().map(|row| Ok((row.try_get("", "subscription_id")?, row.try_get("", "key")?))).collect()
 }

@@ -4,7 +4,7 @@
 //! events are flushed as the last thing before COMMIT, and it is what workers claim from, acknowledge to and register
 //! subscriptions with. Web services reach it through `outbox-axum`, workers through `outbox-apalis`.
 //!
-//! All SQL stands in one file per database (`src/sqlite.rs`). Every time that is compared comes from the database's
+//! All SQL stands in one file per database (`src/sqlite.rs`, `src/postgres.rs`). Every time that is compared comes from the database's
 //! clock.
 
 mod connect;
@@ -13,7 +13,11 @@ pub mod entity;
 mod flush;
 mod inbox;
 mod lanes;
+mod notify;
 mod outbox;
+mod outcome;
+mod postgres;
+mod sql;
 mod sqlite;
 mod status;
 mod subscriptions;

@@ -8,7 +8,9 @@ use outbox_core::{Limits, check_name};
 use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, DbErr, QueryResult, Statement, Value};
 use tokio::sync::Notify;
 
-use crate::subscriptions::KnownSubscriptions;
+use crate::{
+    connect::Pools, notify::Notifier, postgres::POSTGRES, sql::Sql, sqlite::SQLITE, subscriptions::KnownSubscriptions,
+};
 
 const SCHEMA_VERSION: i32 = 1;
 const DEFAULT_PREFIX: &str = "outbox_";
@@ -26,8 +28,8 @@ pub struct Outbox {
 
 #[derive(Debug)]
 struct Inner {
-    writer: DatabaseConnection,
-    reader: DatabaseConnection,
+    pools: Pools,
+    notifier: Notifier,
     known: RwLock<Arc<KnownSubscriptions>>,
     wakes: Mutex<HashMap<i32, Arc<Notify>>>,
 }
@@ -62,7 +64,13 @@ impl Outbox {
     /// Uses one pool for transactions and the worker's bookkeeping, and one for reading.
     #[must_use]
     pub fn with_connections(writer: DatabaseConnection, reader: DatabaseConnection) -> Self {
-        let inner = Inner { writer, reader, known: RwLock::default(), wakes: Mutex::default() };
+        let (store, store_reader) = (writer.clone(), reader.clone());
+        Self::with_pools(Pools { writer, reader, store, store_reader })
+    }
+
+    pub(crate) fn with_pools(pools: Pools) -> Self {
+        let notifier = Notifier::new(pools.store.clone());
+        let inner = Inner { pools, notifier, known: RwLock::default(), wakes: Mutex::default() };
         Self { inner: Arc::new(inner), limits: Limits::default(), prefix: None }
     }
 
@@ -91,13 +99,13 @@ impl Outbox {
     /// The connections for reading, for the application's own queries too.
     #[must_use]
     pub fn reader(&self) -> &DatabaseConnection {
-        &self.inner.reader
+        &self.inner.pools.reader
     }
 
     /// The connections for writing. On SQLite there is one: hold it shortly.
     #[must_use]
     pub fn writer(&self) -> &DatabaseConnection {
-        &self.inner.writer
+        &self.inner.pools.writer
     }
 
     /// Makes sure that the tables exist and are not from a later version.
@@ -106,7 +114,7 @@ impl Outbox {
     ///
     /// [`SchemaError`], whose text says what to do.
     pub async fn check_schema(&self) -> Result<(), SchemaError> {
-        let row = self.query_one(self.reader(), "select schema_version from outbox_meta", []).await;
+        let row = self.query_one(self.reader(), self.sql().schema_version, []).await;
         let found = match row {
             Ok(Some(row)) => row.try_get("", "schema_version").map_err(SchemaError::Missing)?,
             Ok(None) => return Err(SchemaError::Missing(DbErr::RecordNotFound("outbox_meta".to_owned()))),
@@ -128,9 +136,22 @@ impl Outbox {
         self.wake_of(subscription).notified().await;
     }
 
+    /// Wakes the workers of this process, and lets those of other processes know.
     pub(crate) fn wake(&self, subscriptions: &[i32]) {
+        self.wake_here(subscriptions);
+        self.inner.notifier.notify(subscriptions);
+    }
+
+    pub(crate) fn wake_here(&self, subscriptions: &[i32]) {
         for subscription in subscriptions {
             self.wake_of(*subscription).notify_one();
+        }
+    }
+
+    /// Makes every worker of this process look.
+    pub(crate) fn wake_all_here(&self) {
+        for wake in self.inner.wakes.lock().unwrap_or_else(PoisonError::into_inner).values() {
+            wake.notify_one();
         }
     }
 
@@ -151,8 +172,23 @@ impl Outbox {
         *self.inner.known.write().unwrap_or_else(PoisonError::into_inner) = known;
     }
 
+    pub(crate) fn store(&self) -> &DatabaseConnection {
+        &self.inner.pools.store
+    }
+
+    pub(crate) fn store_reader(&self) -> &DatabaseConnection {
+        &self.inner.pools.store_reader
+    }
+
+    pub(crate) fn sql(&self) -> &'static Sql {
+        match self.backend() {
+            DbBackend::Postgres => &POSTGRES,
+            _ => &SQLITE,
+        }
+    }
+
     pub(crate) fn backend(&self) -> DbBackend {
-        self.inner.writer.get_database_backend()
+        self.inner.pools.writer.get_database_backend()
     }
 
     /// The statement with this outbox' table names.

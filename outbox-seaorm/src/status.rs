@@ -2,7 +2,7 @@ use chrono::{DateTime, Utc};
 use sea_orm::DbErr;
 use serde::Serialize;
 
-use crate::{Outbox, sqlite};
+use crate::Outbox;
 
 /// What operators look at first.
 #[derive(Clone, Debug, Serialize)]
@@ -56,7 +56,7 @@ impl Outbox {
     ///
     /// If the database fails.
     pub async fn status(&self) -> Result<Status, DbErr> {
-        let rows = self.query_all(self.reader(), sqlite::STATUS, []).await?;
+        let rows = self.query_all(self.store_reader(), self.sql().status, []).await?;
         let subscriptions = rows
             .iter()
             .map(|row| {
@@ -82,7 +82,7 @@ impl Outbox {
     ///
     /// If the database fails.
     pub async fn workers(&self) -> Result<Vec<WorkerStatus>, DbErr> {
-        let rows = self.query_all(self.reader(), sqlite::WORKERS, []).await?;
+        let rows = self.query_all(self.store_reader(), self.sql().workers, []).await?;
         rows.iter()
             .map(|row| {
                 let subscriptions: String = row.try_get("", "subscriptions")?;

@@ -1,13 +1,13 @@
 use std::collections::HashSet;
 
-use outbox_core::{Filter, Ordering, StartPosition, Subject, Subscription};
-use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, Value};
+use outbox_core::{Filter, Ordering, RecordedEvent, StartPosition, Subject, Subscription};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, QueryResult, Value};
+use serde::de::DeserializeOwned;
 
 use crate::{
     Outbox,
     deliveries::recorded,
     flush::{DeliveryRow, insert_deliveries, json, timestamp},
-    sqlite,
     tx::Shared,
 };
 
@@ -30,15 +30,14 @@ pub(crate) struct Known {
 
 impl KnownSubscriptions {
     pub(crate) async fn load(outbox: &Outbox, db: &impl ConnectionTrait, generation: i64) -> Result<Self, DbErr> {
-        let rows = outbox.query_all(db, sqlite::SUBSCRIPTIONS, []).await?;
-        let parse = |error: serde_json::Error| DbErr::Json(error.to_string());
+        let rows = outbox.query_all(db, outbox.sql().subscriptions, []).await?;
         let subscriptions = rows
             .iter()
             .map(|row| {
                 Ok(Known {
                     id: row.try_get("", "id")?,
-                    filter: serde_json::from_str(&row.try_get::<String>("", "filter")?).map_err(parse)?,
-                    ordering: serde_json::from_str(&row.try_get::<String>("", "ordering")?).map_err(parse)?,
+                    filter: parsed(row, "filter")?,
+                    ordering: parsed(row, "ordering")?,
                 })
             })
             .collect::<Result<_, DbErr>>()?;
@@ -48,6 +47,10 @@ impl KnownSubscriptions {
     pub(crate) fn matching<'a>(&'a self, subject: &'a Subject<'a>) -> impl Iterator<Item = &'a Known> + 'a {
         self.subscriptions.iter().filter(move |known| known.filter.matches(subject))
     }
+}
+
+fn parsed<T: DeserializeOwned>(row: &QueryResult, column: &str) -> Result<T, DbErr> {
+    serde_json::from_str(&row.try_get::<String>("", column)?).map_err(|error| DbErr::Json(error.to_string()))
 }
 
 /// Why a subscription could not be registered.
@@ -88,24 +91,24 @@ impl Outbox {
         let filter = json(subscription.filter())?;
         let ordering = json(subscription.key_choice())?;
         let tx = self.begin_write().await?;
-        let existing = self.query_one(&tx, sqlite::SUBSCRIPTION_BY_NAME, [subscription.name().into()]).await?;
+        let existing = self.query_one(&tx, self.sql().subscription_by_name, [subscription.name().into()]).await?;
         let (id, backfill) = match existing {
             Some(row) => {
                 let id: i32 = row.try_get("", "id")?;
-                let same = row.try_get::<String>("", "filter")? == filter
-                    && row.try_get::<String>("", "ordering")? == ordering;
+                let same = parsed::<Filter>(&row, "filter")? == *subscription.filter()
+                    && parsed::<Ordering>(&row, "ordering")? == *subscription.key_choice();
                 if !same {
                     let values = [id.into(), filter.into(), ordering.into()];
-                    self.execute(&tx, sqlite::UPDATE_SUBSCRIPTION, values).await?;
-                    self.execute(&tx, sqlite::BUMP_GENERATION, []).await?;
+                    self.execute(&tx, self.sql().update_subscription, values).await?;
+                    self.execute(&tx, self.sql().bump_generation, []).await?;
                 }
                 (id, row.try_get::<Option<i64>>("", "backfill_from")?.is_some())
             }
             None => {
                 let from = self.first_position(&tx, subscription.start_position()).await?;
                 let values = [subscription.name().into(), filter.into(), ordering.into(), from.into()];
-                let row = self.query_one(&tx, sqlite::INSERT_SUBSCRIPTION, values).await?;
-                self.execute(&tx, sqlite::BUMP_GENERATION, []).await?;
+                let row = self.query_one(&tx, self.sql().insert_subscription, values).await?;
+                self.execute(&tx, self.sql().bump_generation, []).await?;
                 (row.ok_or(DbErr::RecordNotInserted)?.try_get("", "id")?, from.is_some())
             }
         };
@@ -119,7 +122,7 @@ impl Outbox {
             StartPosition::Beginning => String::new(),
             StartPosition::Since(at) => timestamp(at),
         };
-        let row = self.query_one(tx, sqlite::FIRST_POSITION_SINCE, [since.into()]).await?;
+        let row = self.query_one(tx, self.sql().first_position_since, [since.into()]).await?;
         row.map_or(Ok(None), |row| row.try_get("", "position"))
     }
 
@@ -127,39 +130,136 @@ impl Outbox {
     /// any number of processes may work on it.
     async fn backfill(&self, id: i32, subscription: &Subscription) -> Result<bool, DbErr> {
         let tx = self.begin_write().await?;
-        let row = self.query_one(&tx, sqlite::SUBSCRIPTION_BY_NAME, [subscription.name().into()]).await?;
+        let row = self.query_one(&tx, self.sql().subscription_by_name, [subscription.name().into()]).await?;
         let from = row.map_or(Ok(None), |row| row.try_get::<Option<i64>>("", "backfill_from"))?;
         let Some(from) = from else { return Ok(true) };
-        let rows = self.query_all(&tx, sqlite::EVENTS_FROM, [from.into(), BACKFILL_BATCH.into()]).await?;
+        let rows = self.query_all(&tx, self.sql().events_from, [from.into(), BACKFILL_BATCH.into()]).await?;
         let events = rows.iter().map(recorded).collect::<Result<Vec<_>, _>>()?;
+        let (filter, ordering) = (subscription.filter(), subscription.key_choice());
+        self.add_missing(&tx, id, filter, ordering, &events).await?;
         let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
-        let done = self.query_all(&tx, sqlite::POSITIONS_KNOWN, [id.into(), json(&positions)?.into()]).await?;
+        let next = positions.last().map(|last| last + 1);
+        self.execute(&tx, self.sql().set_backfill, [id.into(), Value::BigInt(next)]).await?;
+        tx.commit().await?;
+        Ok(next.is_none())
+    }
+
+    /// Inserts the deliveries that a subscription should have of these events and has not.
+    async fn add_missing(
+        &self,
+        tx: &DatabaseTransaction,
+        id: i32,
+        filter: &Filter,
+        ordering: &Ordering,
+        events: &[RecordedEvent],
+    ) -> Result<bool, DbErr> {
+        let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
+        let done = self.query_all(tx, self.sql().positions_known, [id.into(), json(&positions)?.into()]).await?;
         let done = done.iter().map(|row| row.try_get::<i64>("", "position")).collect::<Result<HashSet<_>, _>>()?;
         let missing: Vec<DeliveryRow> = events
             .iter()
             .filter(|event| !done.contains(&event.position))
             .filter_map(|event| {
                 let subject = Subject::of_recorded(event);
-                subscription.filter().matches(&subject).then(|| DeliveryRow {
+                filter.matches(&subject).then(|| DeliveryRow {
                     subscription: id,
-                    key: subscription.key_choice().key(&subject),
+                    key: ordering.key(&subject),
                     position: event.position,
                     wait: 0.0,
                     not_before: None,
                 })
             })
             .collect();
-        insert_deliveries(self, &tx, &missing).await?;
+        insert_deliveries(self, tx, &missing).await?;
         let keys: HashSet<&str> = missing.iter().map(|delivery| delivery.key.as_str()).collect();
-        self.execute(&tx, sqlite::DUE_WITH_HEAD, [id.into(), json(&keys)?.into()]).await?;
-        let next = positions.last().map(|last| last + 1);
-        self.execute(&tx, sqlite::SET_BACKFILL, [id.into(), Value::BigInt(next)]).await?;
+        self.execute(tx, self.sql().due_with_head, [id.into(), json(&keys)?.into()]).await?;
+        Ok(!missing.is_empty())
+    }
+
+    /// Mends what flushes missed that were under way while a subscription changed: they matched their events with the
+    /// subscriptions as they were before, and committed afterwards. Workers call it every few seconds.
+    ///
+    /// A delivery that is added here may come after a later one of its key. Never happens on SQLite.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails; the next call goes on.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: as a crash.
+    pub async fn settle_subscriptions(&self) -> Result<(), DbErr> {
+        for row in self.query_all(self.store_reader(), self.sql().unsettled_subscriptions, []).await? {
+            let name: String = row.try_get("", "name")?;
+            let tx = self.begin_write().await?;
+            let Some(row) = self.query_one(&tx, self.sql().subscription_by_name, [name.into()]).await? else {
+                continue;
+            };
+            let id: i32 = row.try_get("", "id")?;
+            let (filter, ordering) = (parsed(&row, "filter")?, parsed(&row, "ordering")?);
+            let settled = self.query_one(&tx, self.sql().settle_subscription, [id.into()]).await?;
+            let settled = settled.map_or(Ok(false), |row| row.try_get("", "settled"))?;
+            let rows = self.query_all(&tx, self.sql().missed_events, [id.into()]).await?;
+            let events = rows.iter().map(recorded).collect::<Result<Vec<_>, _>>()?;
+            let added = self.add_missing(&tx, id, &filter, &ordering, &events).await?;
+            if settled {
+                self.execute(&tx, self.sql().forget_change, [id.into()]).await?;
+            }
+            tx.commit().await?;
+            if added {
+                self.wake(&[id]);
+            }
+        }
+        for statement in self.sql().remove_orphans {
+            self.execute(self.store(), statement, []).await?;
+        }
+        Ok(())
+    }
+
+    /// Stops the delivery of a subscription; its events go on being collected. What is under way ends. False if there
+    /// is no such subscription.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn pause(&self, name: &str) -> Result<bool, DbErr> {
+        Ok(self.execute(self.store(), self.sql().pause, [name.into()]).await? == 1)
+    }
+
+    /// Goes on with the delivery of a subscription. False if there is no such subscription.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn resume(&self, name: &str) -> Result<bool, DbErr> {
+        let resumed = self.execute(self.store(), self.sql().resume, [name.into()]).await? == 1;
+        self.wake_all_here();
+        Ok(resumed)
+    }
+
+    /// Removes a subscription with its unfinished deliveries, its history and its dead letters; the events stay. False
+    /// if there is no such subscription. A worker that still has it delivers what it has claimed, and its results are
+    /// dropped.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails; nothing is removed then.
+    pub async fn remove(&self, name: &str) -> Result<bool, DbErr> {
+        let tx = self.begin_write().await?;
+        let Some(row) = self.query_one(&tx, self.sql().subscription_by_name, [name.into()]).await? else {
+            return Ok(false);
+        };
+        let id: i32 = row.try_get("", "id")?;
+        for statement in self.sql().remove {
+            self.execute(&tx, statement, [id.into()]).await?;
+        }
+        self.execute(&tx, self.sql().bump_generation, []).await?;
         tx.commit().await?;
-        Ok(next.is_none())
+        Ok(true)
     }
 
     /// A transaction of the outbox' own. On SQLite it waits for the write lock first, so it never fails halfway.
     pub(crate) async fn begin_write(&self) -> Result<DatabaseTransaction, DbErr> {
-        Shared::begin(self.writer()).await
+        Shared::begin(self.store()).await
     }
 }

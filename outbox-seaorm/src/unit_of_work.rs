@@ -1,14 +1,18 @@
 use std::{
     future::Future,
     sync::{Arc, atomic::AtomicBool, atomic::Ordering},
+    time::{Duration, Instant},
 };
 
 use outbox_core::{Batch, Context, Events};
-use sea_orm::{DatabaseTransaction, DbBackend, DbErr, RuntimeErr, sqlx};
+use sea_orm::{DatabaseTransaction, DbErr, RuntimeErr, sqlx};
 use tokio::{runtime::Handle, sync::Mutex};
 
 use crate::{
-    LaneReport, Outbox, Settled, flush, lanes,
+    LaneReport, Outbox, Settled,
+    flush::{self, Flushed},
+    lanes,
+    outcome::{self, CommitId, Outcome},
     tx::{Shared, State, Tx},
 };
 
@@ -241,42 +245,56 @@ async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) ->
         None => Shared::begin(&shared.writer).await.map_err(CommitError::Begin)?,
     };
     let written = write(outbox, &transaction, batch, report).await;
-    let woken = match written {
-        Ok(Some(woken)) => woken,
+    let (woken, commit_id) = match written {
+        Ok(Some(written)) => written,
         end => {
             // An error here means that the connection is gone, and the transaction with it.
             let _ = transaction.rollback().await;
             return end.map(|_| Settled::Superseded).map_err(CommitError::Flush);
         }
     };
-    transaction.commit().await.map_err(|error| match &error {
-        DbErr::Exec(RuntimeErr::SqlxError(source)) | DbErr::Query(RuntimeErr::SqlxError(source))
-            if !matches!(**source, sqlx::Error::Database(_)) && outbox.backend() != DbBackend::Sqlite =>
-        {
-            CommitError::Unknown(error)
+    if let Err(error) = transaction.commit().await {
+        match outcome::find_out(outbox, commit_id).await {
+            Outcome::Committed => tracing::info!(%error, "the answer to a COMMIT was lost; it had happened"),
+            Outcome::RolledBack => return Err(CommitError::Commit(error)),
+            Outcome::Unknown => return Err(CommitError::Unknown(error)),
         }
-        _ => CommitError::Commit(error),
-    })?;
+    }
     outbox.wake(&woken);
     Ok(Settled::Done)
 }
 
-/// Writes what belongs to the commit: `None` if the report's lease was lost.
+/// Writes what belongs to the commit: `None` if the report's lease was lost. The last statement asks the database who
+/// it is talking to, which also shows that the transaction can still commit.
 async fn write(
     outbox: &Outbox,
     transaction: &DatabaseTransaction,
     batch: Batch,
     report: Option<LaneReport>,
-) -> Result<Option<Vec<i32>>, DbErr> {
-    let woken = flush::flush(outbox, transaction, batch).await?;
+) -> Result<Option<(Vec<i32>, Option<CommitId>)>, DbErr> {
+    let Flushed { woken, commit_id } = flush::flush(outbox, transaction, batch).await?;
     if let Some(report) = report {
-        let settled = lanes::settle_in(outbox, transaction, &[report]).await?;
-        if settled.first() == Some(&Settled::Superseded) {
-            return Ok(None);
+        let started = Instant::now();
+        loop {
+            match lanes::settle_in(outbox, transaction, std::slice::from_ref(&report)).await?.first() {
+                Some(Settled::Superseded) => return Ok(None),
+                Some(Settled::Busy) if started.elapsed() < BUSY_LIMIT => tokio::time::sleep(BUSY_WAIT).await,
+                Some(Settled::Busy) => return Err(DbErr::Custom("another commit holds the lane".to_owned())),
+                Some(Settled::Done) | None => break,
+            }
         }
     }
-    Ok(Some(woken))
+    let commit_id = match commit_id {
+        Some(known) => Some(known),
+        None => outcome::identify(transaction).await?,
+    };
+    Ok(Some((woken, commit_id)))
 }
+
+/// A lane that another commit holds is not waited for with a lock: this transaction has locked other lanes, and two
+/// such transactions could wait for each other. It is asked for again, and given up after a while.
+const BUSY_WAIT: Duration = Duration::from_millis(5);
+const BUSY_LIMIT: Duration = Duration::from_secs(1);
 
 /// Why [`Outbox::transaction`] stored nothing.
 #[derive(Debug, thiserror::Error)]

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use sea_orm::DbErr;
 
-use crate::{Outbox, flush::json, sqlite};
+use crate::{Outbox, flush::json};
 
 impl Outbox {
     /// Shows dashboards that a worker is alive. Says nothing about leases: those have ends of their own.
@@ -12,7 +12,7 @@ impl Outbox {
     /// If the database fails.
     pub async fn heartbeat(&self, worker: &str, subscriptions: &[&str]) -> Result<(), DbErr> {
         let values = [worker.into(), json(subscriptions)?.into()];
-        self.execute(self.writer(), sqlite::HEARTBEAT, values).await.map(|_| ())
+        self.execute(self.store(), self.sql().heartbeat, values).await.map(|_| ())
     }
 
     /// Takes a worker that has stopped off the dashboards.
@@ -21,7 +21,7 @@ impl Outbox {
     ///
     /// If the database fails.
     pub async fn forget_worker(&self, worker: &str) -> Result<(), DbErr> {
-        self.execute(self.writer(), sqlite::FORGET_WORKER, [worker.into()]).await.map(|_| ())
+        self.execute(self.store(), self.sql().forget_worker, [worker.into()]).await.map(|_| ())
     }
 
     /// Takes workers off the dashboards that were not seen for this long: those that were killed.
@@ -30,6 +30,6 @@ impl Outbox {
     ///
     /// If the database fails.
     pub async fn forget_workers(&self, unseen: Duration) -> Result<(), DbErr> {
-        self.execute(self.writer(), sqlite::FORGET_WORKERS, [unseen.as_secs_f64().into()]).await.map(|_| ())
+        self.execute(self.store(), self.sql().forget_workers, [unseen.as_secs_f64().into()]).await.map(|_| ())
     }
 }

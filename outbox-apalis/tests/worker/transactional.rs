@@ -217,14 +217,14 @@ async fn an_attempt_that_is_committing_is_not_cancelled() {
                     for event in many {
                         effect.events().push(event)?;
                     }
-                    tokio::time::sleep_until((begun + 450 * MS).into()).await;
+                    tokio::time::sleep_until((begun + 900 * MS).into()).await;
                 }
                 Ok(write(&event, &effect).await?)
             }
         })
     };
     let subscription = subscription("s").events(["note.noted"]).unwrap();
-    let worker = fixture.worker().lease(5000 * MS).unwrap().timeout(500 * MS).unwrap();
+    let worker = fixture.worker().lease(5000 * MS).unwrap().timeout(1000 * MS).unwrap();
     let worker = run(worker.handlers(subscription, handlers)).await;
     fixture.push(each_noted(&["a"], 3)).await;
     fixture.delivered(3).await;

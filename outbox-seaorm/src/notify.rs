@@ -1,0 +1,122 @@
+//! Wakes workers of other processes: one NOTIFY for many commits, outside of every request's transaction.
+//!
+//! A NOTIFY inside a transaction takes a lock on the whole database at commit, which halves the rate of small
+//! transactions (measured). Here a commit only leaves its subscriptions in memory; a task sends what has gathered, at
+//! most once in a few milliseconds. A notification that gets lost costs latency only: polling finds everything.
+
+use std::{
+    collections::BTreeSet,
+    convert::Infallible,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::Duration,
+};
+
+use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, Statement, sqlx::postgres::PgListener};
+use tokio::{sync::Notify, task::AbortHandle};
+
+use crate::Outbox;
+
+const CHANNEL: &str = "outbox";
+
+/// The shortest time between two notifications.
+const COALESCE: Duration = Duration::from_millis(5);
+
+/// How long a lost connection rests before it is made anew.
+const RECONNECT: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+pub(crate) struct Notifier {
+    db: DatabaseConnection,
+    gathered: Arc<Gathered>,
+    sender: OnceLock<AbortHandle>,
+}
+
+#[derive(Debug, Default)]
+struct Gathered {
+    subscriptions: Mutex<BTreeSet<i32>>,
+    changed: Notify,
+}
+
+impl Notifier {
+    pub(crate) fn new(db: DatabaseConnection) -> Self {
+        Self { db, gathered: Arc::default(), sender: OnceLock::new() }
+    }
+
+    pub(crate) fn notify(&self, subscriptions: &[i32]) {
+        if subscriptions.is_empty() || self.db.get_database_backend() != DbBackend::Postgres {
+            return;
+        }
+        self.gathered.subscriptions.lock().unwrap_or_else(PoisonError::into_inner).extend(subscriptions);
+        self.gathered.changed.notify_one();
+        self.sender.get_or_init(|| {
+            let (db, gathered) = (self.db.clone(), self.gathered.clone());
+            let sender = tokio::spawn(async move {
+                loop {
+                    gathered.changed.notified().await;
+                    let ids =
+                        std::mem::take(&mut *gathered.subscriptions.lock().unwrap_or_else(PoisonError::into_inner));
+                    send(&db, ids).await;
+                    tokio::time::sleep(COALESCE).await;
+                }
+            });
+            sender.abort_handle()
+        });
+    }
+}
+
+impl Drop for Notifier {
+    fn drop(&mut self) {
+        if let Some(sender) = self.sender.get() {
+            sender.abort();
+        }
+    }
+}
+
+async fn send(db: &DatabaseConnection, subscriptions: BTreeSet<i32>) {
+    let payload = subscriptions.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let notify = Statement::from_sql_and_values(
+        DbBackend::Postgres,
+        "select pg_notify($1, $2)",
+        [CHANNEL.into(), payload.into()],
+    );
+    if let Err(error) = db.execute_raw(notify).await {
+        tracing::debug!(%error, "other processes were not notified; their polling finds the events");
+    }
+}
+
+impl Outbox {
+    /// Wakes the workers of this process when another process commits: listens for its notifications until the future
+    /// is dropped. Waits for nothing on SQLite, where processes poll.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future ends the listening.
+    pub async fn listen(&self) -> Infallible {
+        if self.backend() != DbBackend::Postgres {
+            return std::future::pending().await;
+        }
+        let pool = self.store().get_postgres_connection_pool().clone();
+        loop {
+            let listened = async {
+                // A connection of its own, not one of the pool: it is held for good.
+                let mut listener = PgListener::connect_with(&pool).await?;
+                listener.ignore_pool_close_event(true);
+                listener.listen(CHANNEL).await?;
+                // What was committed before the connection stood is found by a look.
+                self.wake_all_here();
+                loop {
+                    let Some(notification) = listener.try_recv().await? else {
+                        self.wake_all_here();
+                        continue;
+                    };
+                    let ids: Vec<i32> = notification.payload().split(',').filter_map(|id| id.parse().ok()).collect();
+                    self.wake_here(&ids);
+                }
+            };
+            let result: Result<Infallible, sea_orm::sqlx::Error> = listened.await;
+            let Err(error) = result;
+            tracing::debug!(%error, "not listening for commits of other processes; polling finds them");
+            tokio::time::sleep(RECONNECT).await;
+        }
+    }
+}

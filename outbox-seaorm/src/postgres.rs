@@ -1,0 +1,357 @@
+//! All SQL for PostgreSQL.
+//!
+//! Lists travel as one JSON parameter, as on SQLite. Durations are in seconds; `clock_timestamp()` is the database's
+//! clock. Everything runs at READ COMMITTED.
+//!
+//! Locks: a flush upserts its lanes sorted by (subscription, key), and the insert of its events depends on the result,
+//! so positions are drawn under the lanes' locks and follow the order of commits. Claims and settlements take lanes
+//! with SKIP LOCKED: they never wait for a commit, no commit waits for them, and no request is the victim of a
+//! deadlock.
+
+use crate::sql::Sql;
+
+/// The columns of the events `e` as the store reads them: JSON as text.
+macro_rules! event_columns {
+    () => {
+        "e.position, e.event_id, e.event_type, e.schema_version, e.aggregate_type, e.aggregate_id,
+         e.payload::text as payload, e.occurred_at, e.recorded_at, e.tenant, e.actor_kind, e.actor_id,
+         e.correlation_id, e.causation_id, e.traceparent, e.tracestate, e.tags::text as tags, e.max_attempts"
+    };
+}
+
+pub(crate) static POSTGRES: Sql = Sql {
+    schema_version: "select schema_version from outbox_meta",
+
+    generation: "select generation from outbox_meta",
+
+    bump_generation: "update outbox_meta set generation = generation + 1",
+
+    subscriptions: "select id, name, filter::text as filter, ordering::text as ordering
+                      from outbox_subscriptions order by id",
+
+    // One round trip. The events depend on `locked`, so the lanes are locked before positions are drawn. A generation
+    // that is not current matches nothing, and nothing is written.
+    flush: Some(
+        "with current as materialized (select 1 from outbox_meta where generation = $3),
+              match as materialized (
+                select m.event, m.subscription, m.key,
+                       greatest(clock_timestamp() + m.wait * interval '1 second', m.not_before) as due_at
+                  from jsonb_to_recordset($2::text::jsonb) as m(
+                         event integer, subscription integer, key text, wait float8, not_before timestamptz), current),
+              lanes as (
+                insert into outbox_lanes as lane (subscription_id, key, pending, lease_token, due_at)
+                select subscription, key, count(*), (random() * 4e18)::bigint, (array_agg(due_at order by event))[1]
+                  from match group by subscription, key order by subscription, key
+                on conflict (subscription_id, key) do update set pending = lane.pending + excluded.pending
+                returning 1),
+              locked as materialized (select count(*) as lanes from lanes),
+              events as (
+                insert into outbox_events (
+                    event_id, event_type, schema_version, aggregate_type, aggregate_id, payload, occurred_at, tags,
+                    max_attempts, tenant, actor_kind, actor_id, correlation_id, causation_id, traceparent, tracestate)
+                select e.id, e.event_type, e.schema_version, e.aggregate_type, e.aggregate_id, e.payload::json,
+                       e.occurred_at, e.tags, e.max_attempts, $4, $5, $6, $7, $8, $9, $10
+                  from rows from (jsonb_to_recordset($1::text::jsonb) as (
+                         id uuid, event_type text, schema_version integer, aggregate_type text, aggregate_id text,
+                         payload text, occurred_at timestamptz, tags jsonb, max_attempts integer)) with ordinality as e,
+                       current, locked
+                 where locked.lanes >= 0
+                 order by e.ordinality
+                returning position, event_id),
+              numbered as (
+                select events.position, input.ordinality - 1 as event
+                  from events
+                  join rows from (jsonb_to_recordset($1::text::jsonb) as (id uuid)) with ordinality as input
+                    on input.id = events.event_id),
+              deliveries as (
+                insert into outbox_deliveries (subscription_id, key, position, due_at)
+                select match.subscription, match.key, numbered.position, match.due_at
+                  from match join numbered on numbered.event = match.event)
+         select count(*) as events, pg_current_xact_id()::text as transaction, pg_backend_pid() as session from events",
+    ),
+
+    // The flush does it all.
+    insert_events: "",
+
+    insert_deliveries: "
+        insert into outbox_deliveries (subscription_id, key, position, due_at)
+        select subscription, key, position, greatest(clock_timestamp() + wait * interval '1 second', not_before)
+          from jsonb_to_recordset($1::text::jsonb) as d(
+                 subscription integer, key text, position bigint, wait float8, not_before timestamptz)
+        on conflict do nothing",
+
+    // The lane of a delivery that waits keeps its due time; see the same statement for SQLite about the token.
+    upsert_lanes: "
+        insert into outbox_lanes as lane (subscription_id, key, pending, lease_token, due_at)
+        select subscription, key, deliveries, (random() * 4e18)::bigint,
+               (select due_at from outbox_deliveries d
+                 where d.subscription_id = n.subscription and d.key = n.key order by position limit 1)
+          from jsonb_to_recordset($1::text::jsonb) as n(subscription integer, key text, deliveries integer)
+         order by subscription, key
+        on conflict (subscription_id, key) do update set pending = lane.pending + excluded.pending",
+
+    next_due: "
+        select extract(epoch from due_at - clock_timestamp())::float8 as seconds from outbox_lanes
+         where subscription_id = $1
+           and exists (select 1 from outbox_subscriptions where id = $1 and paused_at is null and backfill_from is null)
+         order by due_at limit 1",
+
+    // The array makes the planner read the due lanes first, in the order of outbox_lanes_due, and lock only those.
+    claim: "
+        update outbox_lanes
+           set attempts = attempts + 1, lease_token = lease_token + 1, leased_by = $4,
+               due_at = clock_timestamp() + $3 * interval '1 second'
+         where subscription_id = $1
+           and key = any (array(
+                 select key from outbox_lanes
+                  where subscription_id = $1 and due_at <= clock_timestamp()
+                  order by due_at, key limit $2 for update skip locked))
+           and exists (select 1 from outbox_subscriptions where id = $1 and paused_at is null and backfill_from is null)
+        returning key, lease_token, attempts, attempt_log::text as attempt_log",
+
+    runs: concat!(
+        "select d.key, to_char(d.due_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS.US') as due_at,
+                d.due_at <= clock_timestamp() as due, ",
+        event_columns!(),
+        " from jsonb_array_elements_text($2::text::jsonb) lane(key)
+         cross join lateral (
+               select key, position, due_at from outbox_deliveries
+                where subscription_id = $1 and key = lane.key order by position limit $3) d
+          join outbox_events e on e.position = d.position
+         order by d.position"
+    ),
+
+    held: "
+        select (r.ordinality - 1)::bigint as report
+          from rows from (jsonb_to_recordset($1::text::jsonb) as (subscription integer, key text, token bigint))
+               with ordinality as r(subscription, key, token, ordinality)
+          join outbox_lanes l on l.subscription_id = r.subscription and l.key = r.key
+           and l.lease_token = r.token and l.leased_by is not null",
+
+    lock_held: "
+        select (r.ordinality - 1)::bigint as report
+          from rows from (jsonb_to_recordset($1::text::jsonb) as (subscription integer, key text, token bigint))
+               with ordinality as r(subscription, key, token, ordinality)
+          join outbox_lanes l on l.subscription_id = r.subscription and l.key = r.key
+           and l.lease_token = r.token and l.leased_by is not null
+         order by l.subscription_id, l.key
+           for update of l skip locked",
+
+    delete_deliveries: "
+        delete from outbox_deliveries d
+         using jsonb_to_recordset($1::text::jsonb) as f(subscription integer, key text, position bigint)
+         where d.subscription_id = f.subscription and d.key = f.key and d.position = f.position
+        returning d.subscription_id, d.key, d.position",
+
+    insert_delivered: "
+        insert into outbox_delivered (subscription_id, position, attempts, attempt_log, delivered_at)
+        select subscription, position, attempts, log::jsonb, clock_timestamp()
+          from jsonb_to_recordset($1::text::jsonb) as f(
+                 subscription integer, position bigint, attempts integer, log text, error text)
+         where error is null
+        on conflict (subscription_id, position) do update
+           set attempts = excluded.attempts, attempt_log = excluded.attempt_log, delivered_at = excluded.delivered_at",
+
+    insert_dead_letters: "
+        insert into outbox_dead_letters (subscription_id, position, key, attempts, error, attempt_log, died_at)
+        select subscription, position, key, attempts, error, log::jsonb, clock_timestamp()
+          from jsonb_to_recordset($1::text::jsonb) as f(
+                 subscription integer, position bigint, key text, attempts integer, log text, error text)
+         where error is not null
+        on conflict (subscription_id, position) do update
+           set attempts = excluded.attempts, error = excluded.error, attempt_log = excluded.attempt_log,
+               died_at = excluded.died_at",
+
+    advance_lanes: "
+        update outbox_lanes l
+           set pending = l.pending - r.finished,
+               attempts = r.attempts,
+               leased_by = case r.next when 'keep' then l.leased_by end,
+               due_at = case r.next
+                   when 'keep' then l.due_at
+                   when 'retry' then clock_timestamp() + r.wait * interval '1 second'
+                   else coalesce((select d.due_at from outbox_deliveries d
+                                   where d.subscription_id = r.subscription and d.key = r.key
+                                   order by position limit 1), clock_timestamp()) end,
+               last_error = case r.next when 'release' then l.last_error else r.error end,
+               attempt_log = r.log::jsonb
+          from jsonb_to_recordset($1::text::jsonb) as r(
+                 subscription integer, key text, finished integer, attempts integer, next text, wait float8,
+                 error text, log text)
+         where l.subscription_id = r.subscription and l.key = r.key",
+
+    delete_empty_lanes: "
+        delete from outbox_lanes l
+         using jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text)
+         where l.subscription_id = r.subscription and l.key = r.key and l.pending <= 0",
+
+    due_with_head: "
+        update outbox_lanes l
+           set due_at = (select d.due_at from outbox_deliveries d
+                          where d.subscription_id = l.subscription_id and d.key = l.key order by position limit 1)
+         where l.subscription_id = $1 and l.key in (select jsonb_array_elements_text($2::text::jsonb))
+           and l.attempts = 0 and l.last_error is null",
+
+    renew: "
+        update outbox_lanes l
+           set due_at = clock_timestamp() + $2 * interval '1 second'
+         where (l.subscription_id, l.key) in (
+                 select l.subscription_id, l.key
+                   from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, token bigint)
+                   join outbox_lanes l on l.subscription_id = r.subscription and l.key = r.key
+                    and l.lease_token = r.token and l.leased_by is not null
+                  order by l.subscription_id, l.key
+                    for update of l skip locked)
+        returning l.subscription_id, l.key, l.lease_token",
+
+    subscription_by_name: "
+        select id, filter::text as filter, ordering::text as ordering, backfill_from
+          from outbox_subscriptions where name = $1 for update",
+
+    insert_subscription: "
+        insert into outbox_subscriptions (name, filter, ordering, backfill_from)
+        values ($1, $2::text::jsonb, $3::text::jsonb, $4) returning id",
+
+    update_subscription: "
+        update outbox_subscriptions
+           set filter = $2::text::jsonb, ordering = $3::text::jsonb, changed_at = clock_timestamp(),
+               changed_in = pg_current_snapshot(), settled_after = null
+         where id = $1",
+
+    unsettled_subscriptions: "
+        select name from outbox_subscriptions where changed_in is not null order by name",
+
+    // The window is that of the flushes: a stale one has drawn its positions around the change, whenever it commits.
+    missed_events: concat!(
+        "select ",
+        event_columns!(),
+        " from outbox_subscriptions s
+          join outbox_events e on e.recorded_at between s.changed_at - interval '10 minutes'
+                                                    and s.changed_at + interval '10 minutes'
+         where s.id = $1 and s.changed_in is not null
+           and not pg_visible_in_snapshot(e.transaction_id, s.changed_in)
+         order by e.position"
+    ),
+
+    // First the transactions that run now are noted, then they are waited for; two seconds more for a flush that had no
+    // transaction id yet.
+    settle_subscription: "
+        update outbox_subscriptions
+           set settled_after = coalesce(settled_after, pg_snapshot_xmax(pg_current_snapshot()))
+         where id = $1
+        returning settled_after <= pg_snapshot_xmin(pg_current_snapshot())
+                  and changed_at < clock_timestamp() - interval '2 seconds' as settled",
+
+    forget_change: "update outbox_subscriptions set changed_in = null, settled_after = null where id = $1",
+
+    pause: "update outbox_subscriptions set paused_at = coalesce(paused_at, clock_timestamp()) where name = $1",
+
+    resume: "update outbox_subscriptions set paused_at = null where name = $1",
+
+    remove: &[
+        "delete from outbox_lanes where subscription_id = $1",
+        "delete from outbox_deliveries where subscription_id = $1",
+        "delete from outbox_delivered where subscription_id = $1",
+        "delete from outbox_dead_letters where subscription_id = $1",
+        "delete from outbox_subscriptions where id = $1",
+    ],
+
+    remove_orphans: &[
+        "delete from outbox_lanes where subscription_id not in (select id from outbox_subscriptions)",
+        "delete from outbox_deliveries where subscription_id not in (select id from outbox_subscriptions)",
+    ],
+
+    first_position_since: "
+        select min(position) as position from outbox_events
+         where recorded_at >= coalesce(nullif($1, '')::timestamptz, '-infinity')",
+
+    events_from: concat!(
+        "select ",
+        event_columns!(),
+        " from outbox_events e where e.position >= $1 order by e.position limit $2"
+    ),
+
+    set_backfill: "update outbox_subscriptions set backfill_from = $2 where id = $1",
+
+    positions_known: "
+        select position from outbox_deliveries
+         where subscription_id = $1 and position in (select value::bigint from jsonb_array_elements_text($2::text::jsonb))
+        union select position from outbox_delivered
+         where subscription_id = $1 and position in (select value::bigint from jsonb_array_elements_text($2::text::jsonb))
+        union select position from outbox_dead_letters
+         where subscription_id = $1 and position in (select value::bigint from jsonb_array_elements_text($2::text::jsonb))",
+
+    inbox_insert: "insert into outbox_inbox (consumer, event_id) values ($1, $2) on conflict do nothing",
+
+    heartbeat: "
+        insert into outbox_workers (id, subscriptions, started_at, last_seen_at)
+        values ($1, $2::text::jsonb, clock_timestamp(), clock_timestamp())
+        on conflict (id) do update set subscriptions = excluded.subscriptions, last_seen_at = excluded.last_seen_at",
+
+    forget_workers: "
+        delete from outbox_workers where last_seen_at < clock_timestamp() - $1 * interval '1 second'",
+
+    forget_worker: "delete from outbox_workers where id = $1",
+
+    workers: "
+        select id, subscriptions::text as subscriptions, started_at, last_seen_at,
+               extract(epoch from clock_timestamp() - last_seen_at)::float8 as last_seen_seconds
+          from outbox_workers order by id",
+
+    status: "
+        select s.name, s.paused_at is not null as paused,
+               (select coalesce(sum(pending), 0)::bigint from outbox_lanes where subscription_id = s.id) as pending,
+               (select count(*) from outbox_lanes
+                 where subscription_id = s.id and leased_by is not null and due_at > clock_timestamp()) as leased,
+               (select count(*) from outbox_delivered where subscription_id = s.id) as delivered,
+               (select count(*) from outbox_dead_letters where subscription_id = s.id) as dead,
+               (select extract(epoch from clock_timestamp() - recorded_at)::float8 from outbox_events
+                 where position = (select min(position) from outbox_deliveries where subscription_id = s.id)
+               ) as oldest_pending_age_seconds,
+               coalesce((select last_error from outbox_lanes
+                          where subscription_id = s.id and last_error is not null order by due_at desc limit 1),
+                        (select error from outbox_dead_letters
+                          where subscription_id = s.id order by id desc limit 1)) as last_error
+          from outbox_subscriptions s order by s.name",
+
+    activity: "
+        select ((now() at time zone 'UTC')::date - (delivered_at at time zone 'UTC')::date)::bigint as days_ago,
+               count(*) as deliveries
+          from outbox_delivered
+         where subscription_id = $1
+           and delivered_at >= ((now() at time zone 'UTC')::date - 6)::timestamp at time zone 'UTC'
+         group by 1",
+
+    list_unfinished: concat!(
+        "select l.attempts as lane_attempts, l.due_at as lane_due_at, l.leased_by, l.last_error, d.due_at,
+                d.position = (select min(position) from outbox_deliveries h
+                               where h.subscription_id = d.subscription_id and h.key = d.key) as head, ",
+        event_columns!(),
+        " from outbox_deliveries d
+          join outbox_lanes l on l.subscription_id = d.subscription_id and l.key = d.key
+          join outbox_events e on e.position = d.position
+         where d.subscription_id = $1 and ($4::bigint is null or d.position = $4)
+           and $2 = (l.leased_by is not null and l.due_at > clock_timestamp()
+                     and d.position = (select min(position) from outbox_deliveries h
+                                        where h.subscription_id = d.subscription_id and h.key = d.key))
+         order by d.position desc limit $3"
+    ),
+
+    list_delivered: concat!(
+        "select f.attempts, f.delivered_at as finished_at, null::text as error, ",
+        event_columns!(),
+        " from outbox_delivered f join outbox_events e on e.position = f.position
+         where f.subscription_id = $1 and ($3::bigint is null or f.position = $3)
+         order by f.position desc limit $2"
+    ),
+
+    list_dead: concat!(
+        "select f.attempts, f.died_at as finished_at, f.error, ",
+        event_columns!(),
+        " from outbox_dead_letters f join outbox_events e on e.position = f.position
+         where f.subscription_id = $1 and ($3::bigint is null or f.position = $3)
+         order by f.position desc limit $2"
+    ),
+
+    position_of: "select position from outbox_events where event_id = $1",
+};

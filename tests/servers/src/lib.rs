@@ -1,0 +1,219 @@
+//! Private database servers for tests, started from installed binaries on free ports.
+//!
+//! A server lives as long as the test process: it watches a pipe whose other end the process holds, so it also ends
+//! when the process is killed. A test that needs a server never passes without one: if the binaries are missing and
+//! cannot be installed, it fails with a sentence that says what to install.
+
+mod proxy;
+
+use std::{
+    fs,
+    net::TcpListener,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    sync::{Mutex, OnceLock},
+    time::{Duration, Instant},
+};
+
+pub use proxy::{Fault, Proxy};
+
+/// Keeps the server as long as its standard input is open, then ends it and removes its folder, unless it was stopped
+/// on purpose.
+const WATCH: &str = r#"directory=$1; shift; "$@" & server=$!; cat >/dev/null; kill -QUIT $server 2>/dev/null; wait; [ -e "$directory/stopped" ] || rm -rf "$directory""#;
+
+/// How long a server may take to start or to stop.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A PostgreSQL server, with `fsync=on`.
+#[derive(Debug)]
+pub struct Postgres {
+    directory: PathBuf,
+    binaries: PathBuf,
+    settings: Vec<String>,
+    port: u16,
+    running: Mutex<Option<Child>>,
+}
+
+impl Postgres {
+    /// The server that all tests of this process share.
+    pub fn shared() -> &'static Self {
+        static SHARED: OnceLock<Postgres> = OnceLock::new();
+        SHARED.get_or_init(|| Self::start(&["max_connections=300"]))
+    }
+
+    /// Starts a server with these settings, each `name=value`.
+    ///
+    /// # Panics
+    ///
+    /// If PostgreSQL is not installed and cannot be, or does not start.
+    #[must_use]
+    pub fn start(settings: &[&str]) -> Self {
+        let binaries = postgres_binaries();
+        let directory =
+            tempfile::Builder::new().prefix("outbox-postgres-").tempdir().expect("a temporary folder").keep();
+        // The ordinary user who runs the server has to reach its data.
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).expect("the folder is ours");
+        let initdb = as_ordinary_user(&binaries.join("initdb"))
+            .args(["--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-locale", "--no-sync", "-D"])
+            .arg(directory.join("data"))
+            .output()
+            .expect("initdb runs");
+        assert_succeeded("initdb", &initdb);
+        let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port();
+        let settings = settings.iter().map(|setting| (*setting).to_owned()).collect();
+        let server = Self { directory, binaries, settings, port, running: Mutex::default() };
+        server.launch();
+        server
+    }
+
+    /// Starts the server again after [`stop`](Self::stop).
+    ///
+    /// # Panics
+    ///
+    /// If it does not answer in time.
+    pub fn launch(&self) {
+        let _ = fs::remove_file(self.directory.join("stopped"));
+        let mut server = as_ordinary_user(&self.binaries.join("postgres"));
+        server.arg("-D").arg(self.directory.join("data"));
+        server.args(["-h", "127.0.0.1", "-p", &self.port.to_string(), "-k"]).arg(&self.directory);
+        for setting in &self.settings {
+            server.args(["-c", setting]);
+        }
+        let log = fs::File::create(self.directory.join("log")).expect("a log file");
+        let child = Command::new("sh")
+            .args(["-c", WATCH, "watch"])
+            .arg(&self.directory)
+            .arg(server.get_program())
+            .args(server.get_args())
+            .stdin(Stdio::piped())
+            .stdout(log.try_clone().expect("a log file"))
+            .stderr(log)
+            .spawn()
+            .expect("sh runs");
+        *self.running.lock().expect("no start panicked") = Some(child);
+        let deadline = Instant::now() + PATIENCE;
+        while !self.tool("pg_isready", &["-q"]).status.success() {
+            let log = || fs::read_to_string(self.directory.join("log")).unwrap_or_default();
+            assert!(Instant::now() < deadline, "PostgreSQL did not start: {}", log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Stops the server: `fast` rolls back what is open, `immediate` is a crash.
+    ///
+    /// # Panics
+    ///
+    /// If it does not stop.
+    pub fn stop(&self, mode: &str) {
+        fs::write(self.directory.join("stopped"), "").expect("the folder is ours");
+        let stop = as_ordinary_user(&self.binaries.join("pg_ctl"))
+            .args(["stop", "-m", mode, "-D"])
+            .arg(self.directory.join("data"))
+            .output()
+            .expect("pg_ctl runs");
+        assert_succeeded("pg_ctl stop", &stop);
+        self.end();
+    }
+
+    /// Creates an empty database and returns its URL.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be created.
+    #[must_use]
+    pub fn database(&self) -> String {
+        let name = format!("test_{:016x}", fastrand::u64(..));
+        assert_succeeded("createdb", &self.tool("createdb", &["-T", "template0", &name]));
+        format!("postgres://postgres@127.0.0.1:{}/{name}", self.port)
+    }
+
+    /// The port of the server, for a proxy in front of it.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    fn tool(&self, name: &str, args: &[&str]) -> Output {
+        Command::new(self.binaries.join(name))
+            .args(["-h", "127.0.0.1", "-U", "postgres", "-p", &self.port.to_string()])
+            .args(args)
+            .output()
+            .unwrap_or_else(|error| panic!("{name} does not run: {error}"))
+    }
+}
+
+impl Postgres {
+    fn end(&self) {
+        if let Some(mut child) = self.running.lock().ok().and_then(|mut running| running.take()) {
+            drop(child.stdin.take());
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.directory.join("stopped"));
+        self.end();
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn assert_succeeded(what: &str, output: &Output) {
+    assert!(output.status.success(), "{what} failed: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A command that does not run as root, which PostgreSQL refuses.
+fn as_ordinary_user(program: &Path) -> Command {
+    let id = |args: &[&str]| Command::new("id").args(args).output().ok().filter(|output| output.status.success());
+    if id(&["-u"]).is_none_or(|output| output.stdout.trim_ascii() != b"0") {
+        return Command::new(program);
+    }
+    let user = if id(&["-u", "postgres"]).is_some() { "postgres" } else { "nobody" };
+    let mut command = Command::new("setpriv");
+    command.args([&format!("--reuid={user}"), "--clear-groups", "--"]).arg(program);
+    command
+}
+
+fn postgres_binaries() -> PathBuf {
+    if let Some(found) = find_postgres_binaries() {
+        return found;
+    }
+    // Works as root on Debian and its descendants; everywhere else the sentence below helps.
+    let _ = Command::new("apt-get").args(["install", "-y", "--no-install-recommends", "postgresql"]).output();
+    find_postgres_binaries().expect(
+        "these tests need the PostgreSQL server binaries (initdb, postgres): install them, on Debian with `apt-get \
+         install postgresql`, elsewhere so that `pg_config --bindir` finds them",
+    )
+}
+
+fn find_postgres_binaries() -> Option<PathBuf> {
+    let configured = Command::new("pg_config").arg("--bindir").output().ok();
+    let configured = configured.map(|output| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()));
+    let mut installed: Vec<PathBuf> = fs::read_dir("/usr/lib/postgresql")
+        .map(|versions| versions.flatten().map(|version| version.path().join("bin")).collect())
+        .unwrap_or_default();
+    installed.sort();
+    configured.into_iter().chain(installed.into_iter().rev()).find(|path| {
+        ["initdb", "postgres", "pg_ctl", "createdb", "pg_isready"].iter().all(|name| path.join(name).is_file())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_starts_crashes_and_starts_again() {
+        let server = Postgres::start(&[]);
+        let url = server.database();
+        assert!(url.starts_with("postgres://postgres@127.0.0.1:"), "{url}");
+        server.stop("immediate");
+        server.launch();
+        let _ = server.database();
+        let directory = server.directory.clone();
+        drop(server);
+        assert!(!directory.exists());
+    }
+}
