@@ -208,7 +208,7 @@ pub(crate) static SQLITE: Sql = Sql {
 
     workers: "
     select id, subscriptions, started_at, last_seen_at,
-           (julianday('now') - julianday(last_seen_at)) * 86400 as last_seen_seconds
+           max(0.0, (julianday('now') - julianday(last_seen_at)) * 86400) as last_seen_seconds
       from outbox_workers order by id",
 
     status: "
@@ -219,7 +219,7 @@ pub(crate) static SQLITE: Sql = Sql {
                and due_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now')) as leased,
            (select count(*) from outbox_delivered where subscription_id = s.id) as delivered,
            (select count(*) from outbox_dead_letters where subscription_id = s.id) as dead,
-           (select (julianday('now') - julianday(recorded_at)) * 86400 from outbox_events
+           (select max(0.0, (julianday('now') - julianday(recorded_at)) * 86400) from outbox_events
              where position = (select min(position) from outbox_deliveries where subscription_id = s.id)
            ) as oldest_pending_age_seconds,
            coalesce((select last_error from outbox_lanes

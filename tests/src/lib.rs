@@ -8,6 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use outbox_seaorm::Outbox;
+use outbox_test_servers::Postgres;
+use sea_orm::{ConnectionTrait, Statement};
+use tempfile::TempDir;
 use tokio::{
     io::{AsyncBufReadExt, BufReader, Lines},
     process::{Child, ChildStdout, Command},
@@ -25,6 +29,65 @@ pub struct Process {
     pub http: String,
     /// Where its operators' listener is.
     pub ops: String,
+}
+
+/// A database of one test.
+#[derive(Debug)]
+pub enum Database {
+    /// A file of its own.
+    Sqlite(TempDir),
+    /// A database of its own on a private server.
+    Postgres(String),
+}
+
+impl Database {
+    /// A file in a folder that goes with the test.
+    ///
+    /// # Panics
+    ///
+    /// If there is no place for it.
+    #[must_use]
+    pub fn sqlite() -> Self {
+        Self::Sqlite(tempfile::tempdir().expect("a temporary folder"))
+    }
+
+    /// A database on the server that all tests of this process share.
+    #[must_use]
+    pub fn postgres() -> Self {
+        Self::Postgres(Postgres::shared().database())
+    }
+
+    /// What goes into `DATABASE_URL`.
+    #[must_use]
+    pub fn url(&self) -> String {
+        match self {
+            Self::Sqlite(directory) => format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display()),
+            Self::Postgres(url) => url.clone(),
+        }
+    }
+
+    /// Connections of the test itself.
+    ///
+    /// # Panics
+    ///
+    /// If the database does not answer.
+    pub async fn open(&self) -> Outbox {
+        Outbox::connect(&self.url(), 4).await.expect("the database opens")
+    }
+}
+
+/// The first column of all rows, as text, sorted.
+///
+/// # Panics
+///
+/// If the query fails.
+pub async fn texts(outbox: &Outbox, sql: &str) -> Vec<String> {
+    let db = outbox.reader();
+    let statement = Statement::from_string(db.get_database_backend(), sql);
+    let rows = db.query_all_raw(statement).await.expect("the query runs");
+    let mut texts: Vec<String> = rows.iter().map(|row| row.try_get_by_index(0).expect("a text")).collect();
+    texts.sort_unstable();
+    texts
 }
 
 /// Builds a binary of the workspace once and returns its path: `cargo test` alone does not.

@@ -33,14 +33,14 @@ async fn an_event_of_this_process_is_delivered_at_once_although_the_next_poll_is
 async fn a_commit_while_the_worker_looks_is_not_overlooked() {
     let fixture = Fixture::new().await;
     let seen = Seen::default();
-    let worker = run(fixture.worker().poll(NEVER).unwrap().handlers(subscription("s"), seen.handlers())).await;
-    for n in 0..150 {
+    for n in 0..60 {
+        // The first look of a worker that starts is now, or has been, or will be.
+        let worker = run(fixture.worker().poll(NEVER).unwrap().handlers(subscription("s"), seen.handlers())).await;
+        tokio::time::sleep(fastrand::u32(..30) * MS / 10).await;
         fixture.push([noted(&n.to_string(), 0)]).await;
         within(Duration::from_secs(2), "the delivery", || async { seen.len() > n }).await;
-        // The look after the acknowledgement is now, or has been, or will be.
-        tokio::time::sleep(fastrand::u32(..60) * MS / 10).await;
+        worker.stop().await;
     }
-    worker.stop().await;
     fixture.is_at_rest().await;
 }
 

@@ -23,7 +23,6 @@ fn chain(error: &dyn Error) -> String {
 #[tokio::test]
 async fn another_kind_of_database_is_refused_in_one_sentence() {
     for (url, scheme) in [
-        ("postgres://me:hunter2@host/db", "postgres"),
         ("mysql://me:hunter2@host/db", "mysql"),
         ("nonsense", "nonsense"),
         ("", ""),
@@ -37,11 +36,21 @@ async fn another_kind_of_database_is_refused_in_one_sentence() {
             text,
             format!(
                 "the database URL starts with {scheme:?}; use sqlite://FILE?mode=rwc, for example \
-                 sqlite://todo.db?mode=rwc"
+                 sqlite://todo.db?mode=rwc, or postgres://USER:PASSWORD@HOST/DATABASE"
             )
         );
         assert!(!text.contains("hunter2") && !format!("{error:?}").contains("hunter2"));
     }
+}
+
+#[tokio::test]
+async fn a_server_that_cannot_be_reached_is_one_sentence() {
+    // A port that nobody listens on any more.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let error = Outbox::connect(&format!("postgres://me:hunter2@127.0.0.1:{port}/db"), 1).await.unwrap_err();
+    let text = chain(&error);
+    assert!(text.starts_with("the database server could not be reached; check host"), "{text}");
+    assert!(!text.contains("hunter2") && !format!("{error:?}").contains("hunter2"), "{text}");
 }
 
 #[tokio::test]

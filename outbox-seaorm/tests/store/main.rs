@@ -10,5 +10,8 @@ mod random;
 mod register;
 mod savepoint;
 mod settle;
+#[allow(dead_code, reason = "only some of the statements are explained")]
+#[path = "../../src/sql.rs"]
+mod sql;
 mod status;
 mod unit_of_work;

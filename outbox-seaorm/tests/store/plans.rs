@@ -8,6 +8,8 @@ use crate::fixture::Store;
 #[path = "../../src/sqlite.rs"]
 mod sqlite;
 
+use sqlite::SQLITE;
+
 async fn plan(store: &Store, sql: &str) -> String {
     let parameters = (1..10).filter(|n| sql.contains(&format!("${n}"))).map(|_| Value::String(None));
     let explain = format!("explain query plan {sql}");
@@ -20,9 +22,9 @@ async fn plan(store: &Store, sql: &str) -> String {
 async fn the_claim_reads_due_lanes_from_their_index() {
     let store = Store::new().await;
     let due = "SEARCH outbox_lanes USING COVERING INDEX outbox_lanes_due (subscription_id=? AND due_at<?)";
-    let claim = plan(&store, sqlite::CLAIM).await;
+    let claim = plan(&store, SQLITE.claim).await;
     assert!(claim.contains(due) && claim.contains("SEARCH outbox_lanes USING PRIMARY KEY"), "{claim}");
-    let next_due = plan(&store, sqlite::NEXT_DUE).await;
+    let next_due = plan(&store, SQLITE.next_due).await;
     assert!(next_due.contains("USING COVERING INDEX outbox_lanes_due (subscription_id=?)"), "{next_due}");
     assert!(!next_due.contains("TEMP B-TREE"), "{next_due}");
 }
@@ -30,7 +32,7 @@ async fn the_claim_reads_due_lanes_from_their_index() {
 #[tokio::test]
 async fn runs_are_read_from_the_primary_key_of_the_deliveries() {
     let store = Store::new().await;
-    let runs = plan(&store, sqlite::RUNS).await;
+    let runs = plan(&store, SQLITE.runs).await;
     assert!(runs.contains("SEARCH d USING PRIMARY KEY (subscription_id=? AND key=? AND position=?)"), "{runs}");
     assert!(runs.contains("SEARCH outbox_deliveries USING PRIMARY KEY (subscription_id=? AND key=?)"), "{runs}");
 }
@@ -39,17 +41,17 @@ async fn runs_are_read_from_the_primary_key_of_the_deliveries() {
 async fn flush_and_settle_touch_only_their_own_lanes_and_deliveries() {
     let store = Store::new().await;
     for sql in [
-        sqlite::INSERT_EVENTS,
-        sqlite::INSERT_DELIVERIES,
-        sqlite::UPSERT_LANES,
-        sqlite::DUE_WITH_HEAD,
-        sqlite::HELD,
-        sqlite::DELETE_DELIVERIES,
-        sqlite::INSERT_DELIVERED,
-        sqlite::INSERT_DEAD_LETTERS,
-        sqlite::ADVANCE_LANES,
-        sqlite::DELETE_EMPTY_LANES,
-        sqlite::RENEW,
+        SQLITE.insert_events,
+        SQLITE.insert_deliveries,
+        SQLITE.upsert_lanes,
+        SQLITE.due_with_head,
+        SQLITE.held,
+        SQLITE.delete_deliveries,
+        SQLITE.insert_delivered,
+        SQLITE.insert_dead_letters,
+        SQLITE.advance_lanes,
+        SQLITE.delete_empty_lanes,
+        SQLITE.renew,
     ] {
         let plan = plan(&store, sql).await;
         let tables = plan.lines().filter(|step| !step.contains("VIRTUAL TABLE"));

@@ -3,7 +3,7 @@ use std::collections::HashMap;
 use outbox_core::{Ordering, StartPosition, Subscription};
 use outbox_seaorm::{Next, Outbox};
 
-use crate::fixture::{LONG, Store, delivered, hang_up_after, record, runs, todo};
+use crate::fixture::{LONG, Store, delivered, poll_once, record, runs, todo};
 
 fn from_the_beginning(name: &str) -> Subscription {
     Subscription::new(name).unwrap().start(StartPosition::Beginning)
@@ -32,28 +32,25 @@ async fn delivers_once_in_order(store: &Store, subscription: i32, events: i64) {
 }
 
 #[tokio::test]
-async fn a_registration_that_is_cancelled_anywhere_is_continued_by_the_next() {
+async fn a_registration_that_was_cut_off_is_continued_by_the_next() {
     let store = Store::new().await;
     store.record((0..1200).map(|n| todo(&(n % 7).to_string()))).await;
-    let mut unfinished = 0;
-    for polls in (0..1000).step_by(40) {
-        let name = format!("s{polls}");
-        if hang_up_after(polls, store.outbox.register(&from_the_beginning(&name))).await.is_none() {
-            // Waits for the transaction that was cut off.
-            store.execute("select 1").await;
-            let known: Vec<i32> =
-                store.column(&format!("select id from outbox_subscriptions where name = '{name}'")).await;
-            for id in known {
-                let ready = store.outbox.next_due(id).await.unwrap().is_some();
-                let complete = store.count(&format!("outbox_deliveries where subscription_id = {id}")).await == 1200;
-                assert!(complete || !ready, "after {polls} polls");
-                unfinished += 1;
-            }
+    for cut_off_at in [1, 501, 1001, 1201] {
+        let subscription = from_the_beginning(&format!("cut-off-at-{cut_off_at}"));
+        let progress = format!("select backfill_from from outbox_subscriptions where name = '{}'", subscription.name());
+        let mut registration = Box::pin(store.outbox.register(&subscription));
+        while store.column::<Option<i64>>(&progress).await != [Some(cut_off_at)] {
+            assert!(poll_once(&mut registration).await.is_pending());
         }
-        let id = store.outbox.register(&from_the_beginning(&name)).await.unwrap();
+        drop(registration);
+        // Its last transaction has ended when the writer is free.
+        store.execute("select 1").await;
+        let id: i32 = store.value(&progress.replace("backfill_from", "id")).await;
+        assert!(store.claim(id).await.is_empty());
+        assert_eq!(store.register(subscription).await, id);
         assert_eq!(store.count(&format!("outbox_deliveries where subscription_id = {id}")).await, 1200);
+        assert_eq!(store.claim(id).await.len(), 7);
     }
-    assert!(unfinished > 0, "no registration was cut off halfway");
     store.is_whole().await;
 }
 

@@ -300,7 +300,7 @@ async fn delivered_events_move_to_the_history_and_an_empty_lane_disappears() {
     report.finished[0] = Finished { position: 1, attempts: 4, log: Some(r#"[{"error":"x"}]"#.to_owned()), error: None };
     assert_eq!(store.outbox.settle(&[report]).await.unwrap(), [Settled::Done]);
     let history = "select json_array(subscription_id, position, attempts, attempt_log,
-                   delivered_at between strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-5 seconds')
+                   delivered_at between strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-60 seconds')
                                     and strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
                    from outbox_delivered order by position";
     assert_eq!(store.column::<String>(history).await, [r#"[1,1,4,"[{\"error\":\"x\"}]",1]"#, "[1,3,1,null,1]"]);

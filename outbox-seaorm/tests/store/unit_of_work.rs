@@ -207,7 +207,7 @@ async fn a_flush_that_fails_stores_nothing() {
 async fn no_free_connection_is_transient() {
     let store = Store::new().await;
     let mut options = ConnectOptions::new("sqlite::memory:");
-    options.max_connections(1).acquire_timeout(Duration::from_millis(20)).sqlx_logging(false);
+    options.max_connections(1).acquire_timeout(Duration::from_millis(300)).sqlx_logging(false);
     let busy = Outbox::new(Database::connect(options).await.unwrap());
     let _taken = busy.writer().begin().await.unwrap();
     let unit = busy.begin(Context::default());

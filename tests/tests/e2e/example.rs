@@ -2,16 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use outbox_tests::{Process, TOKEN, eventually};
+use outbox_tests::{Database, Process, TOKEN, eventually};
 use reqwest::{Client, StatusCode};
 use serde_json::{Value, json};
 
-pub(crate) fn database(directory: &tempfile::TempDir) -> String {
-    format!("sqlite://{}", directory.path().join("todo.db").display())
-}
-
-pub(crate) async fn start(mode: &str, directory: &tempfile::TempDir, settings: &[(&str, &str)]) -> Process {
-    let url = database(directory);
+pub(crate) async fn start(mode: &str, database: &Database, settings: &[(&str, &str)]) -> Process {
+    let url = database.url();
     let mut all = vec![("DATABASE_URL", url.as_str())];
     all.extend_from_slice(settings);
     Process::start("todo-app", mode, &all).await
@@ -38,9 +34,9 @@ pub(crate) async fn drained(process: &Process) {
 
 #[tokio::test]
 async fn a_todo_is_in_stats_and_activity_within_100_ms_at_idle() {
-    let directory = tempfile::tempdir().unwrap();
+    let database = Database::sqlite();
     // The poll is far away: what is seen is the wake-up after the commit.
-    let app = start("all", &directory, &[("OUTBOX_POLL_MS", "60000")]).await;
+    let app = start("all", &database, &[("OUTBOX_POLL_MS", "60000")]).await;
     let client = Client::new();
     let mut worst = Duration::ZERO;
     for n in 1..=10 {
@@ -67,8 +63,8 @@ async fn a_todo_is_in_stats_and_activity_within_100_ms_at_idle() {
 
 #[tokio::test]
 async fn the_life_of_a_todo_is_told_in_order() {
-    let directory = tempfile::tempdir().unwrap();
-    let app = start("all", &directory, &[]).await;
+    let database = Database::sqlite();
+    let app = start("all", &database, &[]).await;
     let (client, todos) = (Client::new(), format!("{}/todos", app.http));
     let todo: Value = client.post(&todos).json(&json!({"title": " a "})).send().await.unwrap().json().await.unwrap();
     assert_eq!(todo, json!({"id": 1, "title": "a", "completed": false, "version": 1}));
@@ -102,8 +98,8 @@ async fn the_life_of_a_todo_is_told_in_order() {
 
 #[tokio::test]
 async fn an_import_is_all_or_nothing() {
-    let directory = tempfile::tempdir().unwrap();
-    let app = start("all", &directory, &[]).await;
+    let database = Database::sqlite();
+    let app = start("all", &database, &[]).await;
     let (client, import) = (Client::new(), format!("{}/todos/import", app.http));
     let send = |titles: Value| client.post(&import).json(&titles).send();
     let bad = send(json!([{"title": "a"}, {"title": " "}])).await.unwrap();
@@ -121,8 +117,8 @@ async fn an_import_is_all_or_nothing() {
 
 #[tokio::test]
 async fn the_page_follows_the_events_live() {
-    let directory = tempfile::tempdir().unwrap();
-    let app = start("all", &directory, &[]).await;
+    let database = Database::sqlite();
+    let app = start("all", &database, &[]).await;
     let page = Client::new().get(&app.http).send().await.unwrap();
     assert_eq!(page.headers()["content-type"], "text/html; charset=utf-8");
     let mut live = Client::new().get(format!("{}/activity/live", app.http)).send().await.unwrap();
@@ -141,16 +137,24 @@ async fn the_page_follows_the_events_live() {
 
 #[tokio::test]
 async fn api_and_worker_are_two_processes_on_one_sqlite_file() {
-    let directory = tempfile::tempdir().unwrap();
+    api_and_worker_are_two_processes(Database::sqlite()).await;
+}
+
+#[tokio::test]
+async fn api_and_worker_are_two_processes_on_postgres() {
+    api_and_worker_are_two_processes(Database::postgres()).await;
+}
+
+async fn api_and_worker_are_two_processes(database: Database) {
     // Events of a process that started before the worker's first start are not lost.
-    let api = start("serve", &directory, &[]).await;
+    let api = start("serve", &database, &[]).await;
     assert_eq!(api.ops, "http://-");
     let client = Client::new();
     let create = |n: usize| client.post(format!("{}/todos", api.http)).json(&json!({"title": n.to_string()})).send();
     for n in 0..5 {
         assert_eq!(create(n).await.unwrap().status(), StatusCode::CREATED);
     }
-    let worker = start("worker", &directory, &[("OUTBOX_POLL_MS", "50")]).await;
+    let worker = start("worker", &database, &[("OUTBOX_POLL_MS", "50")]).await;
     assert_eq!(worker.http, "http://-");
     for n in 5..10 {
         assert_eq!(create(n).await.unwrap().status(), StatusCode::CREATED);
@@ -163,8 +167,8 @@ async fn api_and_worker_are_two_processes_on_one_sqlite_file() {
 
 #[tokio::test]
 async fn operators_need_the_token() {
-    let directory = tempfile::tempdir().unwrap();
-    let app = start("worker", &directory, &[]).await;
+    let database = Database::sqlite();
+    let app = start("worker", &database, &[]).await;
     let client = Client::new();
     for path in ["/", "/outbox/api/status", "/api/v1/tasks", "/outbox", "/nothing"] {
         let url = format!("{}{path}", app.ops);

@@ -9,14 +9,12 @@ use std::{
     time::Duration,
 };
 
-use outbox_seaorm::Outbox;
-use outbox_tests::Process;
+use outbox_tests::{Database, Process, texts};
 use reqwest::{Client, StatusCode};
-use sea_orm::{ConnectionTrait, DbBackend, Statement};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-use crate::example::{database, drained, get, start};
+use crate::example::{drained, get, start};
 
 /// Short leases, so that what a killed process held is due again soon.
 const QUICK: &[(&str, &str)] = &[("OUTBOX_LEASE_MS", "500"), ("OUTBOX_POLL_MS", "50"), ("OUTBOX_MAX_ATTEMPTS", "1000")];
@@ -52,82 +50,103 @@ impl Ledger {
     }
 }
 
-async fn rows(outbox: &Outbox, sql: &str) -> Vec<String> {
-    let rows = outbox.reader().query_all_raw(Statement::from_string(DbBackend::Sqlite, sql)).await.unwrap();
-    let mut values: Vec<String> = rows.iter().map(|row| row.try_get_by_index(0).unwrap()).collect();
-    values.sort_unstable();
-    values
-}
-
 /// Every stored todo has its event, every event its effects exactly once, and every confirmed todo is stored.
-async fn assert_consistent(directory: &tempfile::TempDir, ledger: &Ledger, app: &Process) {
+async fn assert_consistent(database: &Database, ledger: &Ledger, app: &Process) {
     drained(app).await;
-    let outbox = Outbox::connect(&format!("{}?mode=rw", database(directory)), 1).await.unwrap();
-    let todos = rows(&outbox, "select title from todos").await;
-    let events = rows(&outbox, "select payload->>'$.data.title' from outbox_events").await;
-    let activity = rows(&outbox, "select title from activity").await;
+    let outbox = database.open().await;
+    let todos = texts(&outbox, "select title from todos").await;
+    let titles = match database {
+        Database::Sqlite(_) => "select payload->>'$.data.title' from outbox_events",
+        Database::Postgres(_) => "select payload->'data'->>'title' from outbox_events",
+    };
+    let events = texts(&outbox, titles).await;
+    let activity = texts(&outbox, "select title from activity").await;
     assert_eq!(todos, events, "a todo without its event, or an event without its todo");
     assert_eq!(todos, activity, "an effect is missing or doubled");
     assert_eq!(get(&format!("{}/stats", app.http)).await["created"], todos.len());
     for title in ledger.confirmed() {
         assert!(todos.binary_search(&title).is_ok(), "{title} was confirmed and is not stored");
     }
-    let dead = rows(&outbox, "select error from outbox_dead_letters").await;
+    let dead = texts(&outbox, "select error from outbox_dead_letters").await;
     assert_eq!(dead, Vec::<String>::new());
     let wrong = "select key from outbox_lanes l where pending <> (select count(*) from outbox_deliveries d
                  where d.subscription_id = l.subscription_id and d.key = l.key)";
-    assert_eq!(rows(&outbox, wrong).await, Vec::<String>::new());
+    assert_eq!(texts(&outbox, wrong).await, Vec::<String>::new());
 }
 
 #[tokio::test]
 async fn killed_50_times_under_load_every_todo_has_its_event_and_every_event_its_effect_once() {
-    let directory = tempfile::tempdir().unwrap();
+    killed(Database::sqlite()).await;
+}
+
+#[tokio::test]
+async fn killed_50_times_under_load_every_todo_has_its_event_and_every_event_its_effect_once_on_postgres() {
+    killed(Database::postgres()).await;
+}
+
+async fn killed(database: Database) {
     let ledger = Ledger::default();
     for _ in 0..50 {
-        let app = start("all", &directory, QUICK).await;
+        let app = start("all", &database, QUICK).await;
         let clients = ledger.load(&app, 4);
         tokio::time::sleep(Duration::from_millis(fastrand::u64(5..120))).await;
         app.kill().await;
         clients.join_all().await;
     }
-    let app = start("all", &directory, QUICK).await;
-    assert_consistent(&directory, &ledger, &app).await;
+    let app = start("all", &database, QUICK).await;
+    assert_consistent(&database, &ledger, &app).await;
     println!("{} todos confirmed over 50 kills", ledger.confirmed().len());
     assert!(ledger.confirmed().len() > 50, "the load was no load");
 }
 
 #[tokio::test]
 async fn sigterm_under_load_ends_in_time_without_a_lease_and_nothing_is_delivered_twice() {
-    let directory = tempfile::tempdir().unwrap();
+    sigterm(Database::sqlite()).await;
+}
+
+#[tokio::test]
+async fn sigterm_under_load_ends_in_time_without_a_lease_and_nothing_is_delivered_twice_on_postgres() {
+    sigterm(Database::postgres()).await;
+}
+
+async fn sigterm(database: Database) {
     let ledger = Ledger::default();
     for _ in 0..5 {
-        let app = start("all", &directory, &[("OUTBOX_SHUTDOWN_GRACE_MS", "3000")]).await;
+        let app = start("all", &database, &[("OUTBOX_SHUTDOWN_GRACE_MS", "3000")]).await;
         let clients = ledger.load(&app, 4);
         tokio::time::sleep(Duration::from_millis(fastrand::u64(100..300))).await;
         let (status, took) = app.terminate(Duration::from_secs(10)).await;
         assert_eq!(status.code(), Some(0));
         assert!(took < Duration::from_secs(3), "{took:?}");
         clients.join_all().await;
-        let outbox = Outbox::connect(&format!("{}?mode=rw", database(&directory)), 1).await.unwrap();
+        let outbox = database.open().await;
         let leased = "select key from outbox_lanes where leased_by is not null";
-        assert_eq!(rows(&outbox, leased).await, Vec::<String>::new(), "a lease is left");
+        assert_eq!(texts(&outbox, leased).await, Vec::<String>::new(), "a lease is left");
         let repeated = "select cast(position as text) from outbox_delivered where attempts > 1";
-        assert_eq!(rows(&outbox, repeated).await, Vec::<String>::new(), "an attempt was wasted");
-        assert_eq!(rows(&outbox, "select id from outbox_workers").await, Vec::<String>::new());
+        assert_eq!(texts(&outbox, repeated).await, Vec::<String>::new(), "an attempt was wasted");
+        assert_eq!(texts(&outbox, "select id from outbox_workers").await, Vec::<String>::new());
     }
-    let app = start("all", &directory, QUICK).await;
-    assert_consistent(&directory, &ledger, &app).await;
+    let app = start("all", &database, QUICK).await;
+    assert_consistent(&database, &ledger, &app).await;
 }
 
 #[tokio::test]
 async fn killed_workers_beside_a_living_api_lose_nothing() {
-    let directory = tempfile::tempdir().unwrap();
+    killed_workers(Database::sqlite()).await;
+}
+
+#[tokio::test]
+async fn killed_workers_beside_a_living_api_lose_nothing_on_postgres() {
+    killed_workers(Database::postgres()).await;
+}
+
+async fn killed_workers(database: Database) {
     let ledger = Ledger::default();
-    let api = start("serve", &directory, &[]).await;
-    start("worker", &directory, QUICK).await.kill().await;
+    let api = start("serve", &database, &[]).await;
+    start("worker", &database, QUICK).await.kill().await;
     let clients = ledger.load(&api, 2);
     for _ in 0..15 {
-        let worker = start("worker", &directory, QUICK).await;
+        let worker = start("worker", &database, QUICK).await;
         tokio::time::sleep(Duration::from_millis(fastrand::u64(5..150))).await;
         worker.kill().await;
     }
@@ -137,8 +156,8 @@ async fn killed_workers_beside_a_living_api_lose_nothing() {
         ledger.answers.lock().unwrap().values().copied().filter(|status| *status != StatusCode::CREATED).collect();
     assert_eq!(refused, Vec::<StatusCode>::new(), "the API is not disturbed by its workers");
     api.kill().await;
-    let app = start("all", &directory, QUICK).await;
-    assert_consistent(&directory, &ledger, &app).await;
+    let app = start("all", &database, QUICK).await;
+    assert_consistent(&database, &ledger, &app).await;
     let stats: Value = get(&format!("{}/stats", app.http)).await;
     println!("{stats}");
 }

@@ -2,11 +2,10 @@
 
 use std::{process::Stdio, time::Duration};
 
-use outbox_seaorm::Outbox;
-use outbox_tests::command;
+use outbox_tests::{Database, command};
 use sea_orm::ConnectionTrait;
 
-use crate::example::{database, start};
+use crate::example::start;
 
 async fn refused(mode: &str, settings: &[(&str, &str)]) -> String {
     let run = command("todo-app", mode, settings).stdout(Stdio::null()).stderr(Stdio::piped()).output();
@@ -31,21 +30,21 @@ async fn a_folder_that_does_not_exist_is_named_as_the_cause() {
 
 #[tokio::test]
 async fn a_port_in_use_names_the_variable_to_change() {
-    let directory = tempfile::tempdir().unwrap();
+    let database = Database::sqlite();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = taken.local_addr().unwrap().to_string();
     for variable in ["HTTP_ADDR", "OPS_ADDR"] {
-        let text = refused("all", &[("DATABASE_URL", &database(&directory)), (variable, &addr)]).await;
+        let text = refused("all", &[("DATABASE_URL", &database.url()), (variable, &addr)]).await;
         assert!(text.contains(&addr) && text.contains(&format!("set {variable}")), "{text}");
     }
 }
 
 #[tokio::test]
 async fn a_database_from_a_newer_version_is_refused() {
-    let directory = tempfile::tempdir().unwrap();
-    let url = database(&directory);
-    start("all", &directory, &[]).await.kill().await;
-    let outbox = Outbox::connect(&format!("{url}?mode=rw"), 1).await.unwrap();
+    let database = Database::sqlite();
+    let url = database.url();
+    start("all", &database, &[]).await.kill().await;
+    let outbox = database.open().await;
     let future = "insert into seaql_migrations values ('m29990101_000001_future', 0)";
     outbox.writer().execute_unprepared(future).await.unwrap();
     for mode in ["all", "serve", "worker", "migrate"] {
@@ -56,7 +55,7 @@ async fn a_database_from_a_newer_version_is_refused() {
 
 #[tokio::test]
 async fn a_setting_that_makes_no_sense_is_named() {
-    let directory = tempfile::tempdir().unwrap();
+    let database = Database::sqlite();
     for (name, value) in [
         ("HTTP_ADDR", "localhost"),
         ("OUTBOX_LEASE_MS", "soon"),
@@ -65,15 +64,15 @@ async fn a_setting_that_makes_no_sense_is_named() {
         ("OUTBOX_CONCURRENCY", "0"),
         ("OUTBOX_BACKOFF_MAX_MS", "1"),
     ] {
-        let text = refused("all", &[("DATABASE_URL", &database(&directory)), (name, value)]).await;
+        let text = refused("all", &[("DATABASE_URL", &database.url()), (name, value)]).await;
         assert!(text.starts_with("error: ") && text.contains(name), "{name}={value}: {text}");
     }
 }
 
 #[tokio::test]
 async fn migrate_ends_and_an_unknown_command_shows_the_usage() {
-    let directory = tempfile::tempdir().unwrap();
-    let settings = [("DATABASE_URL", database(&directory))];
+    let database = Database::sqlite();
+    let settings = [("DATABASE_URL", database.url())];
     let settings: Vec<_> = settings.iter().map(|(name, value)| (*name, value.as_str())).collect();
     let output = command("todo-app", "migrate", &settings).output().await.unwrap();
     assert!(output.status.success());

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use outbox_seaorm::Outbox;
-use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseConnection, TransactionTrait};
+use outbox_tests::Database;
+use sea_orm::{ConnectionTrait, DbBackend, SqliteTransactionMode, TransactionOptions, TransactionTrait};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
@@ -11,82 +11,85 @@ use crate::support::{Answer, App, op};
 
 #[tokio::test]
 async fn a_second_connection_of_the_pool_can_be_read_meanwhile() {
-    let app = App::new().await;
-    app.op("other_pool").await.assert_committed(201);
-    app.assert_stored(&[]).await;
+    for app in App::each().await {
+        app.op("other_pool").await.assert_committed(201);
+        app.assert_stored(&[]).await;
+    }
 }
 
 #[tokio::test]
 async fn no_second_connection_within_the_acquire_timeout_is_a_503_that_stores_nothing() {
-    let impatient = impatient().await;
-    let reader = impatient.clone();
-    let app = App::with(move |outbox| Outbox::with_connections(outbox.writer().clone(), reader)).await;
-    let taken = impatient.begin().await.unwrap();
-    app.op("other_pool").await.assert_rolled_back(503);
-    taken.rollback().await.unwrap();
+    // On SQLite the connections for reading are not those of the transactions.
+    let app = App::on(Database::postgres(), 1).await;
+    let answer = timeout(Duration::from_secs(8), app.op("other_pool")).await.expect("nobody waits for ever");
+    answer.assert_rolled_back(503);
     app.assert_nothing_stored().await;
-}
-
-/// One connection that nobody waits for.
-async fn impatient() -> DatabaseConnection {
-    let mut options = ConnectOptions::new("sqlite::memory:");
-    options.max_connections(1).acquire_timeout(Duration::from_millis(50));
-    Database::connect(options).await.unwrap()
 }
 
 #[tokio::test]
 async fn only_events_are_stored_without_an_order() {
-    let app = App::new().await;
-    app.op("only_events").await.assert_committed(201);
-    assert_eq!(app.orders().await, Vec::<String>::new());
-    assert_eq!(app.numbers().await, [(0, Some(1)), (1, Some(2))]);
-    assert_eq!(app.events().await[0].payload["op"], "a");
+    for app in App::each().await {
+        app.op("only_events").await.assert_committed(201);
+        assert_eq!(app.orders().await, Vec::<String>::new());
+        assert_eq!(app.numbers().await, [(0, Some(1)), (1, Some(2))]);
+        assert_eq!(app.events().await[0].payload["op"], "a");
+    }
 }
 
 #[tokio::test]
 async fn only_read_opens_no_write_transaction_and_stores_nothing() {
-    let app = App::new().await;
-    app.witness.writer().execute_unprepared("begin immediate").await.unwrap();
-    let answer = timeout(Duration::from_secs(2), app.op("only_read")).await.expect("it does not wait for a writer");
-    answer.assert_committed(200);
-    app.witness.writer().execute_unprepared("rollback").await.unwrap();
-    app.assert_nothing_stored().await;
+    for app in App::each().await {
+        let mut options = TransactionOptions::default();
+        options.sqlite_transaction_mode = Some(SqliteTransactionMode::Immediate);
+        let writing = app.witness.writer().begin_with_options(options).await.unwrap();
+        if writing.get_database_backend() == DbBackend::Postgres {
+            writing.execute_unprepared("lock table orders, keys, outbox_events in exclusive mode").await.unwrap();
+        }
+        let answer = timeout(Duration::from_secs(2), app.op("only_read")).await.expect("it waits for no writer");
+        answer.assert_committed(200);
+        writing.rollback().await.unwrap();
+        app.assert_nothing_stored().await;
+    }
 }
 
 #[tokio::test]
 async fn many_more_events_are_committed() {
-    let app = App::new().await;
-    app.op("many:500").await.assert_committed(201);
-    app.assert_stored(&(2..502).collect::<Vec<_>>()).await;
+    for app in App::each().await {
+        app.op("many:500").await.assert_committed(201);
+        app.assert_stored(&(2..502).collect::<Vec<_>>()).await;
+    }
 }
 
 #[tokio::test]
 async fn too_many_events_are_a_413_that_stores_nothing() {
-    let app = App::new().await;
-    for mode in ["many:20000", "many:4294967295"] {
-        app.op(mode).await.assert_rolled_back(413);
+    for app in App::each().await {
+        for mode in ["many:20000", "many:4294967295"] {
+            app.op(mode).await.assert_rolled_back(413);
+        }
+        let mut op = op("ok");
+        op["n"] = json!(u32::MAX);
+        app.post("/op", &op).await.assert_rolled_back(413);
+        app.assert_nothing_stored().await;
     }
-    let mut op = op("ok");
-    op["n"] = json!(u32::MAX);
-    app.post("/op", &op).await.assert_rolled_back(413);
-    app.assert_nothing_stored().await;
 }
 
 #[tokio::test]
 async fn a_big_payload_is_committed() {
-    let app = App::new().await;
-    app.op("big:1000000").await.assert_committed(201);
-    app.assert_stored(&[2]).await;
-    assert_eq!(app.events().await[2].payload["text"].as_str().unwrap().len(), 1_000_000);
+    for app in App::each().await {
+        app.op("big:1000000").await.assert_committed(201);
+        app.assert_stored(&[2]).await;
+        assert_eq!(app.events().await[2].payload["text"].as_str().unwrap().len(), 1_000_000);
+    }
 }
 
 #[tokio::test]
 async fn a_payload_that_is_too_big_is_a_413_that_stores_nothing() {
-    let app = App::new().await;
-    for bytes in ["1048577", "67108864", "67108865", "18446744073709551615"] {
-        app.op(&format!("big:{bytes}")).await.assert_rolled_back(413);
+    for app in App::each().await {
+        for bytes in ["1048577", "67108864", "67108865", "18446744073709551615"] {
+            app.op(&format!("big:{bytes}")).await.assert_rolled_back(413);
+        }
+        app.assert_nothing_stored().await;
     }
-    app.assert_nothing_stored().await;
 }
 
 async fn raw(app: &App, arg: &str) -> Answer {
@@ -109,54 +112,59 @@ async fn raw_json_is_stored_equal() {
         "\"'; drop table orders; --\"",
         &nested,
     ] {
-        let app = App::new().await;
-        raw(&app, arg).await.assert_committed(201);
-        app.assert_stored(&[2]).await;
-        let stored = &app.events().await[2].payload["raw"];
-        assert_eq!(*stored, serde_json::from_str::<Value>(arg).unwrap(), "{arg}");
+        for app in App::each().await {
+            raw(&app, arg).await.assert_committed(201);
+            app.assert_stored(&[2]).await;
+            let stored = &app.events().await[2].payload["raw"];
+            assert_eq!(*stored, serde_json::from_str::<Value>(arg).unwrap(), "{arg}");
+        }
     }
 }
 
 #[tokio::test]
 async fn raw_json_keeps_the_digits_that_no_float_holds() {
-    let app = App::new().await;
-    raw(&app, "123456789012345678901234567890").await.assert_committed(201);
-    let deliveries = app.outbox.deliveries(Some("effects"), None, 0, 1).await.unwrap();
-    assert!(deliveries[0].event.payload.contains(":123456789012345678901234567890"), "{deliveries:?}");
+    for app in App::each().await {
+        raw(&app, "123456789012345678901234567890").await.assert_committed(201);
+        let deliveries = app.outbox.deliveries(Some("effects"), None, 0, 1).await.unwrap();
+        assert!(deliveries[0].event.payload.contains(":123456789012345678901234567890"), "{deliveries:?}");
+    }
 }
 
 #[tokio::test]
 async fn what_is_not_json_is_a_422_that_stores_nothing() {
-    let app = App::new().await;
-    for arg in ["", "{", "nul", "1 2", "'a'", "{\"a\":1,}", "\"\\ud800\"", "1e999", &"[".repeat(1000)] {
-        raw(&app, arg).await.assert_rolled_back(422);
+    for app in App::each().await {
+        for arg in ["", "{", "nul", "1 2", "'a'", "{\"a\":1,}", "\"\\ud800\"", "1e999", &"[".repeat(1000)] {
+            raw(&app, arg).await.assert_rolled_back(422);
+        }
+        app.assert_nothing_stored().await;
     }
-    app.assert_nothing_stored().await;
 }
 
 #[tokio::test]
 async fn delayed_events_become_due_that_long_after_the_commit() {
-    let app = App::new().await;
-    app.op("delay:60000").await.assert_committed(201);
-    app.assert_stored(&[]).await;
-    let deliveries = app.outbox.deliveries(Some("effects"), None, 0, 10).await.unwrap();
-    assert_eq!(deliveries.len(), 2);
-    for delivery in deliveries {
-        let wait = delivery.due_at.unwrap() - delivery.event.recorded_at;
-        assert!((60_000..65_000).contains(&wait.num_milliseconds()), "{wait}");
+    for app in App::each().await {
+        app.op("delay:60000").await.assert_committed(201);
+        app.assert_stored(&[]).await;
+        let deliveries = app.outbox.deliveries(Some("effects"), None, 0, 10).await.unwrap();
+        assert_eq!(deliveries.len(), 2);
+        for delivery in deliveries {
+            let wait = delivery.due_at.unwrap() - delivery.event.recorded_at;
+            assert!((60_000..65_000).contains(&wait.num_milliseconds()), "{wait}");
+        }
+        let claimed = app.outbox.claim(app.effects, "w", 10, 10, Duration::from_secs(30)).await.unwrap();
+        assert!(claimed.is_empty(), "{claimed:?}");
     }
-    let claimed = app.outbox.claim(app.effects, "w", 10, 10, Duration::from_secs(30)).await.unwrap();
-    assert!(claimed.is_empty(), "{claimed:?}");
 }
 
 #[tokio::test]
 async fn a_higher_priority_is_claimed_first() {
-    let app = App::new().await;
-    for (op, mode) in [("low", "ok"), ("lower", "priority:-5"), ("high", "priority:5"), ("higher", "priority:9")] {
-        let op = json!({ "op": op, "key": op, "n": 1, "mode": mode, "arg": "" });
-        app.post("/op", &op).await.assert_committed(201);
+    for app in App::each().await {
+        for (op, mode) in [("low", "ok"), ("lower", "priority:-5"), ("high", "priority:5"), ("higher", "priority:9")] {
+            let op = json!({ "op": op, "key": op, "n": 1, "mode": mode, "arg": "" });
+            app.post("/op", &op).await.assert_committed(201);
+        }
+        let claimed = app.outbox.claim(app.effects, "w", 10, 10, Duration::from_secs(30)).await.unwrap();
+        let keys: Vec<_> = claimed.iter().map(|lane| lane.run[0].aggregate_id.as_str()).collect();
+        assert_eq!(keys, ["higher", "high", "low", "lower"]);
     }
-    let claimed = app.outbox.claim(app.effects, "w", 10, 10, Duration::from_secs(30)).await.unwrap();
-    let keys: Vec<_> = claimed.iter().map(|lane| lane.run[0].aggregate_id.as_str()).collect();
-    assert_eq!(keys, ["higher", "high", "low", "lower"]);
 }

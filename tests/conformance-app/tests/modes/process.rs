@@ -7,11 +7,10 @@ use std::{
 };
 
 use outbox_seaorm::{Outbox, entity::events};
-use outbox_tests::{Process, TOKEN, command, eventually};
+use outbox_tests::{Database, Process, TOKEN, command, eventually};
 use reqwest::{Client, StatusCode};
 use sea_orm::{ConnectionTrait, EntityTrait, Statement};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use tokio::task::JoinSet;
 
 use crate::sink::Sink;
@@ -20,18 +19,17 @@ const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 
 /// A database of its own, a sink, and the settings of a process that uses both.
 struct Place {
-    folder: TempDir,
+    database: Database,
     sink: Sink,
     settings: Vec<(String, String)>,
 }
 
 impl Place {
-    async fn new(settings: &[(&str, &str)]) -> Self {
-        let (folder, sink) = (tempfile::tempdir().unwrap(), Sink::default());
-        let url = format!("sqlite://{}", folder.path().join("test.db").display());
+    async fn on(database: Database, settings: &[(&str, &str)]) -> Self {
+        let (url, sink) = (database.url(), Sink::default());
         let own = [("DATABASE_URL", url.as_str()), ("SINK_URL", &sink.start().await), ("WEBHOOK_SECRET", SECRET)];
         let settings = own.iter().chain(settings).map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        Self { settings: settings.collect(), folder, sink }
+        Self { settings: settings.collect(), database, sink }
     }
 
     fn settings(&self) -> Vec<(&str, &str)> {
@@ -40,11 +38,6 @@ impl Place {
 
     async fn start(&self, mode: &str) -> Process {
         Process::start("conformance-app", mode, &self.settings()).await
-    }
-
-    async fn witness(&self) -> Outbox {
-        let url = format!("sqlite://{}?mode=rw", self.folder.path().join("test.db").display());
-        Outbox::connect(&url, 1).await.unwrap()
     }
 }
 
@@ -76,42 +69,44 @@ async fn drained(process: &Process, limit: Duration) -> HashMap<String, i64> {
 
 #[tokio::test]
 async fn every_committed_event_arrives_in_order_and_has_its_effect_once() {
-    let place = Place::new(&[]).await;
-    let process = place.start("all").await;
-    let mut clients = JoinSet::new();
-    for client in 0..4 {
-        let url = format!("{}/op", process.http);
-        clients.spawn(async move {
-            let http = Client::new();
-            for op in 0..50 {
-                let (key, n) = (format!("k{}", fastrand::u8(0..20)), fastrand::u8(1..4));
-                let op = json!({ "op": format!("{client}-{op}"), "key": key, "n": n, "mode": "ok", "arg": "" });
-                assert_eq!(post(&http, &url, &op).await, StatusCode::CREATED);
-            }
-        });
-    }
-    while let Some(client) = clients.join_next().await {
-        client.unwrap();
-    }
-    let dead = drained(&process, Duration::from_secs(30)).await;
-    assert_eq!(dead, HashMap::from(["sink", "effects", "poison"].map(|name| (name.to_owned(), 0))));
-    assert_eq!(get(&format!("{}/orders", process.http)).await.as_array().unwrap().len(), 200);
+    for database in [Database::sqlite(), Database::postgres()] {
+        let place = Place::on(database, &[]).await;
+        let process = place.start("all").await;
+        let mut clients = JoinSet::new();
+        for client in 0..4 {
+            let url = format!("{}/op", process.http);
+            clients.spawn(async move {
+                let http = Client::new();
+                for op in 0..50 {
+                    let (key, n) = (format!("k{}", fastrand::u8(0..20)), fastrand::u8(1..4));
+                    let op = json!({ "op": format!("{client}-{op}"), "key": key, "n": n, "mode": "ok", "arg": "" });
+                    assert_eq!(post(&http, &url, &op).await, StatusCode::CREATED);
+                }
+            });
+        }
+        while let Some(client) = clients.join_next().await {
+            client.unwrap();
+        }
+        let dead = drained(&process, Duration::from_secs(30)).await;
+        assert_eq!(dead, HashMap::from(["sink", "effects", "poison"].map(|name| (name.to_owned(), 0))));
+        assert_eq!(get(&format!("{}/orders", process.http)).await.as_array().unwrap().len(), 200);
 
-    let witness = place.witness().await;
-    let events = events::Entity::find().all(witness.reader()).await.unwrap();
-    let mut stored: Vec<String> = events.iter().map(|event| event.event_id.to_string()).collect();
-    let mut arrived: Vec<String> =
-        place.sink.first_arrivals().iter().map(|event| event["id"].as_str().unwrap().to_owned()).collect();
-    stored.sort_unstable();
-    arrived.sort_unstable();
-    assert_eq!(arrived, stored);
-    for (key, numbers) in place.sink.numbers() {
-        assert!(numbers.iter().copied().eq(1..=i64::try_from(numbers.len()).unwrap()), "{key}: {numbers:?}");
-    }
-    assert_eq!(effects(&witness).await, (i64::try_from(stored.len()).unwrap(), 1));
+        let witness = place.database.open().await;
+        let events = events::Entity::find().all(witness.reader()).await.unwrap();
+        let mut stored: Vec<String> = events.iter().map(|event| event.event_id.to_string()).collect();
+        let mut arrived: Vec<String> =
+            place.sink.first_arrivals().iter().map(|event| event["id"].as_str().unwrap().to_owned()).collect();
+        stored.sort_unstable();
+        arrived.sort_unstable();
+        assert_eq!(arrived, stored);
+        for (key, numbers) in place.sink.numbers() {
+            assert!(numbers.iter().copied().eq(1..=i64::try_from(numbers.len()).unwrap()), "{key}: {numbers:?}");
+        }
+        assert_eq!(effects(&witness).await, (i64::try_from(stored.len()).unwrap(), 1));
 
-    let (status, _) = process.terminate(Duration::from_secs(10)).await;
-    assert_eq!(status.code(), Some(0));
+        let (status, _) = process.terminate(Duration::from_secs(10)).await;
+        assert_eq!(status.code(), Some(0));
+    }
 }
 
 /// How many events had their effect, and how often at most.
@@ -124,82 +119,93 @@ async fn effects(witness: &Outbox) -> (i64, i64) {
 
 #[tokio::test]
 async fn what_is_delivered_is_a_cloud_event_with_the_payload_as_it_was_and_not_before_its_time() {
-    let place = Place::new(&[]).await;
-    let process = place.start("all").await;
-    let (client, url, started) = (Client::new(), format!("{}/op", process.http), Instant::now());
-    let delayed = json!({ "op": "delayed", "key": "k1", "n": 1, "mode": "delay:700", "arg": "" });
-    let raw = json!({ "op": "raw", "key": "k2", "n": 0, "mode": "raw", "arg": "{\"a\": [1e300, \"é\\u0000\"]}" });
-    assert_eq!(post(&client, &url, &delayed).await, StatusCode::CREATED);
-    assert_eq!(post(&client, &url, &raw).await, StatusCode::CREATED);
-    eventually(Duration::from_secs(10), "both arrive", || async { place.sink.first_arrivals().len() == 2 }).await;
-    assert!(started.elapsed() >= Duration::from_millis(700), "{:?}", started.elapsed());
-    let arrivals = place.sink.first_arrivals();
-    let event = &arrivals[0];
-    assert_eq!(
-        (&event["specversion"], &event["type"], &event["subject"]),
-        (&json!("1.0"), &json!("order.placed"), &json!("k2"))
-    );
-    let data = json!({ "op": "raw", "i": 0, "key": "k2", "seq": null, "raw": { "a": [1e300, "é\u{0}"] } });
-    assert_eq!(event["data"], data);
-    assert_eq!(arrivals[1]["data"], json!({ "op": "delayed", "i": 0, "key": "k1", "seq": 1 }));
+    for database in [Database::sqlite(), Database::postgres()] {
+        let place = Place::on(database, &[]).await;
+        let process = place.start("all").await;
+        let (client, url, started) = (Client::new(), format!("{}/op", process.http), Instant::now());
+        let delayed = json!({ "op": "delayed", "key": "k1", "n": 1, "mode": "delay:700", "arg": "" });
+        let raw = json!({ "op": "raw", "key": "k2", "n": 0, "mode": "raw", "arg": "{\"a\": [1e300, \"é\\u0000\"]}" });
+        assert_eq!(post(&client, &url, &delayed).await, StatusCode::CREATED);
+        assert_eq!(post(&client, &url, &raw).await, StatusCode::CREATED);
+        eventually(Duration::from_secs(10), "both arrive", || async { place.sink.first_arrivals().len() == 2 }).await;
+        assert!(started.elapsed() >= Duration::from_millis(700), "{:?}", started.elapsed());
+        let arrivals = place.sink.first_arrivals();
+        let event = &arrivals[0];
+        assert_eq!(
+            (&event["specversion"], &event["type"], &event["subject"]),
+            (&json!("1.0"), &json!("order.placed"), &json!("k2"))
+        );
+        let data = json!({ "op": "raw", "i": 0, "key": "k2", "seq": null, "raw": { "a": [1e300, "é\u{0}"] } });
+        assert_eq!(event["data"], data);
+        assert_eq!(arrivals[1]["data"], json!({ "op": "delayed", "i": 0, "key": "k1", "seq": 1 }));
+    }
 }
 
 #[tokio::test]
 async fn poison_becomes_a_dead_letter_and_delays_nobody_else() {
-    let place = Place::new(&[
-        ("OUTBOX_LEASE_MS", "500"),
-        ("OUTBOX_MAX_ATTEMPTS", "2"),
-        ("OUTBOX_BACKOFF_BASE_MS", "50"),
-        ("OUTBOX_BACKOFF_MAX_MS", "100"),
-    ])
-    .await;
-    let process = place.start("all").await;
-    let (client, poison, op) = (Client::new(), format!("{}/poison", process.http), format!("{}/op", process.http));
-    for kind in ["error", "panic", "permanent", "hang", "block"] {
-        let body = json!({ "op": kind, "key": kind, "kind": kind });
-        assert_eq!(post(&client, &poison, &body).await, StatusCode::CREATED);
-        let body = json!({ "op": format!("beside {kind}"), "key": kind, "n": 1, "mode": "ok", "arg": "" });
-        assert_eq!(post(&client, &op, &body).await, StatusCode::CREATED);
+    for database in [Database::sqlite(), Database::postgres()] {
+        let place = Place::on(
+            database,
+            &[
+                ("OUTBOX_LEASE_MS", "500"),
+                ("OUTBOX_MAX_ATTEMPTS", "2"),
+                ("OUTBOX_BACKOFF_BASE_MS", "50"),
+                ("OUTBOX_BACKOFF_MAX_MS", "100"),
+            ],
+        )
+        .await;
+        let process = place.start("all").await;
+        let (client, poison, op) = (Client::new(), format!("{}/poison", process.http), format!("{}/op", process.http));
+        for kind in ["error", "panic", "permanent", "hang", "block"] {
+            let body = json!({ "op": kind, "key": kind, "kind": kind });
+            assert_eq!(post(&client, &poison, &body).await, StatusCode::CREATED);
+            let body = json!({ "op": format!("beside {kind}"), "key": kind, "n": 1, "mode": "ok", "arg": "" });
+            assert_eq!(post(&client, &op, &body).await, StatusCode::CREATED);
+        }
+        let dead = drained(&process, Duration::from_secs(30)).await;
+        assert_eq!((dead["poison"], dead["sink"], dead["effects"]), (5, 0, 0));
+        assert_eq!(place.sink.first_arrivals().len(), 5);
+        assert_eq!(effects(&place.database.open().await).await, (5, 1));
     }
-    let dead = drained(&process, Duration::from_secs(30)).await;
-    assert_eq!((dead["poison"], dead["sink"], dead["effects"]), (5, 0, 0));
-    assert_eq!(place.sink.first_arrivals().len(), 5);
-    assert_eq!(effects(&place.witness().await).await, (5, 1));
 }
 
 #[tokio::test]
 async fn an_event_that_ends_its_process_every_time_becomes_a_dead_letter() {
-    let place = Place::new(&[("OUTBOX_LEASE_MS", "300"), ("OUTBOX_MAX_ATTEMPTS", "2")]).await;
-    let serving = place.start("serve").await;
-    let body = json!({ "op": "abort", "key": "k", "kind": "abort" });
-    assert_eq!(post(&Client::new(), &format!("{}/poison", serving.http), &body).await, StatusCode::CREATED);
-    let witness = place.witness().await;
-    for _ in 0..5 {
-        let settings = place.settings();
-        let mut command = command("conformance-app", "worker", &settings);
-        let mut worker = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        // It ends itself, or it lives and has something to show for it.
-        if tokio::time::timeout(Duration::from_secs(3), worker.wait()).await.is_err() {
-            break;
+    for database in [Database::sqlite(), Database::postgres()] {
+        let place = Place::on(database, &[("OUTBOX_LEASE_MS", "300"), ("OUTBOX_MAX_ATTEMPTS", "2")]).await;
+        let serving = place.start("serve").await;
+        let body = json!({ "op": "abort", "key": "k", "kind": "abort" });
+        assert_eq!(post(&Client::new(), &format!("{}/poison", serving.http), &body).await, StatusCode::CREATED);
+        let witness = place.database.open().await;
+        for _ in 0..5 {
+            let settings = place.settings();
+            let mut command = command("conformance-app", "worker", &settings);
+            let mut worker = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+            // It ends itself, or it lives and has something to show for it.
+            if tokio::time::timeout(Duration::from_secs(3), worker.wait()).await.is_err() {
+                break;
+            }
         }
+        let status = witness.status().await.unwrap();
+        let poison = status.subscriptions.iter().find(|subscription| subscription.name == "poison").unwrap();
+        assert_eq!((poison.dead, poison.pending), (1, 0));
     }
-    let status = witness.status().await.unwrap();
-    let poison = status.subscriptions.iter().find(|subscription| subscription.name == "poison").unwrap();
-    assert_eq!((poison.dead, poison.pending), (1, 0));
 }
 
 #[tokio::test]
 async fn each_part_runs_alone_and_says_where() {
-    let place = Place::new(&[("OUTBOX_POLL_MS", "50")]).await;
-    let output = command("conformance-app", "migrate", &place.settings()).output().await.unwrap();
-    assert!(output.status.success());
-    let (serving, working) = (place.start("serve").await, place.start("worker").await);
-    assert_eq!((serving.ops.as_str(), working.http.as_str()), ("http://-", "http://-"));
-    let op = json!({ "op": "a", "key": "k", "n": 3, "mode": "ok", "arg": "" });
-    assert_eq!(post(&Client::new(), &format!("{}/op", serving.http), &op).await, StatusCode::CREATED);
-    eventually(Duration::from_secs(10), "all arrive", || async { place.sink.first_arrivals().len() == 3 }).await;
-    for process in [serving, working] {
-        assert_eq!(process.terminate(Duration::from_secs(10)).await.0.code(), Some(0));
+    for database in [Database::sqlite(), Database::postgres()] {
+        let place = Place::on(database, &[("OUTBOX_POLL_MS", "50")]).await;
+        let output = command("conformance-app", "migrate", &place.settings()).output().await.unwrap();
+        assert!(output.status.success());
+        let (serving, working) = (place.start("serve").await, place.start("worker").await);
+        assert_eq!((serving.ops.as_str(), working.http.as_str()), ("http://-", "http://-"));
+        let op = json!({ "op": "a", "key": "k", "n": 3, "mode": "ok", "arg": "" });
+        assert_eq!(post(&Client::new(), &format!("{}/op", serving.http), &op).await, StatusCode::CREATED);
+        eventually(Duration::from_secs(10), "all arrive", || async { place.sink.first_arrivals().len() == 3 }).await;
+        for process in [serving, working] {
+            assert_eq!(process.terminate(Duration::from_secs(10)).await.0.code(), Some(0));
+        }
     }
 }
 
@@ -215,7 +221,7 @@ async fn a_setting_that_cannot_be_followed_is_refused_with_a_sentence() {
         ("WEBHOOK_SECRET", "", "WEBHOOK_SECRET"),
         ("DATABASE_URL", "mysql://localhost/x", "sqlite://"),
     ] {
-        let place = Place::new(&[(name, value)]).await;
+        let place = Place::on(Database::sqlite(), &[(name, value)]).await;
         let run = command("conformance-app", "all", &place.settings()).output();
         let output = tokio::time::timeout(Duration::from_secs(20), run).await.expect("it ends").unwrap();
         let text = String::from_utf8(output.stderr).unwrap();

@@ -4,21 +4,24 @@ use crate::support::App;
 
 #[tokio::test]
 async fn an_event_pushed_inside_a_savepoint_that_is_kept_is_stored() {
-    let app = App::new().await;
-    app.op("savepoint_ok").await.assert_committed(201);
-    app.assert_stored(&[2]).await;
+    for app in App::each().await {
+        app.op("savepoint_ok").await.assert_committed(201);
+        app.assert_stored(&[2]).await;
+    }
 }
 
 #[tokio::test]
 async fn an_event_pushed_inside_a_savepoint_that_is_rolled_back_is_absent() {
-    let app = App::new().await;
-    app.op("savepoint_rollback").await.assert_committed(201);
-    app.assert_stored(&[]).await;
+    for app in App::each().await {
+        app.op("savepoint_rollback").await.assert_committed(201);
+        app.assert_stored(&[]).await;
+    }
 }
 
 #[tokio::test]
 async fn a_statement_that_fails_inside_a_savepoint_takes_only_the_savepoint_with_it() {
-    let app = App::new().await;
-    app.op("savepoint_error").await.assert_committed(201);
-    app.assert_stored(&[]).await;
+    for app in App::each().await {
+        app.op("savepoint_error").await.assert_committed(201);
+        app.assert_stored(&[]).await;
+    }
 }

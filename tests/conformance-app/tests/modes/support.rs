@@ -9,9 +9,9 @@ use axum::{
 };
 use outbox_core::{Ordering, Subscription};
 use outbox_seaorm::{Outbox, entity::events};
-use sea_orm::{ConnectionTrait, EntityTrait, QueryOrder, Statement};
+use outbox_tests::Database;
+use sea_orm::{ConnectionTrait, DbBackend, EntityTrait, QueryOrder, Statement};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use tower::ServiceExt;
 
 pub(crate) struct App {
@@ -20,30 +20,30 @@ pub(crate) struct App {
     /// The id of the subscription `effects`, so that commits write deliveries as they do beside a worker.
     pub(crate) effects: i32,
     pub(crate) witness: Outbox,
-    _folder: TempDir,
+    database: Database,
 }
 
 #[derive(Debug)]
 pub(crate) struct Answer {
+    backend: DbBackend,
     pub(crate) status: u16,
     pub(crate) outcome: String,
     pub(crate) body: Value,
 }
 
 impl App {
-    pub(crate) async fn new() -> Self {
-        Self::with(|outbox| outbox).await
+    /// One on each database.
+    pub(crate) async fn each() -> [Self; 2] {
+        [Self::on(Database::sqlite(), 2).await, Self::on(Database::postgres(), 2).await]
     }
 
-    pub(crate) async fn with(change: impl FnOnce(Outbox) -> Outbox) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let url = format!("sqlite://{}?mode=rwc", folder.path().join("test.db").display());
-        let outbox = change(Outbox::connect(&url, 2).await.unwrap());
+    pub(crate) async fn on(database: Database, connections: u32) -> Self {
+        let outbox = Outbox::connect(&database.url(), connections).await.unwrap();
         conformance_app::migrate(&outbox).await.unwrap();
         let subscription = Subscription::new("effects").unwrap().ordering(Ordering::None);
         let effects = outbox.register(&subscription).await.unwrap();
-        let witness = Outbox::connect(&url, 1).await.unwrap();
-        Self { router: conformance_app::router(outbox.clone()), outbox, effects, witness, _folder: folder }
+        let witness = database.open().await;
+        Self { router: conformance_app::router(outbox.clone()), outbox, effects, witness, database }
     }
 
     /// `POST /op` for the op `a` of the key `k` with two events.
@@ -52,7 +52,7 @@ impl App {
     }
 
     pub(crate) async fn post(&self, path: &str, body: &Value) -> Answer {
-        read(self.respond(path, body).await).await
+        self.read(self.respond(path, body).await).await
     }
 
     /// The response with its body unread.
@@ -61,9 +61,20 @@ impl App {
         self.router.clone().oneshot(request.body(Body::from(body.to_string())).unwrap()).await.unwrap()
     }
 
+    pub(crate) async fn read(&self, response: Response<Body>) -> Answer {
+        let (parts, body) = response.into_parts();
+        let outcome = parts.headers.get("outbox-outcome").map_or("none", |value| value.to_str().unwrap()).to_owned();
+        // The rest of the response is gone before its body is read, as on a connection.
+        let status = parts.status.as_u16();
+        drop(parts);
+        let body = to_bytes(body, usize::MAX).await.unwrap();
+        let body = serde_json::from_slice(&body).unwrap_or(Value::Null);
+        Answer { backend: self.outbox.writer().get_database_backend(), status, outcome, body }
+    }
+
     pub(crate) async fn get(&self, path: &str) -> Value {
         let request = Request::get(path).body(Body::empty()).unwrap();
-        read(self.router.clone().oneshot(request).await.unwrap()).await.body
+        self.read(self.router.clone().oneshot(request).await.unwrap()).await.body
     }
 
     pub(crate) async fn orders(&self) -> Vec<String> {
@@ -84,10 +95,10 @@ impl App {
 
     /// The op is stored with its events and these extra ones, and is the only one.
     pub(crate) async fn assert_stored(&self, extra: &[i64]) {
-        assert_eq!(self.orders().await, ["a"]);
+        assert_eq!(self.orders().await, ["a"], "{:?}", self.database);
         let extra = extra.iter().map(|i| (*i, None));
         let expected: Vec<_> = [(0, Some(1)), (1, Some(2))].into_iter().chain(extra).collect();
-        assert_eq!(self.numbers().await, expected);
+        assert_eq!(self.numbers().await, expected, "{:?}", self.database);
         for event in self.events().await {
             assert_eq!((event.event_type.as_str(), event.aggregate_type.as_str()), ("order.placed", "order"));
             assert_eq!((event.aggregate_id.as_str(), &event.payload["op"]), ("k", &json!("a")));
@@ -98,8 +109,7 @@ impl App {
     /// Neither op nor event is stored, the key was not advanced, and no connection has kept a transaction: the same op
     /// comes out as if it were the first.
     pub(crate) async fn assert_nothing_stored(&self) {
-        assert_eq!(self.orders().await, Vec::<String>::new());
-        assert_eq!(self.numbers().await, []);
+        assert_eq!((self.orders().await, self.numbers().await), (vec![], vec![]), "{:?}", self.database);
         self.op("ok").await.assert_committed(201);
         self.assert_stored(&[]).await;
     }
@@ -119,16 +129,6 @@ impl Answer {
 
 pub(crate) fn op(mode: &str) -> Value {
     json!({ "op": "a", "key": "k", "n": 2, "mode": mode, "arg": "" })
-}
-
-pub(crate) async fn read(response: Response<Body>) -> Answer {
-    let (parts, body) = response.into_parts();
-    let outcome = parts.headers.get("outbox-outcome").map_or("none", |value| value.to_str().unwrap()).to_owned();
-    // The rest of the response is gone before its body is read, as on a connection.
-    let status = parts.status.as_u16();
-    drop(parts);
-    let body = to_bytes(body, usize::MAX).await.unwrap();
-    Answer { status, outcome, body: serde_json::from_slice(&body).unwrap_or(Value::Null) }
 }
 
 /// Long enough for a late task to have done its harm.
