@@ -218,3 +218,58 @@ impl Sink<Task<DeliveryTask>> for OutboxBackend {
         Poll::Ready(Ok(()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, sync::Arc, time::Duration};
+
+    use apalis_core::task::builder::TaskBuilder;
+    use outbox_core::RecordedEvent;
+    use outbox_seaorm::LaneRef;
+    use sea_orm::DatabaseConnection;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::task::{Attempt, Decision};
+
+    fn task(token: i64) -> Task<DeliveryTask> {
+        let event: RecordedEvent = serde_json::from_value(serde_json::json!({
+            "position": 1, "id": Uuid::nil(), "event_type": "note.noted", "schema_version": 1, "aggregate_type": "note",
+            "aggregate_id": "a", "payload": {}, "occurred_at": "2026-11-21T00:00:00Z",
+            "recorded_at": "2026-11-21T00:00:00Z",
+        }))
+        .unwrap();
+        let attempt = Attempt {
+            lane: LaneRef { subscription: 1, key: "note/a".to_owned(), token },
+            subscription: "s".into(),
+            number: 1,
+            log: None,
+            last: true,
+            time: Duration::MAX,
+            cancelled: CancellationToken::new(),
+            decision: Decision::default(),
+        };
+        TaskBuilder::new(DeliveryTask { event: Arc::new(event), attempt: Some(attempt) }).build()
+    }
+
+    #[tokio::test]
+    async fn a_task_that_is_handed_out_while_the_worker_closes_is_given_back() {
+        let (tasks, tasks_end) = mpsc::channel(2);
+        let (results, mut results_end) = mpsc::unbounded_channel();
+        let stopped = tokio::spawn(async move {
+            for token in [1, 2] {
+                // By now the backend waits.
+                tokio::task::yield_now().await;
+                tasks.send(task(token)).await.unwrap();
+                let result: AttemptResult = results_end.recv().await.unwrap();
+                assert!(matches!(result.end, End::Cancelled) && result.token == token);
+            }
+        });
+        let ends = Ends { tasks: tasks_end, results, stop: CancellationToken::new(), stopped };
+        let outbox = Outbox::new(DatabaseConnection::default());
+        let mut backend = OutboxBackend { outbox, subscription: "s".to_owned(), feed: Feed::Running(ends) };
+        let worker = WorkerContext::new("w");
+        let closed = poll_fn(|cx| Backend::poll_close(&mut backend, cx, &worker));
+        tokio::time::timeout(Duration::from_secs(5), closed).await.unwrap().unwrap();
+    }
+}

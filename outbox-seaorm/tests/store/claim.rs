@@ -2,9 +2,9 @@ use std::time::{Duration, Instant};
 
 use chrono::{SubsecRound, Utc};
 use outbox_core::{Context, Ordering, Subscription};
-use outbox_seaorm::Next;
+use outbox_seaorm::{Next, Settled};
 
-use crate::fixture::{LONG, SHORT, Store, delivered, delivered_run, failed, runs, todo};
+use crate::fixture::{LONG, SHORT, Store, delivered, delivered_run, failed, is_about, runs, todo};
 
 #[tokio::test]
 async fn a_claimed_lane_is_not_claimed_again_before_its_lease_ends() {
@@ -21,7 +21,7 @@ async fn a_claimed_lane_is_not_claimed_again_before_its_lease_ends() {
     assert_eq!((again.attempts, &again.lane.key, &again.run), (2, &first.lane.key, &first.run));
     assert!(store.claim(id).await.is_empty());
     let wait = store.outbox.next_due(id).await.unwrap().unwrap();
-    assert!((LONG / 2..=LONG).contains(&wait), "{wait:?}");
+    assert!(is_about(wait, LONG), "{wait:?}");
     store.is_whole().await;
 }
 
@@ -73,6 +73,29 @@ async fn a_paused_subscription_gives_nothing() {
 }
 
 #[tokio::test]
+async fn what_is_paused_collects_events_and_goes_on_when_resumed() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record_todos(&["1"]).await;
+    let leased = store.claim_one(id, LONG).await;
+    assert!(store.outbox.pause("s").await.unwrap());
+    assert!(store.outbox.pause("s").await.unwrap(), "twice is once");
+    assert!(!store.outbox.pause("unknown").await.unwrap());
+    assert_eq!(
+        store.outbox.settle(&[delivered_run(&leased)]).await.unwrap(),
+        [Settled::Done],
+        "what is under way ends"
+    );
+    store.record_todos(&["2"]).await;
+    assert!(store.claim(id).await.is_empty());
+    assert!(store.outbox.status().await.unwrap().subscriptions[0].paused);
+    assert!(store.outbox.resume("s").await.unwrap());
+    assert!(!store.outbox.resume("unknown").await.unwrap());
+    assert_eq!(runs(&store.claim(id).await), [("todo/2", vec![2])]);
+    store.is_whole().await;
+}
+
+#[tokio::test]
 async fn a_paused_or_idle_subscription_is_polled_without_the_write_lock() {
     let store = Store::new().await;
     let (id, idle) = (store.subscribe("s").await, store.subscribe("idle").await);
@@ -100,7 +123,7 @@ async fn a_delayed_event_is_not_claimed_early_and_holds_back_only_its_own_key() 
     }
     assert!(store.claim(id).await.is_empty());
     let wait = store.outbox.next_due(id).await.unwrap().unwrap();
-    assert!((LONG / 2..=LONG).contains(&wait), "{wait:?}");
+    assert!(is_about(wait, LONG), "{wait:?}");
     store.time_passes().await;
     assert_eq!(runs(&store.claim(id).await), [("todo/a", vec![2, 3])]);
     store.is_whole().await;

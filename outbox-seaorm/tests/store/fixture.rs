@@ -216,6 +216,11 @@ pub(crate) fn of_type(event_type: &str, id: &str) -> NewEvent {
     NewEvent::dynamic(event_type, "todo", id, &json!({"id": id})).unwrap()
 }
 
+/// Whether that is what is left of a long wait. A difference of times is not exact to the microsecond.
+pub(crate) fn is_about(left: Duration, wait: Duration) -> bool {
+    (wait / 2..wait + Duration::from_millis(1)).contains(&left)
+}
+
 /// Keys with the positions of their runs.
 pub(crate) fn runs(lanes: &[ClaimedLane]) -> Vec<(&str, Vec<i64>)> {
     lanes.iter().map(|lane| (lane.lane.key.as_str(), lane.run.iter().map(|event| event.position).collect())).collect()

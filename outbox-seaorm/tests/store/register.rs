@@ -1,7 +1,7 @@
 use std::collections::HashMap;
 
 use outbox_core::{Ordering, StartPosition, Subscription};
-use outbox_seaorm::{Next, Outbox};
+use outbox_seaorm::{Next, Outbox, Settled};
 
 use crate::fixture::{LONG, Store, delivered, poll_once, record, runs, todo};
 
@@ -135,6 +135,30 @@ async fn a_subscription_begins_with_the_next_commit_from_a_time_or_at_the_beginn
     ] {
         assert_eq!(store.deliver_all(id).await, expected, "{id}");
     }
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_subscription_that_was_removed_is_gone_with_all_its_deliveries() {
+    let store = Store::new().await;
+    let (id, other) = (store.subscribe("s").await, store.subscribe("other").await);
+    store.record_todos(&["a", "b", "c"]).await;
+    let lanes = store.claim(id).await;
+    let mut dead = delivered(&lanes[1], 1, Next::Yield);
+    dead.finished[0].error = Some("dead".to_owned());
+    store.outbox.settle(&[delivered(&lanes[0], 1, Next::Yield), dead]).await.unwrap();
+    assert!(store.outbox.remove("s").await.unwrap());
+    assert!(!store.outbox.remove("s").await.unwrap());
+    let late = delivered(&lanes[2], 1, Next::Yield);
+    assert_eq!(store.outbox.settle(&[late]).await.unwrap(), [Settled::Superseded]);
+    store.record_todos(&["d"]).await;
+    for table in ["outbox_lanes", "outbox_deliveries", "outbox_delivered", "outbox_dead_letters"] {
+        assert_eq!(store.count(&format!("{table} where subscription_id = {id}")).await, 0, "{table}");
+    }
+    let again = store.register(from_the_beginning("s")).await;
+    assert_ne!(again, id, "a late result for the old one cannot hit the new one");
+    assert_eq!(store.deliver_all(again).await, [1, 2, 3, 4]);
+    assert_eq!(store.deliver_all(other).await, [1, 2, 3, 4]);
     store.is_whole().await;
 }
 

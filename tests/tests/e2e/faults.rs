@@ -17,11 +17,12 @@ use tokio::task::JoinSet;
 use crate::example::{drained, get, start};
 
 /// Short leases, so that what a killed process held is due again soon.
-const QUICK: &[(&str, &str)] = &[("OUTBOX_LEASE_MS", "500"), ("OUTBOX_POLL_MS", "50"), ("OUTBOX_MAX_ATTEMPTS", "1000")];
+pub(crate) const QUICK: &[(&str, &str)] =
+    &[("OUTBOX_LEASE_MS", "500"), ("OUTBOX_POLL_MS", "50"), ("OUTBOX_MAX_ATTEMPTS", "1000")];
 
 /// What clients saw: title and whether the todo was confirmed. A request that was cut off may have worked or not.
 #[derive(Clone, Default)]
-struct Ledger {
+pub(crate) struct Ledger {
     answers: Arc<Mutex<HashMap<String, StatusCode>>>,
     stopped: Arc<AtomicBool>,
 }
@@ -29,6 +30,19 @@ struct Ledger {
 impl Ledger {
     /// Creates todos until the process is gone or the load is stopped.
     fn load(&self, app: &Process, clients: usize) -> JoinSet<()> {
+        self.run(app, clients, false)
+    }
+
+    /// Creates todos until the load is stopped, whatever the answers are.
+    pub(crate) fn load_through_errors(&self, app: &Process, clients: usize) -> JoinSet<()> {
+        self.run(app, clients, true)
+    }
+
+    pub(crate) fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+    }
+
+    fn run(&self, app: &Process, clients: usize, through_errors: bool) -> JoinSet<()> {
         let mut running = JoinSet::new();
         for client in 0..clients {
             let (ledger, url) = (self.clone(), format!("{}/todos", app.http));
@@ -36,22 +50,33 @@ impl Ledger {
                 let http = Client::new();
                 while !ledger.stopped.load(Ordering::SeqCst) {
                     let title = format!("{client}-{:016x}", fastrand::u64(..));
-                    let Ok(answer) = http.post(&url).json(&json!({ "title": title })).send().await else { return };
-                    ledger.answers.lock().unwrap().insert(title, answer.status());
+                    let Ok(answer) = http.post(&url).json(&json!({ "title": title })).send().await else {
+                        assert!(!through_errors, "the API is gone");
+                        return;
+                    };
+                    let unknown = answer.headers().get("outbox-outcome").is_some_and(|outcome| outcome == "unknown");
+                    if !unknown {
+                        ledger.answers.lock().unwrap().insert(title, answer.status());
+                    }
                 }
             });
         }
         running
     }
 
-    fn confirmed(&self) -> Vec<String> {
+    pub(crate) fn confirmed(&self) -> Vec<String> {
         let answers = self.answers.lock().unwrap();
         answers.iter().filter(|(_, status)| **status == StatusCode::CREATED).map(|(title, _)| title.clone()).collect()
+    }
+
+    fn refused(&self) -> Vec<String> {
+        let answers = self.answers.lock().unwrap();
+        answers.iter().filter(|(_, status)| !status.is_success()).map(|(title, _)| title.clone()).collect()
     }
 }
 
 /// Every stored todo has its event, every event its effects exactly once, and every confirmed todo is stored.
-async fn assert_consistent(database: &Database, ledger: &Ledger, app: &Process) {
+pub(crate) async fn assert_consistent(database: &Database, ledger: &Ledger, app: &Process) {
     drained(app).await;
     let outbox = database.open().await;
     let todos = texts(&outbox, "select title from todos").await;
@@ -66,6 +91,9 @@ async fn assert_consistent(database: &Database, ledger: &Ledger, app: &Process) 
     assert_eq!(get(&format!("{}/stats", app.http)).await["created"], todos.len());
     for title in ledger.confirmed() {
         assert!(todos.binary_search(&title).is_ok(), "{title} was confirmed and is not stored");
+    }
+    for title in ledger.refused() {
+        assert!(todos.binary_search(&title).is_err(), "{title} was refused and is stored");
     }
     let dead = texts(&outbox, "select error from outbox_dead_letters").await;
     assert_eq!(dead, Vec::<String>::new());
@@ -150,7 +178,7 @@ async fn killed_workers(database: Database) {
         tokio::time::sleep(Duration::from_millis(fastrand::u64(5..150))).await;
         worker.kill().await;
     }
-    ledger.stopped.store(true, Ordering::SeqCst);
+    ledger.stop();
     clients.join_all().await;
     let refused: Vec<StatusCode> =
         ledger.answers.lock().unwrap().values().copied().filter(|status| *status != StatusCode::CREATED).collect();

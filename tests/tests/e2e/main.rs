@@ -2,4 +2,5 @@
 
 mod example;
 mod faults;
+mod postgres;
 mod startup;
