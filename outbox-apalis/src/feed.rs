@@ -6,7 +6,7 @@
 //! of the others and no future of a database call is ever dropped halfway.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -96,7 +96,7 @@ struct Feed {
     unstored: Option<Vec<LaneReport>>,
     claiming: Option<JoinHandle<(usize, Result<Claimed, DbErr>)>>,
     settling: Option<JoinHandle<(Vec<LaneReport>, Result<Vec<Settled>, DbErr>)>>,
-    renewing: Option<JoinHandle<(Instant, Vec<LaneRef>, Result<Vec<LaneRef>, DbErr>)>>,
+    renewing: Option<JoinHandle<(Instant, Vec<LaneRef>, Result<Renewal, DbErr>)>>,
     renew_at: Instant,
     /// When to look for lanes next.
     look_at: Instant,
@@ -104,6 +104,13 @@ struct Feed {
     claim_failures: u32,
     settle_failures: u32,
     settle_at: Instant,
+}
+
+/// What became of leases that were to be renewed; those in neither list are lost.
+struct Renewal {
+    extended: HashSet<LaneRef>,
+    /// Still held; a commit has the lanes at this moment.
+    busy: HashSet<LaneRef>,
 }
 
 struct Claimed {
@@ -571,28 +578,33 @@ impl Feed {
         let outbox = self.source.outbox.clone();
         let lanes: Vec<LaneRef> = self.lanes.values().map(|lane| lane.lane.clone()).collect();
         self.renewing = Some(tokio::spawn(async move {
-            let held = outbox.renew(&lanes, options.lease).await;
-            (now, lanes, held)
+            let renewal = renew(&outbox, &lanes, options.lease).await;
+            (now, lanes, renewal)
         }));
     }
 
-    fn renewed(&mut self, asked_at: Instant, asked: &[LaneRef], held: Result<Vec<LaneRef>, DbErr>) {
-        let held = match held {
-            Ok(held) => held,
+    fn renewed(&mut self, asked_at: Instant, asked: &[LaneRef], renewal: Result<Renewal, DbErr>) {
+        let Renewal { extended, busy } = match renewal {
+            Ok(renewal) => renewal,
             Err(error) => {
                 tracing::warn!(subscription = &*self.source.name, %error, "cannot renew leases, trying again");
                 self.renew_at = Instant::now();
                 return;
             }
         };
-        let held: std::collections::HashSet<LaneRef> = held.into_iter().collect();
+        if !busy.is_empty() {
+            self.renew_at = Instant::now();
+        }
         for lease in asked {
             let Some(lane) = self.lanes.get_mut(&lease.key).filter(|lane| lane.lane == *lease) else { continue };
-            if held.contains(lease) {
+            if extended.contains(lease) {
                 lane.leased_until = asked_at + self.source.options.lease;
-            } else if lane.running && lane.run.front().is_some_and(|event| self.source.destination.settles(event)) {
-                // It ends its lease in its own transaction, perhaps just now; if the lease is lost, its commit fails.
-            } else {
+                continue;
+            }
+            // Such an attempt ends its lease in its own transaction, perhaps just now; if the lease is lost, its commit
+            // fails.
+            let settles = |event: &Arc<RecordedEvent>| self.source.destination.settles(event);
+            if !busy.contains(lease) && !(lane.running && lane.run.front().is_some_and(settles)) {
                 tracing::warn!(subscription = &*self.source.name, "the lease of a lane was lost");
                 self.lose(&lease.key);
             }
@@ -628,6 +640,13 @@ impl Lane {
         let last = attempt_log(self.log.as_deref()).pop();
         last.is_some_and(|entry| entry["attempt"] == self.attempts.saturating_sub(1))
     }
+}
+
+async fn renew(outbox: &Outbox, lanes: &[LaneRef], lease: Duration) -> Result<Renewal, DbErr> {
+    let extended: HashSet<LaneRef> = outbox.renew(lanes, lease).await?.into_iter().collect();
+    let others: Vec<LaneRef> = lanes.iter().filter(|lane| !extended.contains(lane)).cloned().collect();
+    let busy = if others.is_empty() { Vec::new() } else { outbox.held(&others).await? };
+    Ok(Renewal { extended, busy: busy.into_iter().collect() })
 }
 
 /// The result of a background task; pending while there is none.

@@ -241,7 +241,8 @@ impl Outbox {
         Ok(settled)
     }
 
-    /// Extends leases to `lease` from now and returns those that are still held; the others were taken over.
+    /// Extends leases to `lease` from now and returns those that were extended. The others were taken over, or a commit
+    /// holds their lanes at this moment; [`held`](Self::held) tells which.
     ///
     /// # Errors
     ///
@@ -251,21 +252,40 @@ impl Outbox {
     ///
     /// Dropping the future leaves open whether the leases are extended.
     pub async fn renew(&self, lanes: &[LaneRef], lease: Duration) -> Result<Vec<LaneRef>, DbErr> {
-        let rows: Vec<_> = lanes
-            .iter()
-            .map(|lane| serde_json::json!({"subscription": lane.subscription, "key": lane.key, "token": lane.token}))
-            .collect();
-        let values = [json(&rows)?.into(), seconds(lease).into()];
+        let values = [leases(lanes)?.into(), seconds(lease).into()];
         let rows = self.query_all(self.store(), self.sql().renew, values).await?;
-        let held = rows
+        let extended = rows
             .iter()
             .map(|row| {
                 let (subscription, key) = (row.try_get("", "subscription_id")?, row.try_get("", "key")?);
                 Ok(LaneRef { subscription, key, token: row.try_get("", "lease_token")? })
             })
             .collect::<Result<HashSet<LaneRef>, DbErr>>()?;
-        Ok(lanes.iter().filter(|lane| held.contains(lane)).cloned().collect())
+        Ok(lanes.iter().filter(|lane| extended.contains(lane)).cloned().collect())
     }
+
+    /// Returns the leases that nobody has taken over and their holder has not ended.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn held(&self, lanes: &[LaneRef]) -> Result<Vec<LaneRef>, DbErr> {
+        let rows = self.query_all(self.store_reader(), self.sql().held, [leases(lanes)?.into()]).await?;
+        let held = rows.iter().map(|row| {
+            let index: i64 = row.try_get("", "report")?;
+            Ok(usize::try_from(index).ok().and_then(|index| lanes.get(index)).cloned())
+        });
+        held.filter_map(Result::transpose).collect()
+    }
+}
+
+/// Leases as the statements take them.
+fn leases(lanes: &[LaneRef]) -> Result<String, DbErr> {
+    let rows: Vec<_> = lanes
+        .iter()
+        .map(|lane| serde_json::json!({"subscription": lane.subscription, "key": lane.key, "token": lane.token}))
+        .collect();
+    json(&rows)
 }
 
 pub(crate) async fn settle_in(

@@ -113,8 +113,20 @@ pub fn is_transient(error: &DbErr) -> bool {
             // too many connections, read-only for the moment, shutting down and starting up.
             sqlx::Error::Database(error) => matches!(
                 error.code().as_deref(),
-                Some("5" | "261" | "517" | "773" | "6")
-                    | Some("40001" | "40P01" | "55P03" | "53300" | "25006" | "57P01" | "57P02" | "57P03")
+                Some(
+                    "5" | "261"
+                        | "517"
+                        | "773"
+                        | "6"
+                        | "40001"
+                        | "40P01"
+                        | "55P03"
+                        | "53300"
+                        | "25006"
+                        | "57P01"
+                        | "57P02"
+                        | "57P03"
+                )
             ),
             sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
             _ => false,

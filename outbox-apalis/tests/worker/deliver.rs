@@ -9,7 +9,7 @@ use outbox_seaorm::DeliveryState;
 use sea_orm::ConnectionTrait;
 use uuid::Uuid;
 
-use crate::fixture::{Fixture, MS, NEVER, Noted, Seen, eventually, noted, push, run, subscription, within};
+use crate::fixture::{Fixture, MS, NEVER, Noted, Seen, eventually, noted, push, run, subscription, within, worker};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_of_this_process_is_delivered_at_once_although_the_next_poll_is_far_away() {
@@ -29,18 +29,18 @@ async fn an_event_of_this_process_is_delivered_at_once_although_the_next_poll_is
     worker.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_commit_while_the_worker_looks_is_not_overlooked() {
     let fixture = Fixture::new().await;
-    let seen = Seen::default();
-    for n in 0..60 {
-        // The first look of a worker that starts is now, or has been, or will be.
-        let worker = run(fixture.worker().poll(NEVER).unwrap().handlers(subscription("s"), seen.handlers())).await;
-        tokio::time::sleep(fastrand::u32(..30) * MS / 10).await;
-        fixture.push([noted(&n.to_string(), 0)]).await;
+    let (outbox, seen) = (fixture.slowly_reading_outbox().await, Seen::default());
+    let worker = run(worker(&outbox).poll(NEVER).unwrap().handlers(subscription("s"), seen.handlers())).await;
+    for n in 0..30 {
+        push(&outbox, [noted(&n.to_string(), 0)]).await;
         within(Duration::from_secs(2), "the delivery", || async { seen.len() > n }).await;
-        worker.stop().await;
+        // The look after the acknowledgement is under way, or will be, or has been.
+        tokio::time::sleep(fastrand::u32(..50) * MS).await;
     }
+    worker.stop().await;
     fixture.is_at_rest().await;
 }
 

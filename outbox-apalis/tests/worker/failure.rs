@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::fixture::{
-    Fixture, MS, NEVER, Noted, Seen, counted, each_noted, eventually, hanging, noted, policy, run, subscription,
+    Fixture, MS, NEVER, Noted, Seen, counted, each_noted, eventually, hanging, noted, policy, push, run, subscription,
+    within, worker,
 };
 
 /// Stores each wait between attempts as the database computed it.
@@ -66,18 +67,19 @@ async fn a_failing_delivery_is_tried_at_growing_and_jittered_times_and_becomes_a
     assert_eq!(fixture.states("s").await, [(Dead, 5); 8]);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn no_attempt_waits_for_the_poll_when_its_time_has_come() {
     let fixture = Fixture::new().await;
     let seen = Seen::default();
     let handlers = seen.answering(|_, _| Err(DeliveryError::retry("no")));
-    let retry = RetryPolicy::default().max_attempts(50).unwrap().backoff(11 * MS, 11 * MS).unwrap();
+    let retry = RetryPolicy::default().max_attempts(15).unwrap().backoff(11 * MS, 11 * MS).unwrap();
     let retry = retry.jitter(Jitter::Full);
-    let worker = run(fixture.worker().poll(NEVER).unwrap().handlers(subscription("s").retry(retry), handlers)).await;
-    fixture.push(each_noted(&["a", "b", "c"], 1)).await;
+    let outbox = fixture.slowly_reading_outbox().await;
+    let worker = run(worker(&outbox).poll(NEVER).unwrap().handlers(subscription("s").retry(retry), handlers)).await;
+    push(&outbox, each_noted(&["a", "b", "c"], 1)).await;
     fixture.dead(3).await;
     worker.stop().await;
-    assert_eq!(fixture.states("s").await, [(Dead, 50); 3]);
+    assert_eq!(fixture.states("s").await, [(Dead, 15); 3]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -315,7 +317,7 @@ async fn a_handler_that_never_yields_holds_up_no_other_delivery() {
     fixture.push([noted("blocks", 0)]).await;
     eventually("the handler blocks", || async { seen.len() == 1 }).await;
     fixture.push([noted("a", 0)]).await;
-    crate::fixture::within(300 * MS, "the other delivery", || async { seen.of("a") == [0] }).await;
+    within(300 * MS, "the other delivery", || async { seen.of("a") == [0] }).await;
     worker.stop().await;
 }
 

@@ -121,6 +121,13 @@ impl Fixture {
         Database::connect(options).await.unwrap()
     }
 
+    /// An outbox whose reads are a while old when they are answered.
+    pub(crate) async fn slowly_reading_outbox(&self) -> Outbox {
+        let (writer, mut reader) = (self.impatient_connection().await, self.impatient_connection().await);
+        reader.set_metric_callback(|_| std::thread::sleep(10 * MS));
+        Outbox::with_connections(writer, reader)
+    }
+
     pub(crate) fn worker(&self) -> Worker {
         worker(&self.outbox)
     }

@@ -9,7 +9,7 @@ use outbox_seaorm::DeliveryState::{Delivered, Leased};
 use tokio::sync::Semaphore;
 
 use crate::fixture::{
-    Fixture, MS, NEVER, Noted, Seen, each_noted, eventually, noted, run, subscription, worker, working,
+    Fixture, MS, NEVER, Noted, Seen, each_noted, eventually, noted, run, subscription, within, worker, working,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -98,12 +98,12 @@ async fn an_attempt_whose_lease_was_lost_is_cancelled_at_the_next_renewal() {
             }
         })
     };
-    let worker = fixture.worker().lease(300 * MS).unwrap().timeout(NEVER).unwrap();
+    let worker = fixture.worker().lease(1200 * MS).unwrap().timeout(NEVER).unwrap();
     let worker = run(worker.handlers(subscription("s"), handlers)).await;
     fixture.push([noted("a", 0)]).await;
     eventually("the handler is at work", || async { seen.len() == 1 }).await;
     fixture.execute(TAKE_OVER).await;
-    eventually("the cancellation", || async { cancelled.load(SeqCst) == 1 }).await;
+    within(800 * MS, "the cancellation", || async { cancelled.load(SeqCst) == 1 }).await;
     assert_eq!(fixture.count("outbox_delivered").await, 0);
     fixture.delivered(1).await;
     worker.stop().await;

@@ -19,12 +19,11 @@ pub(crate) fn worker(outbox: &Outbox, config: &Config) -> Result<Worker, Box<dyn
     let subscription = |name: &str, event_type: &str| -> Result<Subscription, Box<dyn Error>> {
         Ok(Subscription::new(name)?.events([event_type])?.retry(retry).start(StartPosition::Beginning))
     };
-    let mut worker = Worker::new(outbox.clone())
+    let worker = Worker::new(outbox.clone())
         .handlers(subscription("effects", OrderPlaced::TYPE)?.ordering(Ordering::None), effects())
         .handlers(subscription("poison", OrderPoisoned::TYPE)?, poison::handlers(config.lease()));
     if let Some(sink) = &config.sink {
-        let _ = &sink.secret;
-        worker = worker.publisher(subscription("sink", OrderPlaced::TYPE)?, Temp(sink.url.clone(), reqwest::Client::new()));
+        return Err(format!("SINK_URL is {:?}, but this version has no webhooks yet; unset it", sink.url).into());
     }
     Ok(config.apply(worker)?)
 }
@@ -36,14 +35,4 @@ fn effects() -> Handlers {
 async fn apply(order: OrderPlaced, effect: Effect) -> Result<(), DeliveryError> {
     tables::apply(effect.tx(), effect.delivery().event().id, &order).await?;
     Ok(())
-}
-
-struct Temp(String, reqwest::Client);
-impl outbox_core::Publisher for Temp {
-    async fn publish(&self, d: &outbox_core::Delivery) -> Result<(), DeliveryError> {
-        let e = d.event();
-        let body = format!("{{\"specversion\":\"1.0\",\"id\":\"{}\",\"type\":\"{}\",\"subject\":\"{}\",\"data\":{}}}", e.id, e.event_type, e.aggregate_id, e.payload);
-        self.1.post(&self.0).header("webhook-id", e.id.to_string()).header("webhook-timestamp", "1").header("webhook-signature", "v1,x").body(body).send().await?.error_for_status()?;
-        Ok(())
-    }
 }

@@ -3,7 +3,9 @@
 use std::time::{Duration, SystemTime};
 
 use outbox_tests::Database;
-use sea_orm::{ConnectionTrait, DbBackend, SqliteTransactionMode, TransactionOptions, TransactionTrait, prelude::DateTimeUtc};
+use sea_orm::{
+    ConnectionTrait, DbBackend, SqliteTransactionMode, TransactionOptions, TransactionTrait, prelude::DateTimeUtc,
+};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 

@@ -118,12 +118,12 @@ impl App {
 impl Answer {
     #[track_caller]
     pub(crate) fn assert_committed(&self, status: u16) {
-        assert_eq!((self.status, self.outcome.as_str()), (status, "committed"), "{self:?}");
+        assert_eq!((self.status, self.outcome.as_str()), (status, "committed"), "on {:?}: {self:?}", self.backend);
     }
 
     #[track_caller]
     pub(crate) fn assert_rolled_back(&self, status: u16) {
-        assert_eq!((self.status, self.outcome.as_str()), (status, "rolled-back"), "{self:?}");
+        assert_eq!((self.status, self.outcome.as_str()), (status, "rolled-back"), "on {:?}: {self:?}", self.backend);
     }
 }
 
