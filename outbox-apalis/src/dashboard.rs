@@ -36,6 +36,7 @@ pub async fn dashboard(outbox: &Outbox) -> Result<Router, DbErr> {
 }
 
 /// A `tracing` layer that shows what workers log about their attempts on the dashboard, live.
+#[must_use = "a layer does nothing before it is added to a subscriber"]
 pub fn board_events<S>() -> impl Layer<S>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,

@@ -603,8 +603,9 @@ impl Feed {
             }
             // Such an attempt ends its lease in its own transaction, perhaps just now; if the lease is lost, its commit
             // fails.
-            let settles = |event: &Arc<RecordedEvent>| self.source.destination.settles(event);
-            if !busy.contains(lease) && !(lane.running && lane.run.front().is_some_and(settles)) {
+            let head = lane.run.front().filter(|_| lane.running);
+            let settles = head.is_some_and(|event| self.source.destination.settles(event));
+            if !settles && !busy.contains(lease) {
                 tracing::warn!(subscription = &*self.source.name, "the lease of a lane was lost");
                 self.lose(&lease.key);
             }

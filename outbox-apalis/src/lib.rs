@@ -55,6 +55,7 @@ mod handlers;
 mod listing;
 mod options;
 mod task;
+mod webhook;
 mod worker;
 
 pub use backend::{BackendError, NoCodec, OutboxBackend};
@@ -62,4 +63,5 @@ pub use dashboard::{board_events, dashboard};
 pub use handlers::{Effect, Handlers};
 pub use options::InvalidOption;
 pub use task::DeliveryTask;
+pub use webhook::{InvalidWebhook, WebhookPublisher};
 pub use worker::{StartError, StartedWorker, Worker};

@@ -289,6 +289,7 @@ fn more_than_zero(timeout: Duration) -> Result<Duration, InvalidWebhook> {
 }
 
 /// A length of time as people write it: `15 s`.
+#[derive(Debug)]
 struct Seconds(Duration);
 
 impl fmt::Display for Seconds {

@@ -114,6 +114,7 @@ pub fn binary(package: &'static str) -> PathBuf {
 }
 
 /// A command that sees nothing of this process' settings.
+#[must_use]
 pub fn command(package: &'static str, mode: &str, settings: &[(&str, &str)]) -> Command {
     let mut command = Command::new(binary(package));
     command.arg(mode).env_clear().env("OPS_TOKEN", TOKEN).env("RUST_LOG", "warn");

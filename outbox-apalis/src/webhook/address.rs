@@ -91,23 +91,23 @@ impl Service<Name> for Resolver {
 const LOOPBACK_V4: Ipv4Net = v4(127, 0, 0, 0, 8);
 const LOOPBACK_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128);
 
-/// Everything in the registry of special-purpose IPv4 addresses (RFC 6890) that leads to no public host.
+/// What leads to no public host: from IANA's registry of special-purpose addresses (RFC 6890), and one of a cloud.
 const SPECIAL_V4: [Ipv4Net; 16] = [
-    v4(0, 0, 0, 0, 8),       // this network; Linux connects to itself
-    v4(10, 0, 0, 0, 8),      // private
-    v4(100, 64, 0, 0, 10),   // shared by carriers
-    LOOPBACK_V4,             //
-    v4(169, 254, 0, 0, 16),  // link-local, and the metadata services of clouds
-    v4(172, 16, 0, 0, 12),   // private
-    v4(192, 0, 0, 0, 24),    // protocol assignments
-    v4(192, 0, 2, 0, 24),    // documentation
-    v4(192, 88, 99, 0, 24),  // 6to4 relays
-    v4(192, 168, 0, 0, 16),  // private
-    v4(198, 18, 0, 0, 15),   // benchmarks
-    v4(198, 51, 100, 0, 24), // documentation
-    v4(203, 0, 113, 0, 24),  // documentation
-    v4(224, 0, 0, 0, 4),     // multicast
-    v4(240, 0, 0, 0, 4),     // reserved, and broadcast
+    v4(0, 0, 0, 0, 8),        // this network; Linux connects to itself
+    v4(10, 0, 0, 0, 8),       // private
+    v4(100, 64, 0, 0, 10),    // shared by carriers
+    LOOPBACK_V4,              // this machine
+    v4(169, 254, 0, 0, 16),   // link-local, and the metadata services of clouds
+    v4(172, 16, 0, 0, 12),    // private
+    v4(192, 0, 0, 0, 24),     // protocol assignments
+    v4(192, 0, 2, 0, 24),     // documentation
+    v4(192, 88, 99, 0, 24),   // 6to4 relays
+    v4(192, 168, 0, 0, 16),   // private
+    v4(198, 18, 0, 0, 15),    // benchmarks
+    v4(198, 51, 100, 0, 24),  // documentation
+    v4(203, 0, 113, 0, 24),   // documentation
+    v4(224, 0, 0, 0, 4),      // multicast
+    v4(240, 0, 0, 0, 4),      // reserved, and broadcast
     v4(168, 63, 129, 16, 32), // the platform service of Azure's machines, on a public address
 ];
 
@@ -115,10 +115,10 @@ const SPECIAL_V4: [Ipv4Net; 16] = [
 const GLOBAL_V6: Ipv6Net = v6(0x2000, 0, 3);
 
 const SPECIAL_V6: [Ipv6Net; 4] = [
-    v6(0x2001, 0, 23),      // protocol assignments, with Teredo
-    v6(0x2001, 0xdb8, 32),  // documentation
-    v6(0x2002, 0, 16),      // 6to4, which holds any IPv4 address
-    v6(0x3fff, 0, 20),      // documentation
+    v6(0x2001, 0, 23),     // protocol assignments, with Teredo
+    v6(0x2001, 0xdb8, 32), // documentation
+    v6(0x2002, 0, 16),     // 6to4, which holds any IPv4 address
+    v6(0x3fff, 0, 20),     // documentation
 ];
 
 /// Where a network without IPv4 reaches it (RFC 6052).

@@ -1,4 +1,5 @@
 use std::{
+    cmp::Reverse,
     fmt,
     time::{Duration, SystemTime},
 };
@@ -14,8 +15,7 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
 /// How much of a failure's body is read, in bytes.
 const READ_BYTES: usize = 1024;
 
-/// How much of it is shown, in characters. A part of the URL that only begins within what was read lies behind it, as
-/// long as it is shorter than the difference.
+/// How much of it is shown, in characters.
 const SHOWN_CHARS: usize = 512;
 
 /// Longest wait for the body of a failure: its status has said what counts.
@@ -45,10 +45,8 @@ where
 
 /// Whether another attempt may end differently. What HTTP has no meaning for is taken as a destination in trouble.
 fn passing(status: StatusCode) -> bool {
-    matches!(
-        status,
-        StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY | StatusCode::TOO_MANY_REQUESTS
-    ) || !(status.is_redirection() || status.is_client_error())
+    matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY | StatusCode::TOO_MANY_REQUESTS)
+        || !(status.is_redirection() || status.is_client_error())
 }
 
 /// The wait that the destination asks for: seconds, or a date. What is neither counts as nothing said.
@@ -85,7 +83,7 @@ where
 }
 
 fn excerpt(body: &[u8], hidden: &Hidden) -> String {
-    let text = plain(&hidden.hide(String::from_utf8_lossy(body).into_owned()));
+    let text = plain(&hidden.hide(&String::from_utf8_lossy(body)));
     match text.char_indices().nth(SHOWN_CHARS) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text,
@@ -95,7 +93,8 @@ fn excerpt(body: &[u8], hidden: &Hidden) -> String {
 /// One line of text: without control characters, and without those that turn around or break what comes after.
 pub(super) fn plain(text: &str) -> String {
     let unsafe_to_show = |c: char| {
-        c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+        c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
     };
     let words = text.split(|c: char| c.is_whitespace() || unsafe_to_show(c)).filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join(" ")
@@ -105,22 +104,30 @@ pub(super) fn plain(text: &str) -> String {
 pub(super) struct Hidden(Vec<String>);
 
 impl Hidden {
-    /// The query, its longer values, and the path's segments that look like a token.
+    /// The query, its values, and the path's segments that look like a token. What is shorter is no secret, and would
+    /// tear holes into ordinary text.
     pub(super) fn of(url: &Url) -> Self {
-        let query = url.query().map(str::to_owned).into_iter();
-        let raw = url.query().into_iter().flat_map(|query| query.split(['&', '='])).map(str::to_owned);
-        let decoded = url.query_pairs().map(|(_, value)| value.into_owned());
-        let values = raw.chain(decoded).filter(|value| value.len() >= 6);
+        let query = url.query().into_iter().flat_map(|query| query.split(['&', '=']).chain([query])).map(str::to_owned);
+        let values = url.query_pairs().map(|(_, value)| value.into_owned());
         let segments = url.path_segments().into_iter().flatten().filter(|segment| segment.len() >= 16);
-        let mut hidden: Vec<String> = query.chain(values).chain(segments.map(str::to_owned)).collect();
-        hidden.retain(|part| !part.is_empty());
+        let mut parts: Vec<String> = query.chain(values).filter(|part| part.len() >= 6).collect();
+        parts.extend(segments.map(str::to_owned));
         // The longest first, so that none is left in pieces.
-        hidden.sort_by_key(|part| std::cmp::Reverse(part.len()));
-        Self(hidden)
+        parts.sort_by_key(|part| Reverse(part.len()));
+        Self(parts)
     }
 
-    fn hide(&self, text: String) -> String {
-        self.0.iter().fold(text, |text, part| text.replace(part, "…"))
+    fn hide(&self, text: &str) -> String {
+        let mut text = self.0.iter().fold(text.to_owned(), |text, part| text.replace(part, "…"));
+        // The text may have been cut off within one.
+        for part in &self.0 {
+            let begun = |&len: &usize| part.is_char_boundary(len) && text.ends_with(&part[..len]);
+            if let Some(len) = (4..part.len()).rev().find(begun) {
+                text.truncate(text.len() - len);
+                text.push('…');
+            }
+        }
+        text
     }
 }
 
@@ -188,6 +195,7 @@ mod tests {
             ("bad token s3cr+t-value", "bad token …"),
             ("token=s3cr%2Bt-value&amp;v=1", "token=…&amp;v=1"),
             ("longnakedkey", "…"),
+            ("cut off: longnak", "cut off: …"),
             ("no such hook", "no such hook"),
         ] {
             assert_eq!(excerpt(answer.as_bytes(), &hidden), shown);

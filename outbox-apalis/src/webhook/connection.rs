@@ -91,9 +91,7 @@ impl Service<Uri> for Connector {
             return Box::pin(ready(Err(refused.into())));
         }
         let (connecting, timeout) = (self.https.call(uri), self.timeout);
-        Box::pin(async move {
-            tokio::time::timeout(timeout, connecting).await.map_err(|_| TooSlow(Seconds(timeout)))?
-        })
+        Box::pin(async move { tokio::time::timeout(timeout, connecting).await.map_err(|_| TooSlow(Seconds(timeout)))? })
     }
 }
 
@@ -117,13 +115,15 @@ pub(super) fn failed(error: &legacy::Error, origin: &str) -> DeliveryError {
 /// The cause that helps, without the layers around it.
 fn describe(error: &legacy::Error) -> String {
     let causes: Vec<&(dyn Error + 'static)> = iter::successors(Some(error as _), |&error| cause(error)).collect();
-    let of_ours = causes.iter().find_map(|cause| match cause.downcast_ref()? {
+    let refused = causes.iter().find_map(|cause| match cause.downcast_ref()? {
         refused @ Unreachable::NotPublic(_) => Some(refused.to_string()),
         unresolved @ Unreachable::Unresolved(error) => Some(format!("{unresolved}: {error}")),
     });
     let of_tls = || causes.iter().find_map(|cause| cause.downcast_ref::<rustls::Error>());
-    let of_io = || causes.iter().find_map(|cause| cause.downcast_ref::<io::Error>()?.raw_os_error().map(|_| cause.downcast_ref::<io::Error>())?);
-    of_ours
+    // A wrapped one has its cause behind it, except that of a timeout, which says less.
+    let tells = |error: &&io::Error| error.get_ref().is_none() || error.kind() == io::ErrorKind::TimedOut;
+    let of_io = || causes.iter().filter_map(|cause| cause.downcast_ref::<io::Error>()).find(tells);
+    refused
         .or_else(|| of_tls().map(|error| format!("TLS failed: {error}")))
         .or_else(|| of_io().map(|error| error.kind().to_string()))
         .or_else(|| causes.last().map(|error| error.to_string()))

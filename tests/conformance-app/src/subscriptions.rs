@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use outbox_apalis::{Effect, Handlers, Worker};
+use outbox_apalis::{Effect, Handlers, WebhookPublisher, Worker};
 use outbox_core::{DeliveryError, Event, Ordering, StartPosition, Subscription};
 use outbox_seaorm::Outbox;
 
@@ -19,11 +19,12 @@ pub(crate) fn worker(outbox: &Outbox, config: &Config) -> Result<Worker, Box<dyn
     let subscription = |name: &str, event_type: &str| -> Result<Subscription, Box<dyn Error>> {
         Ok(Subscription::new(name)?.events([event_type])?.retry(retry).start(StartPosition::Beginning))
     };
-    let worker = Worker::new(outbox.clone())
+    let mut worker = Worker::new(outbox.clone())
         .handlers(subscription("effects", OrderPlaced::TYPE)?.ordering(Ordering::None), effects())
         .handlers(subscription("poison", OrderPoisoned::TYPE)?, poison::handlers(config.lease()));
     if let Some(sink) = &config.sink {
-        return Err(format!("SINK_URL is {:?}, but this version has no webhooks yet; unset it", sink.url).into());
+        let publisher = WebhookPublisher::new(&sink.url, &sink.secret)?.allow_loopback();
+        worker = worker.publisher(subscription("sink", OrderPlaced::TYPE)?, publisher);
     }
     Ok(config.apply(worker)?)
 }

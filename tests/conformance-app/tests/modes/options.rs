@@ -41,8 +41,10 @@ async fn only_events_are_stored_without_an_order() {
 #[tokio::test]
 async fn only_read_opens_no_write_transaction_and_stores_nothing() {
     for app in App::each().await {
-        let mut options = TransactionOptions::default();
-        options.sqlite_transaction_mode = Some(SqliteTransactionMode::Immediate);
+        let options = TransactionOptions {
+            sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
+            ..TransactionOptions::default()
+        };
         let writing = app.witness.writer().begin_with_options(options).await.unwrap();
         if writing.get_database_backend() == DbBackend::Postgres {
             writing.execute_unprepared("lock table orders, keys, outbox_events in exclusive mode").await.unwrap();

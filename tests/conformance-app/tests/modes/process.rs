@@ -13,9 +13,7 @@ use sea_orm::{ConnectionTrait, EntityTrait, Statement};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-use crate::sink::Sink;
-
-const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+use crate::sink::{SECRET, Sink};
 
 /// A database of its own, a sink, and the settings of a process that uses both.
 struct Place {
@@ -219,6 +217,7 @@ async fn a_setting_that_cannot_be_followed_is_refused_with_a_sentence() {
         ("DB_POOL", "0", "DB_POOL"),
         ("REDIS_URL", "redis://localhost", "without Redis"),
         ("WEBHOOK_SECRET", "", "WEBHOOK_SECRET"),
+        ("WEBHOOK_SECRET", "whsec_c2hvcnQ=", "webhook secret"),
         ("DATABASE_URL", "mysql://localhost/x", "sqlite://"),
     ] {
         let place = Place::on(Database::sqlite(), &[(name, value)]).await;
