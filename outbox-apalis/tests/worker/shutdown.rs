@@ -50,6 +50,7 @@ async fn what_was_claimed_in_advance_is_given_back_at_once() {
     let first = fixture.worker().lease(lease).unwrap().concurrency(2).unwrap().shutdown_grace(1500 * MS);
     let first = run(first.handlers(subscription("s"), hanging(&seen))).await;
     fixture.push(each_noted(&["a", "b", "c", "d", "e"], 2)).await;
+    eventually("two are at work", || async { seen.len() == 2 }).await;
     eventually("four are claimed", || async { fixture.count("outbox_lanes where leased_by is not null").await == 4 })
         .await;
     let stopping = tokio::spawn(first.stop());
@@ -144,7 +145,10 @@ async fn a_worker_that_stops_takes_no_wake_up_from_its_successor() {
         Handlers::new().on(move |event: Noted, delivery| {
             old.add(&event, &delivery);
             let gate = gate.clone();
-            async move { Ok(gate.acquire().await?.forget()) }
+            async move {
+                gate.acquire().await?.forget();
+                Ok(())
+            }
         })
     };
     let first = fixture.worker().poll(NEVER).unwrap().shutdown_grace(Duration::from_secs(60));
