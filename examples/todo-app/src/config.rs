@@ -12,6 +12,8 @@ pub(crate) struct Config {
     pub(crate) ops_addr: SocketAddr,
     /// The token, and whether it was made up here and must be shown.
     pub(crate) ops_token: (String, bool),
+    /// Where events are posted, and the secret they are signed with.
+    pub(crate) webhook: Option<(String, String)>,
     lease: Option<Duration>,
     poll: Option<Duration>,
     max_attempts: Option<u32>,
@@ -27,8 +29,8 @@ pub(crate) enum ConfigError {
     Value { name: &'static str, value: String, expected: &'static str },
     #[error("REDIS_URL is set, but this version delivers without Redis; unset it")]
     Redis,
-    #[error("WEBHOOK_URL is set, but this version has no webhooks yet; unset it")]
-    Webhook,
+    #[error("WEBHOOK_URL is set without WEBHOOK_SECRET; set it to whsec_ and 24 to 64 random bytes in base64")]
+    WebhookSecret,
     #[error("the retry settings OUTBOX_MAX_ATTEMPTS, OUTBOX_BACKOFF_BASE_MS and OUTBOX_BACKOFF_MAX_MS do not fit")]
     Retry(#[from] InvalidPolicy),
     #[error("the settings OUTBOX_LEASE_MS, OUTBOX_POLL_MS and OUTBOX_CONCURRENCY do not fit")]
@@ -40,9 +42,11 @@ impl Config {
         if env::var_os("REDIS_URL").is_some() {
             return Err(ConfigError::Redis);
         }
-        if env::var_os("WEBHOOK_URL").is_some() {
-            return Err(ConfigError::Webhook);
-        }
+        let webhook = match (env::var("WEBHOOK_URL"), env::var("WEBHOOK_SECRET")) {
+            (Err(_), _) => None,
+            (Ok(url), Ok(secret)) => Some((url, secret)),
+            (Ok(_), Err(_)) => return Err(ConfigError::WebhookSecret),
+        };
         let random_token = || {
             let digits = "abcdefghijkmnpqrstuvwxyz23456789".as_bytes();
             (0..24).map(|_| char::from(digits[fastrand::usize(..digits.len())])).collect::<String>()
@@ -57,6 +61,7 @@ impl Config {
             http_addr: read("HTTP_ADDR", address)?.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3000))),
             ops_addr: read("OPS_ADDR", address)?.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3001))),
             ops_token,
+            webhook,
             lease: milliseconds("OUTBOX_LEASE_MS")?,
             poll: milliseconds("OUTBOX_POLL_MS")?,
             max_attempts: read("OUTBOX_MAX_ATTEMPTS", "a number from 1")?,

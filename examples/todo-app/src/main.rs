@@ -15,7 +15,7 @@ use axum::{
     response::Html,
     routing::{get, post},
 };
-use outbox_apalis::Worker;
+use outbox_apalis::{WebhookPublisher, Worker};
 use outbox_axum::{Operator, OutboxLayer};
 use outbox_core::{StartPosition, Subscription};
 use outbox_seaorm::Outbox;
@@ -31,7 +31,8 @@ const USAGE: &str = "usage: todo-app [all | serve | worker | migrate]
   worker   worker and operators' listener only
   migrate  brings the database to this version and exits
 
-Settings come from the environment: DATABASE_URL, HTTP_ADDR, OPS_ADDR, OPS_TOKEN, OUTBOX_… (docs/configuration.md).";
+Settings come from the environment: DATABASE_URL, HTTP_ADDR, OPS_ADDR, OPS_TOKEN, WEBHOOK_URL,
+WEBHOOK_SECRET, OUTBOX_… (docs/configuration.md).";
 
 /// Connections for reading; requests and the worker share one for writing.
 const READERS: u32 = 4;
@@ -179,9 +180,14 @@ fn worker(outbox: &Outbox, config: &Config) -> Result<Worker, Box<dyn Error>> {
     let subscription = |name: &str| -> Result<Subscription, Box<dyn Error>> {
         Ok(Subscription::new(name)?.events(["todo.*"])?.retry(retry).start(StartPosition::Beginning))
     };
-    let worker = Worker::new(outbox.clone())
+    let mut worker = Worker::new(outbox.clone())
         .handlers(subscription("stats")?, activity::stats_handlers())
         .handlers(subscription("activity")?, activity::activity_handlers());
+    if let Some((url, secret)) = &config.webhook {
+        // A receiver on the same machine is what one tries first.
+        let webhook = WebhookPublisher::new(url, secret)?.source("/todo-app")?.allow_loopback();
+        worker = worker.publisher(subscription("webhook")?, webhook);
+    }
     Ok(config.apply(worker)?)
 }
 
