@@ -13,7 +13,10 @@ use sea_orm::{
 };
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
-use tokio::{sync::oneshot, task::JoinHandle};
+use tokio::{
+    sync::{Semaphore, oneshot},
+    task::JoinHandle,
+};
 
 pub(crate) const MS: Duration = Duration::from_millis(1);
 
@@ -327,6 +330,19 @@ pub(crate) fn working(seen: &Seen, time: Duration) -> Handlers {
         seen.add(&event, &delivery);
         async move {
             tokio::time::sleep(time).await;
+            Ok(())
+        }
+    })
+}
+
+/// A handler that works until the gate opens for it.
+pub(crate) fn gated(seen: &Seen, gate: &Arc<Semaphore>) -> Handlers {
+    let (seen, gate) = (seen.clone(), gate.clone());
+    Handlers::new().on(move |event: Noted, delivery| {
+        seen.add(&event, &delivery);
+        let gate = gate.clone();
+        async move {
+            gate.acquire().await?.forget();
             Ok(())
         }
     })

@@ -9,10 +9,10 @@ async fn two_processes_share_the_work_and_repeat_nothing() {
     let seen = [Seen::default(), Seen::default()];
     let mut workers = Vec::new();
     for (outbox, seen) in [&fixture.outbox, &other].into_iter().zip(&seen) {
-        let worker = worker(outbox).lease(10_000 * MS).unwrap();
-        workers.push(run(worker.handlers(subscription("s"), working(seen, MS))).await);
+        // Neither can hold more than six of the keys at a time.
+        let worker = worker(outbox).lease(10_000 * MS).unwrap().concurrency(3).unwrap();
+        workers.push(run(worker.handlers(subscription("s"), working(seen, 3 * MS))).await);
     }
-    // 25 keys of which both get some.
     for n in 0..20 {
         fixture.push((0..25).map(|key| noted(&key.to_string(), n))).await;
     }

@@ -5,6 +5,7 @@
 //! (`mode.rs`). The worker delivers them to a webhook and to a table, where a load generator compares what arrived with
 //! what its clients were told. `POST /poison` pushes events that harm their worker.
 //!
+//! `cargo run -p conformance-app` runs everything in one process on SQLite; `-- help` shows the parts and the settings.
 //! [`router`] and [`migrate`] are for tests inside one process; [`main`] is the process.
 
 mod app;

@@ -161,7 +161,9 @@ async fn poison_becomes_a_dead_letter_and_delays_nobody_else() {
             assert_eq!(post(&client, &op, &body).await, StatusCode::CREATED);
         }
         let dead = drained(&process, Duration::from_secs(30)).await;
-        assert_eq!((dead["poison"], dead["sink"], dead["effects"]), (5, 0, 0));
+        assert_eq!((dead["sink"], dead["effects"]), (0, 0));
+        // A blocked thread that came back before anybody looked at the time was a success.
+        assert!((4..=5).contains(&dead["poison"]), "{dead:?}");
         assert_eq!(place.sink.first_arrivals().len(), 5);
         assert_eq!(effects(&place.database.open().await).await, (5, 1));
     }
@@ -175,18 +177,21 @@ async fn an_event_that_ends_its_process_every_time_becomes_a_dead_letter() {
         let body = json!({ "op": "abort", "key": "k", "kind": "abort" });
         assert_eq!(post(&Client::new(), &format!("{}/poison", serving.http), &body).await, StatusCode::CREATED);
         let witness = place.database.open().await;
-        for _ in 0..5 {
-            let settings = place.settings();
-            let mut command = command("conformance-app", "worker", &settings);
+        let is_dead = || async {
+            let status = witness.status().await.unwrap();
+            status.subscriptions.iter().any(|each| each.name == "poison" && each.dead == 1 && each.pending == 0)
+        };
+        let mut ended = 0;
+        while !is_dead().await {
+            let mut command = command("conformance-app", "worker", &place.settings());
             let mut worker = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-            // It ends itself, or it lives and has something to show for it.
-            if tokio::time::timeout(Duration::from_secs(3), worker.wait()).await.is_err() {
-                break;
+            tokio::select! {
+                _ = worker.wait() => ended += 1,
+                () = eventually(Duration::from_secs(30), "it ends, or the event is dead", is_dead) => {}
             }
+            assert!(ended <= 2, "each attempt counts");
         }
-        let status = witness.status().await.unwrap();
-        let poison = status.subscriptions.iter().find(|subscription| subscription.name == "poison").unwrap();
-        assert_eq!((poison.dead, poison.pending), (1, 0));
+        assert_eq!(ended, 2);
     }
 }
 
