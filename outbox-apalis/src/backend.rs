@@ -230,7 +230,7 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::task::{Attempt, Decision};
+    use crate::task::Attempt;
 
     fn task(token: i64) -> Task<DeliveryTask> {
         let event: RecordedEvent = serde_json::from_value(serde_json::json!({
@@ -247,7 +247,6 @@ mod tests {
             last: true,
             time: Duration::MAX,
             cancelled: CancellationToken::new(),
-            decision: Decision::default(),
         };
         TaskBuilder::new(DeliveryTask { event: Arc::new(event), attempt: Some(attempt) }).build()
     }

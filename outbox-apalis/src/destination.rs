@@ -73,23 +73,18 @@ pub(crate) async fn attempt(destination: Arc<dyn Destination>, task: DeliveryTas
     if !destination.knows(&task.event) {
         return End::Unknown;
     }
-    let (cancelled, decision, time) = (attempt.cancelled.clone(), attempt.decision.clone(), attempt.time);
-    let event = task.event;
+    let (cancelled, time, event) = (attempt.cancelled.clone(), attempt.time, task.event);
     let settles = destination.settles(&event);
     let mut running = AbortOnDrop(tokio::spawn(async move { destination.deliver(&event, &attempt).await }));
-    let stopped = tokio::select! {
+    tokio::select! {
         // An attempt that has ended counts, even if it was cancelled at the same moment.
         biased;
-        joined = &mut running.0 => return ended(joined),
+        joined = &mut running.0 => joined.unwrap_or_else(|error| retry(panic_message(error))),
+        // If it is committing just now, it ends its lease or keeps it; giving the lane back is right after both.
         () = cancelled.cancelled() => End::Cancelled,
-        // What settles itself minds its time: the wait for its transaction does not count.
+        // What settles itself minds its time: the waits for its transaction and for its commit do not count.
         () = tokio::time::sleep(time), if !settles => retry(no_result(time)),
-    };
-    if decision.take() { stopped } else { ended((&mut running.0).await) }
-}
-
-fn ended(joined: Result<End, JoinError>) -> End {
-    joined.unwrap_or_else(|error| retry(panic_message(error)))
+    }
 }
 
 fn retry(message: String) -> End {

@@ -28,7 +28,7 @@ use crate::{
     destination::{AttemptResult, Destination, End},
     listing::task_id,
     options::Options,
-    task::{Attempt, Decision, DeliveryTask},
+    task::{Attempt, DeliveryTask},
 };
 
 /// How many failed attempts of a delivery are remembered with error and time.
@@ -282,7 +282,6 @@ impl Feed {
                 last: lane.run.len() == 1,
                 time: if settles { self.source.effect_time() } else { options.timeout() },
                 cancelled: lane.cancelled.child_token(),
-                decision: Decision::default(),
             };
             let task = TaskBuilder::new(DeliveryTask { event: event.clone(), attempt: Some(attempt) })
                 .task_id(TaskId::from_string(task_id(&self.source.name, &event)))

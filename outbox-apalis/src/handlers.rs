@@ -151,9 +151,6 @@ impl HandlersDestination {
             unit.rollback().await;
             return End::Outcome(Err(error).into());
         }
-        if !attempt.decision.take() {
-            return End::Cancelled;
-        }
         let finished =
             Finished { position: event.position, attempts: attempt.number, log: attempt.log.clone(), error: None };
         let next = if attempt.last { Next::Yield } else { Next::Keep };

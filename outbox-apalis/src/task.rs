@@ -1,10 +1,4 @@
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use outbox_core::{Delivery, RecordedEvent};
 use outbox_seaorm::LaneRef;
@@ -34,18 +28,6 @@ pub(crate) struct Attempt {
     pub(crate) time: Duration,
     /// Cancelled when the lease is lost or the worker stops.
     pub(crate) cancelled: tokio_util::sync::CancellationToken,
-    pub(crate) decision: Decision,
-}
-
-/// Decides once how an attempt ends: by being stopped, or by its own commit. A commit that was begun is waited for.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Decision(Arc<AtomicBool>);
-
-impl Decision {
-    /// True for the first who asks.
-    pub(crate) fn take(&self) -> bool {
-        !self.0.swap(true, Ordering::SeqCst)
-    }
 }
 
 impl DeliveryTask {

@@ -1,6 +1,7 @@
 use std::{
     fmt::Debug,
     sync::{Arc, Mutex, OnceLock},
+    time::Duration,
 };
 
 use axum::{
@@ -8,7 +9,8 @@ use axum::{
     body::{Body, to_bytes},
     http::{Method, Request, StatusCode},
 };
-use outbox_apalis::dashboard;
+use futures_util::StreamExt;
+use outbox_apalis::{board_events, dashboard};
 use outbox_core::DeliveryError;
 use serde_json::{Value, json};
 use tower::ServiceExt;
@@ -243,4 +245,22 @@ async fn the_dashboard_has_its_page_at_the_root() {
         assert_eq!(status, StatusCode::OK);
         assert!(body.contains("<html"), "{path}: {body:.200}");
     }
+}
+
+#[tokio::test]
+async fn the_dashboard_shows_live_what_is_logged_about_attempts() {
+    let fixture = Fixture::new().await;
+    let board = dashboard(&fixture.outbox).await.unwrap();
+    let _logging = tracing::subscriber::set_default(tracing_subscriber::registry().with(board_events()));
+    let request = Request::builder().uri("/api/v1/events").body(Body::empty()).unwrap();
+    let response = board.oneshot(request).await.unwrap();
+    assert_eq!(response.headers()["content-type"], "text/event-stream");
+    let mut lines = response.into_body().into_data_stream();
+    tracing::info_span!(target: "apalis", "task", task_id = "mails:7", attempt = 2).in_scope(|| {
+        tracing::info!(target: "somewhere", "not about an attempt");
+        tracing::info!(target: "outbox_apalis", "the mail server is away");
+    });
+    let first = tokio::time::timeout(Duration::from_secs(5), lines.next()).await.unwrap().unwrap().unwrap();
+    let first = String::from_utf8_lossy(&first);
+    assert!(first.contains("the mail server is away") && first.contains("mails:7"), "{first}");
 }
