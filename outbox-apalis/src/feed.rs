@@ -96,6 +96,8 @@ struct Feed {
     unstored: Option<Vec<LaneReport>>,
     claiming: Option<JoinHandle<(usize, Result<Claimed, DbErr>)>>,
     settling: Option<JoinHandle<(Vec<LaneReport>, Result<Vec<Settled>, DbErr>)>>,
+    /// Notes that a suspect is about to be tried alone.
+    noting: Option<JoinHandle<(LaneRef, Result<bool, DbErr>)>>,
     renewing: Option<JoinHandle<(Instant, Vec<LaneRef>, Result<Renewal, DbErr>)>>,
     renew_at: Instant,
     /// When to look for lanes next.
@@ -123,6 +125,12 @@ struct Lane {
     lane: LaneRef,
     /// Attempts of the head, the one under way included.
     attempts: u32,
+    /// As `attempts`, without those that were lost in a crash together with others.
+    counted: u32,
+    /// The last attempt of the head has left no result: it may have killed its worker, so it is tried alone.
+    suspect: bool,
+    /// It stands in the log that it is tried alone.
+    noted: bool,
     log: Option<String>,
     run: VecDeque<Arc<RecordedEvent>>,
     /// Over, and not yet reported.
@@ -152,6 +160,7 @@ pub(crate) fn start(source: Source) -> Ends {
         unstored: None,
         claiming: None,
         settling: None,
+        noting: None,
         renewing: None,
         renew_at: now,
         look_at: now,
@@ -195,6 +204,7 @@ impl Feed {
                 }
                 (capacity, claimed) = finished(&mut self.claiming) => self.claimed(capacity, claimed, stopping),
                 (reports, settled) = finished(&mut self.settling) => self.settled(reports, settled),
+                (lane, noted) = finished(&mut self.noting) => self.noted(&lane, noted),
                 (asked_at, lanes, held) = finished(&mut self.renewing) => self.renewed(asked_at, &lanes, held),
                 () = outbox.woken(subscription), if !stopping => {
                     self.look_at = Instant::now();
@@ -226,8 +236,9 @@ impl Feed {
         (2 * self.source.options.concurrency).saturating_sub(self.lanes.len())
     }
 
+    /// While there are suspects nothing is claimed that a crash could take with it.
     fn wants_lanes(&self) -> bool {
-        self.claiming.is_none() && self.can_store() && self.room() > 0
+        self.claiming.is_none() && self.can_store() && self.room() > 0 && !self.lanes.values().any(|lane| lane.suspect)
     }
 
     /// Nothing is begun while results cannot be stored: it would be repeated.
@@ -236,7 +247,7 @@ impl Feed {
     }
 
     fn is_quiet(&self) -> bool {
-        self.claiming.is_none() && self.settling.is_none()
+        self.claiming.is_none() && self.settling.is_none() && self.noting.is_none()
     }
 
     fn has_reports(&self) -> bool {
@@ -255,7 +266,7 @@ impl Feed {
                 self.release(&key);
                 continue;
             }
-            if lane.attempts > self.source.retry.attempts(event.max_attempts) && !lane.last_attempt_is_known() {
+            if lane.suspect && lane.counted > self.source.retry.attempts(event.max_attempts) {
                 let begun = lane.attempts - 1;
                 tracing::warn!(subscription = &*self.source.name, event_id = %event.id, begun, "dead letter");
                 let log = lane.log.take();
@@ -265,6 +276,10 @@ impl Feed {
                 lane.finish_head(begun, log, Some(error));
                 self.open += 1;
                 self.go_on(key);
+                continue;
+            }
+            if lane.suspect && !lane.noted {
+                waiting.push_back(key);
                 continue;
             }
             // It acknowledges itself in its own transaction: what came before it in the lane must be stored first.
@@ -299,6 +314,35 @@ impl Feed {
             }
         }
         self.ready.append(&mut waiting);
+        if self.open == 0 && self.noting.is_none() && self.can_store() {
+            self.note_next_suspect();
+        }
+    }
+
+    /// Everything else is done: the next suspect is tried alone, and that is stored before it begins. So a crash counts
+    /// for the delivery that was under way, not for those that were leased beside it.
+    fn note_next_suspect(&mut self) {
+        let suspect = self.ready.iter().find_map(|key| self.lanes.get(key).filter(|lane| lane.suspect && !lane.noted));
+        let Some(suspect) = suspect else { return };
+        let (outbox, lane) = (self.source.outbox.clone(), suspect.lane.clone());
+        let begun = DeliveryError::retry("tried alone after a crash; its end is not known");
+        let log = logged(suspect, &self.source.worker, &begun, None);
+        self.noting = Some(tokio::spawn(async move {
+            let noted = outbox.note_attempt(&lane, &log).await;
+            (lane, noted)
+        }));
+    }
+
+    fn noted(&mut self, noted: &LaneRef, stored: Result<bool, DbErr>) {
+        let Some(lane) = self.lanes.get_mut(&noted.key).filter(|lane| lane.lane == *noted) else { return };
+        match stored {
+            Ok(true) => lane.noted = true,
+            Ok(false) => self.lose(&noted.key),
+            Err(error) => {
+                tracing::warn!(subscription = &*self.source.name, %error, "cannot note an attempt, trying again later");
+                self.release(&noted.key);
+            }
+        }
     }
 
     fn claim(&mut self) {
@@ -348,9 +392,19 @@ impl Feed {
         }
         for claimed in lanes {
             let key = claimed.lane.key.clone();
+            let last = attempt_log(claimed.attempt_log.as_deref()).pop();
+            let of_last = |name: &str| last.as_ref().and_then(|entry| entry[name].as_u64()).unwrap_or(0);
+            // An attempt that was begun alone and is not over has killed its worker, and counts by itself. Any number of
+            // attempts that were lost together with others count as one.
+            let begun_alone = last.as_ref().is_some_and(|entry| entry["milliseconds"].is_null());
+            let lost = !begun_alone && of_last("attempt") + 1 < u64::from(claimed.attempts);
+            let counted = of_last("counted") + 1 + u64::from(lost);
             let lane = Lane {
                 lane: claimed.lane,
                 attempts: claimed.attempts,
+                counted: u32::try_from(counted).unwrap_or(u32::MAX),
+                suspect: begun_alone || lost,
+                noted: false,
                 log: claimed.attempt_log,
                 run: claimed.run.into_iter().map(Arc::new).collect(),
                 finished: Vec::new(),
@@ -386,11 +440,11 @@ impl Feed {
                 let log = lane.log.take();
                 lane.finish_head(attempts, log, None);
             }
-            End::Outcome(Outcome::Retry(error)) if attempts < self.source.retry.attempts(event.max_attempts) => {
-                let wait = self.source.retry.delay(attempts, fastrand::f64());
+            End::Outcome(Outcome::Retry(error)) if lane.counted < self.source.retry.attempts(event.max_attempts) => {
+                let wait = self.source.retry.delay(lane.counted, fastrand::f64());
                 let after = error.wait().map_or(wait, |asked| asked.max(wait));
                 tracing::debug!(subscription = &*self.source.name, event_id = %event.id, attempts, ?after, %error, "attempt failed");
-                let log = logged(lane, &self.source.worker, &error, started);
+                let log = Some(logged(lane, &self.source.worker, &error, Some(started)));
                 let error = error.message().to_owned();
                 self.open -= 1;
                 self.finish_lane(&key, Next::Retry { after, attempts, error, log });
@@ -398,12 +452,12 @@ impl Feed {
             }
             End::Outcome(Outcome::Retry(error) | Outcome::Permanent(error)) => {
                 tracing::warn!(subscription = &*self.source.name, event_id = %event.id, attempts, %error, "dead letter");
-                let log = logged(lane, &self.source.worker, &error, started);
+                let log = Some(logged(lane, &self.source.worker, &error, Some(started)));
                 lane.finish_head(attempts, log, Some(error.message().to_owned()));
             }
             End::Settled => {
                 lane.run.pop_front();
-                (lane.attempts, lane.log) = (1, None);
+                lane.next_head();
                 self.open -= 1;
                 if lane.run.is_empty() {
                     self.lanes.remove(&key);
@@ -632,13 +686,13 @@ impl Lane {
         if let Some(event) = self.run.pop_front() {
             self.finished.push(Finished { position: event.position, attempts, log, error });
         }
-        (self.attempts, self.log) = (1, None);
+        self.next_head();
     }
 
-    /// Whether the attempt before this one came to an end that is in the log.
-    fn last_attempt_is_known(&self) -> bool {
-        let last = attempt_log(self.log.as_deref()).pop();
-        last.is_some_and(|entry| entry["attempt"] == self.attempts.saturating_sub(1))
+    /// What comes next in the run has not been tried.
+    fn next_head(&mut self) {
+        (self.attempts, self.counted, self.log) = (1, 1, None);
+        (self.suspect, self.noted) = (false, false);
     }
 }
 
@@ -681,20 +735,21 @@ fn count(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 
-/// The attempt log with one more entry.
-fn logged(lane: &Lane, worker: &str, error: &DeliveryError, started: Instant) -> Option<String> {
+/// The attempt log with one more entry; an attempt that has only begun has no start to measure from.
+fn logged(lane: &Lane, worker: &str, error: &DeliveryError, started: Option<Instant>) -> String {
     let mut log = attempt_log(lane.log.as_deref());
     if log.len() >= LOGGED_ATTEMPTS {
         log.remove(0);
     }
     log.push(serde_json::json!({
         "attempt": lane.attempts,
+        "counted": lane.counted,
         "at": chrono::Utc::now(),
         "worker": worker,
         "error": error.message(),
-        "milliseconds": started.elapsed().as_millis(),
+        "milliseconds": started.map(|started| started.elapsed().as_millis()),
     }));
-    serde_json::to_string(&log).ok()
+    serde_json::Value::from(log).to_string()
 }
 
 fn attempt_log(log: Option<&str>) -> Vec<serde_json::Value> {

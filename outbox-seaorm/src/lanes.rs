@@ -264,6 +264,21 @@ impl Outbox {
         Ok(lanes.iter().filter(|lane| extended.contains(lane)).cloned().collect())
     }
 
+    /// Stores the attempt log of a lane's head before an attempt begins, so that a crash leaves a trace of it. False if
+    /// the lease is not held any more.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails; nothing is stored then.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves open whether the log is stored.
+    pub async fn note_attempt(&self, lane: &LaneRef, log: &str) -> Result<bool, DbErr> {
+        let values = [lane.subscription.into(), lane.key.as_str().into(), lane.token.into(), log.into()];
+        Ok(self.execute(self.store(), self.sql().note_attempt, values).await? == 1)
+    }
+
     /// Returns the leases that nobody has taken over and their holder has not ended.
     ///
     /// # Errors

@@ -137,6 +137,10 @@ pub(crate) static POSTGRES: Sql = Sql {
          order by l.subscription_id, l.key
            for update of l skip locked",
 
+    note_attempt: "
+        update outbox_lanes set attempt_log = $4::text::jsonb
+         where subscription_id = $1 and key = $2 and lease_token = $3 and leased_by is not null",
+
     delete_deliveries: "
         delete from outbox_deliveries d
          using jsonb_to_recordset($1::text::jsonb) as f(subscription integer, key text, position bigint)

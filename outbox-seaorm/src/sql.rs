@@ -49,6 +49,9 @@ pub(crate) struct Sql {
     /// As `held`, and locks the rows; lanes that a commit holds at this moment are left out.
     pub(crate) lock_held: &'static str,
 
+    /// $1 subscription, $2 key, $3 token, $4 log: of a lane whose lease is held.
+    pub(crate) note_attempt: &'static str,
+
     /// $1 finished deliveries. Returns those that were still there: a report that is stored twice counts once.
     pub(crate) delete_deliveries: &'static str,
 

@@ -87,6 +87,10 @@ pub(crate) static SQLITE: Sql = Sql {
       join outbox_lanes l on l.subscription_id = r.value->>'subscription' and l.key = r.value->>'key'
        and l.lease_token = r.value->>'token' and l.leased_by is not null",
 
+    note_attempt: "
+        update outbox_lanes set attempt_log = $4
+         where subscription_id = $1 and key = $2 and lease_token = $3 and leased_by is not null",
+
     delete_deliveries: "
     delete from outbox_deliveries
      where (subscription_id, key, position) in (

@@ -322,17 +322,19 @@ async fn a_handler_that_never_yields_holds_up_no_other_delivery() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_delivery_that_always_kills_its_worker_becomes_a_dead_letter_and_the_lane_goes_on() {
+async fn a_delivery_that_killed_its_worker_alone_becomes_a_dead_letter_and_one_beside_others_does_not() {
     let fixture = Fixture::new().await;
     let seen = Seen::default();
     let subscription = subscription("s").retry(policy(3));
     let started = fixture.worker().handlers(subscription, seen.handlers()).start().await.unwrap();
     fixture.push([noted("kills", 0), noted("kills", 1), noted("unlucky", 0)]).await;
-    // As workers leave it that were killed in their third and in their second attempt.
-    fixture.execute("update outbox_lanes set leased_by = 'killed', attempts = 3 where key = 'note/kills'").await;
-    fixture.execute("update outbox_lanes set leased_by = 'killed', attempts = 2 where key = 'note/unlucky'").await;
+    // As workers leave it: killed in the third attempt, which was begun alone; and killed twenty times with others.
+    let alone = r#"[{"attempt":3,"counted":3,"error":"tried alone","milliseconds":null}]"#;
+    let kills = "leased_by = 'killed', attempts = 3, attempt_log = ";
+    fixture.execute(&format!("update outbox_lanes set {kills} '{alone}' where key = 'note/kills'")).await;
+    fixture.execute("update outbox_lanes set leased_by = 'killed', attempts = 20 where key = 'note/unlucky'").await;
     started.run_until(fixture.delivered(2)).await;
-    assert_eq!(fixture.states("s").await, [(Dead, 3), (Delivered, 1), (Delivered, 3)]);
+    assert_eq!(fixture.states("s").await, [(Dead, 3), (Delivered, 1), (Delivered, 21)]);
     let error = fixture.deliveries("s").await[0].error.clone().unwrap();
     assert!(error.contains("ended without a result"), "{error}");
     assert_eq!((seen.of("kills"), seen.of("unlucky")), (vec![1], vec![0]));

@@ -145,13 +145,11 @@ async fn a_worker_that_claims_its_own_lanes_again_starts_each_delivery_once() {
     fixture.push(each_noted(&["a", "b"], 3)).await;
     eventually("two lanes wait", || async { fixture.count("outbox_lanes where leased_by is not null").await == 6 })
         .await;
-    for round in 2..5 {
-        let over =
-            "update outbox_lanes set due_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now') where key in ('note/a', 'note/b')";
-        fixture.execute(over).await;
-        let claimed = format!("outbox_lanes where key in ('note/a', 'note/b') and attempts = {round}");
-        eventually("they are claimed again", || async { fixture.count(&claimed).await == 2 }).await;
-    }
+    let over =
+        "update outbox_lanes set due_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now') where key in ('note/a', 'note/b')";
+    fixture.execute(over).await;
+    let claimed = "outbox_lanes where key in ('note/a', 'note/b') and attempts = 2";
+    eventually("they are claimed again", || async { fixture.count(claimed).await == 2 }).await;
     gate.add_permits(4);
     fixture.delivered(10).await;
     // What was counted wrongly would be missing here.

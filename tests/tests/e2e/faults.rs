@@ -17,8 +17,7 @@ use tokio::task::JoinSet;
 use crate::example::{drained, get, start};
 
 /// Short leases, so that what a killed process held is due again soon.
-pub(crate) const QUICK: &[(&str, &str)] =
-    &[("OUTBOX_LEASE_MS", "500"), ("OUTBOX_POLL_MS", "50"), ("OUTBOX_MAX_ATTEMPTS", "1000")];
+pub(crate) const QUICK: &[(&str, &str)] = &[("OUTBOX_LEASE_MS", "500"), ("OUTBOX_POLL_MS", "50")];
 
 /// What clients saw: title and whether the todo was confirmed. A request that was cut off may have worked or not.
 #[derive(Clone, Default)]
