@@ -29,6 +29,9 @@ pub enum ConnectError {
         /// What stands before the colon.
         scheme: String,
     },
+    /// A SQLite database in memory.
+    #[error("a SQLite database in memory is another one for each connection; use a file, sqlite://FILE?mode=rwc")]
+    InMemory,
     /// The database did not open.
     #[error("the database could not be opened; check that the file's folder exists and can be written")]
     Open(#[source] DbErr),
@@ -66,6 +69,7 @@ impl Outbox {
     pub async fn connect(url: &str, connections: u32) -> Result<Self, ConnectError> {
         let connections = connections.max(1);
         match url.split_once(':').map(|(scheme, _)| scheme) {
+            Some("sqlite") if url.contains(":memory:") || url.contains("mode=memory") => Err(ConnectError::InMemory),
             Some("sqlite") => {
                 let writer = sqlite(url, 1).await.map_err(ConnectError::Open)?;
                 let reader = sqlite(url, connections).await.map_err(ConnectError::Open)?;

@@ -54,8 +54,8 @@ pub(crate) struct State {
 }
 
 impl Shared {
-    /// Begins in a task of its own: sqlx leaves a poisoned connection in the pool when the future of a BEGIN is
-    /// dropped halfway (verified with 0.9.0), and request futures are dropped whenever a client hangs up.
+    /// Begins in a task of its own: on PostgreSQL, sqlx leaves a poisoned connection in the pool when the future of a
+    /// BEGIN is dropped halfway (0.9.0), and request futures are dropped whenever a client hangs up.
     pub(crate) async fn begin(writer: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
         let writer = writer.clone();
         let begin = tokio::spawn(async move {

@@ -109,12 +109,17 @@ async fn run(command: Command) -> Result<(), Box<dyn Error>> {
     // From here on every event is theirs, also if it commits before the worker runs.
     let worker = if works { Some(worker(&outbox, &config)?.start().await?) } else { None };
     let operator = if works { Some(operator(&outbox, &config).await?) } else { None };
+    // Before anybody is told that the process runs: a signal from then on is a request to stop, not a kill.
+    let mut terminated = tokio::signal::unix::signal(SignalKind::terminate())?;
     announce(http_addr, ops_addr, &config);
 
     let (stop, stopped) = watch::channel(false);
     let app = App { outbox, ops_url: ops_addr.map(|addr| format!("http://{addr}")), stopped };
     tokio::spawn(async move {
-        signal().await;
+        tokio::select! {
+            _ = terminated.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
         let _ = stop.send(true);
     });
     let (serving, operating, working) = tokio::join!(
@@ -234,18 +239,5 @@ async fn serve(listening: Option<(TcpListener, Router)>, app: App, grace: std::t
             tracing::warn!("requests that were still under way after the grace time are dropped");
             Ok(())
         }
-    }
-}
-
-async fn signal() {
-    let terminated = async {
-        match tokio::signal::unix::signal(SignalKind::terminate()) {
-            Ok(mut signal) => drop(signal.recv().await),
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        () = terminated => {}
-        _ = tokio::signal::ctrl_c() => {}
     }
 }

@@ -54,6 +54,14 @@ async fn a_server_that_cannot_be_reached_is_one_sentence() {
 }
 
 #[tokio::test]
+async fn a_database_in_memory_is_refused() {
+    for url in ["sqlite::memory:", "sqlite://:memory:", "sqlite://x?mode=memory"] {
+        let error = Outbox::connect(url, 1).await.unwrap_err();
+        assert!(matches!(error, ConnectError::InMemory), "{error:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_file_that_cannot_be_opened_is_one_sentence() {
     for url in [
         "sqlite:///missing/folder/todo.db?mode=rwc",
