@@ -91,7 +91,7 @@ async fn bare_loop(outbox: &Outbox, events: usize) -> Result<Duration, Box<dyn E
     let started = Instant::now();
     let mut delivered = 0;
     while delivered < events {
-        let lanes = outbox.claim(subscription, "bare", 100, 100, LEASE).await?;
+        let lanes = outbox.claim(subscription, "bare", 100, 100, LEASE).await?.lanes;
         let reports: Vec<LaneReport> = lanes
             .into_iter()
             .map(|lane| {

@@ -58,6 +58,7 @@ const SQLITE: &[&str] = &[
        schema_version integer not null,
        generation integer not null)",
     "insert into outbox_meta (id, schema_version, generation) values (1, 1, 1)",
+    // `wait_seconds` is a delay, or a head start if negative.
     "create table outbox_events (
        position integer primary key autoincrement,
        event_id blob not null unique,
@@ -76,11 +77,14 @@ const SQLITE: &[&str] = &[
        traceparent text,
        tracestate text,
        tags text,
-       max_attempts integer)",
+       max_attempts integer,
+       wait_seconds real not null default 0,
+       not_before text)",
     "create index outbox_events_aggregate on outbox_events (aggregate_type, aggregate_id, position)",
     "create index outbox_events_type on outbox_events (event_type, position)",
     "create index outbox_events_tenant on outbox_events (tenant, position) where tenant is not null",
     "create index outbox_events_recorded on outbox_events (recorded_at)",
+    // `circuit_until`: the destination is down; nothing is claimed, and at that time one delivery is tried.
     "create table outbox_subscriptions (
        id integer primary key autoincrement,
        name text not null unique,
@@ -88,6 +92,8 @@ const SQLITE: &[&str] = &[
        ordering text not null,
        backfill_from integer,
        paused_at text,
+       circuit_until text,
+       circuit_failures integer not null default 0,
        created_at text not null default (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')))",
     // Written once, deleted once: what a subscription still has to get. `due_at` holds a delay or a head start.
     "create table outbox_deliveries (
@@ -96,7 +102,9 @@ const SQLITE: &[&str] = &[
        position integer not null,
        due_at text not null,
        primary key (subscription_id, key, position)) without rowid",
-    // What workers claim: the ordered queue of one key of one subscription. A lease is a due time in the future.
+    "create index outbox_deliveries_position on outbox_deliveries (subscription_id, position)",
+    // What workers claim: the ordered queue of one key of one subscription. A lease is a due time in the future. `held_at`
+    // is the position of the dead letter that holds the lane up until an operator decides.
     "create table outbox_lanes (
        subscription_id integer not null,
        key text not null,
@@ -107,6 +115,7 @@ const SQLITE: &[&str] = &[
        leased_by text,
        last_error text,
        attempt_log text,
+       held_at integer,
        primary key (subscription_id, key)) without rowid",
     "create index outbox_lanes_due on outbox_lanes (subscription_id, due_at, key)",
     "create table outbox_delivered (
@@ -126,6 +135,11 @@ const SQLITE: &[&str] = &[
        attempt_log text,
        died_at text not null,
        unique (subscription_id, position))",
+    "create table outbox_archive (
+       position integer primary key,
+       event_id blob not null unique,
+       archived_at text not null default (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+       event text not null)",
     "create table outbox_inbox (
        consumer text not null,
        event_id blob not null,
@@ -176,6 +190,8 @@ const POSTGRES: &[&str] = &[
        tracestate text,
        tags jsonb,
        max_attempts integer,
+       wait_seconds float8 not null default 0,
+       not_before timestamptz,
        transaction_id xid8 not null default pg_current_xact_id())",
     "create index outbox_events_aggregate on outbox_events (aggregate_type, aggregate_id, position)",
     "create index outbox_events_type on outbox_events (event_type, position)",
@@ -188,6 +204,8 @@ const POSTGRES: &[&str] = &[
        ordering jsonb not null,
        backfill_from bigint,
        paused_at timestamptz,
+       circuit_until timestamptz,
+       circuit_failures integer not null default 0,
        created_at timestamptz not null default clock_timestamp(),
        changed_at timestamptz not null default clock_timestamp(),
        changed_in pg_snapshot default pg_current_snapshot(),
@@ -199,6 +217,7 @@ const POSTGRES: &[&str] = &[
        due_at timestamptz not null,
        primary key (subscription_id, key, position))
        with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000)",
+    "create index outbox_deliveries_position on outbox_deliveries (subscription_id, position)",
     "create table outbox_lanes (
        subscription_id integer not null,
        key text not null,
@@ -209,6 +228,7 @@ const POSTGRES: &[&str] = &[
        leased_by text,
        last_error text,
        attempt_log jsonb,
+       held_at bigint,
        primary key (subscription_id, key))
        with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000)",
     "create index outbox_lanes_due on outbox_lanes (subscription_id, due_at, key)",
@@ -229,6 +249,11 @@ const POSTGRES: &[&str] = &[
        attempt_log jsonb,
        died_at timestamptz not null,
        unique (subscription_id, position))",
+    "create table outbox_archive (
+       position bigint primary key,
+       event_id uuid not null unique,
+       archived_at timestamptz not null default clock_timestamp(),
+       event jsonb not null)",
     "create table outbox_inbox (
        consumer text not null,
        event_id uuid not null,
@@ -253,6 +278,7 @@ const DOWN: &[&str] = &[
     "drop table outbox_audit",
     "drop table outbox_workers",
     "drop table outbox_inbox",
+    "drop table outbox_archive",
     "drop table outbox_dead_letters",
     "drop table outbox_delivered",
     "drop table outbox_lanes",

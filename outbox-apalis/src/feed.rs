@@ -357,9 +357,12 @@ impl Feed {
             let asked_at = Instant::now();
             let (lanes, run) = (count(capacity), count(options.batch));
             let claimed = async {
-                let lanes = outbox.claim(subscription, &worker, lanes, run, options.lease).await?;
-                let next_due =
-                    if lanes.len() < capacity { outbox.next_due(subscription).await? } else { Some(Duration::ZERO) };
+                let lanes = outbox.claim(subscription, &worker, lanes, run, options.lease).await?.lanes;
+                let next_due = if lanes.len() < capacity {
+                    outbox.next_due(subscription).await?.and_then(|next| next.after)
+                } else {
+                    Some(Duration::ZERO)
+                };
                 Ok(Claimed { lanes, next_due, asked_at })
             };
             (capacity, claimed.await)

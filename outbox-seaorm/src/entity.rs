@@ -21,7 +21,7 @@
 pub mod events {
     use sea_orm::entity::prelude::*;
 
-    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[derive(Clone, Debug, PartialEq, DeriveEntityModel)]
     #[sea_orm(table_name = "outbox_events")]
     pub struct Model {
         #[sea_orm(primary_key)]
@@ -44,6 +44,8 @@ pub mod events {
         pub tracestate: Option<String>,
         pub tags: Option<Json>,
         pub max_attempts: Option<i32>,
+        pub wait_seconds: f64,
+        pub not_before: Option<DateTimeUtc>,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -67,6 +69,8 @@ pub mod subscriptions {
         pub ordering: Json,
         pub backfill_from: Option<i64>,
         pub paused_at: Option<DateTimeUtc>,
+        pub circuit_until: Option<DateTimeUtc>,
+        pub circuit_failures: i32,
         pub created_at: DateTimeUtc,
     }
 
@@ -116,6 +120,7 @@ pub mod lanes {
         pub leased_by: Option<String>,
         pub last_error: Option<String>,
         pub attempt_log: Option<Json>,
+        pub held_at: Option<i64>,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -162,6 +167,28 @@ pub mod dead_letters {
         pub error: String,
         pub attempt_log: Option<Json>,
         pub died_at: DateTimeUtc,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// An event that retention has taken out of the outbox.
+pub mod archive {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "outbox_archive")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub position: i64,
+        #[sea_orm(unique)]
+        pub event_id: Uuid,
+        pub archived_at: DateTimeUtc,
+        /// All columns of the event.
+        pub event: Json,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

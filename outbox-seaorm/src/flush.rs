@@ -6,7 +6,7 @@ use sea_orm::{DatabaseTransaction, DbErr, Value};
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::{Outbox, outcome::CommitId, subscriptions::KnownSubscriptions};
+use crate::{Outbox, outcome::CommitId, sql::Flush, subscriptions::KnownSubscriptions};
 
 /// A head start of one priority step.
 const SECONDS_PER_PRIORITY: f64 = 60.0;
@@ -29,6 +29,8 @@ struct EventRow<'a> {
     occurred_at: Option<String>,
     tags: Option<&'a std::collections::BTreeMap<String, String>>,
     max_attempts: Option<u32>,
+    wait: f64,
+    not_before: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -36,8 +38,6 @@ struct MatchRow {
     event: usize,
     subscription: i32,
     key: String,
-    wait: f64,
-    not_before: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -45,8 +45,6 @@ pub(crate) struct DeliveryRow {
     pub(crate) subscription: i32,
     pub(crate) key: String,
     pub(crate) position: i64,
-    pub(crate) wait: f64,
-    pub(crate) not_before: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -72,8 +70,8 @@ pub(crate) async fn flush(outbox: &Outbox, tx: &DatabaseTransaction, batch: Batc
         return Ok(Flushed::default());
     }
     let (mut woken, commit_id) = match outbox.sql().flush {
-        Some(sql) => at_once(outbox, tx, &batch, sql).await?,
-        None => (in_steps(outbox, tx, &batch).await?, None),
+        Flush::AtOnce(sql) => at_once(outbox, tx, &batch, sql).await?,
+        Flush::InSteps { insert_events } => (in_steps(outbox, tx, &batch, insert_events).await?, None),
     };
     woken.sort_unstable();
     woken.dedup();
@@ -119,13 +117,18 @@ async fn at_once(
 }
 
 /// Statement by statement, where a statement costs no round trip.
-async fn in_steps(outbox: &Outbox, tx: &DatabaseTransaction, batch: &Batch) -> Result<Vec<i32>, DbErr> {
+async fn in_steps(
+    outbox: &Outbox,
+    tx: &DatabaseTransaction,
+    batch: &Batch,
+    sql: &'static str,
+) -> Result<Vec<i32>, DbErr> {
     let known = current(outbox, tx).await?;
-    let positions = insert_events(outbox, tx, batch).await?;
+    let positions = insert_events(outbox, tx, batch, sql).await?;
     let deliveries = matches(batch, &known)
-        .map(|MatchRow { event, subscription, key, wait, not_before }| {
+        .map(|MatchRow { event, subscription, key }| {
             let position = *positions.get(&batch.events[event].id()).ok_or(DbErr::RecordNotInserted)?;
-            Ok(DeliveryRow { subscription, key, position, wait, not_before })
+            Ok(DeliveryRow { subscription, key, position })
         })
         .collect::<Result<Vec<_>, DbErr>>()?;
     insert_deliveries(outbox, tx, &deliveries).await?;
@@ -136,13 +139,10 @@ async fn in_steps(outbox: &Outbox, tx: &DatabaseTransaction, batch: &Batch) -> R
 fn matches<'a>(batch: &'a Batch, known: &'a KnownSubscriptions) -> impl Iterator<Item = MatchRow> + 'a {
     batch.events.iter().enumerate().flat_map(|(event, new)| {
         let subject = Subject::of_new(new, batch.context.tenant.as_deref());
-        let (wait, not_before) = schedule(new);
         let matching = known.matching(&subject).map(|subscription| MatchRow {
             event,
             subscription: subscription.id,
             key: subscription.ordering.key(&subject),
-            wait,
-            not_before: not_before.clone(),
         });
         matching.collect::<Vec<_>>()
     })
@@ -162,16 +162,22 @@ async fn current(outbox: &Outbox, tx: &DatabaseTransaction) -> Result<std::sync:
     Ok(known)
 }
 
-async fn insert_events(outbox: &Outbox, tx: &DatabaseTransaction, batch: &Batch) -> Result<HashMap<Uuid, i64>, DbErr> {
+async fn insert_events(
+    outbox: &Outbox,
+    tx: &DatabaseTransaction,
+    batch: &Batch,
+    sql: &'static str,
+) -> Result<HashMap<Uuid, i64>, DbErr> {
     let [tenant, actor_kind, actor_id, correlation, causation, traceparent, tracestate] = context_values(batch);
     let events = json(&event_rows(batch))?.into();
     let values = [events, tenant, actor_kind, actor_id, correlation, causation, traceparent, tracestate];
-    let inserted = outbox.query_all(tx, outbox.sql().insert_events, values).await?;
+    let inserted = outbox.query_all(tx, sql, values).await?;
     inserted.iter().map(|row| Ok((row.try_get("", "event_id")?, row.try_get("", "position")?))).collect()
 }
 
 fn event_rows(batch: &Batch) -> Vec<EventRow<'_>> {
     fn row(event: &NewEvent) -> EventRow<'_> {
+        let (wait, not_before) = schedule(event);
         EventRow {
             id: event.id().simple().to_string(),
             event_type: event.event_type(),
@@ -182,6 +188,8 @@ fn event_rows(batch: &Batch) -> Vec<EventRow<'_>> {
             occurred_at: event.occurred().map(timestamp),
             tags: (!event.tags().is_empty()).then(|| event.tags()),
             max_attempts: event.attempts_limit(),
+            wait,
+            not_before,
         }
     }
     batch.events.iter().map(row).collect()

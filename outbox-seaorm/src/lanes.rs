@@ -13,6 +13,9 @@ use crate::{
     flush::{json, seconds},
 };
 
+/// When to try again what a probe could not even begin.
+const PROBE_AGAIN: Duration = Duration::from_millis(100);
+
 /// A lease on a lane: the ordered queue of one key of one subscription.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct LaneRef {
@@ -33,8 +36,39 @@ pub struct ClaimedLane {
     pub attempts: u32,
     /// Earlier attempts of the first delivery: a JSON array.
     pub attempt_log: Option<String>,
-    /// The events to deliver. More than one only if the first has not been tried before.
+    /// The events to deliver. More than one only if the first has not been tried before; none only if the first is
+    /// unreadable.
     pub run: Vec<RecordedEvent>,
+    /// What is wrong with the first event.
+    pub unreadable: Option<Unreadable>,
+}
+
+/// An event whose row cannot be read: somebody changed or deleted it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unreadable {
+    /// Its position.
+    pub position: i64,
+    /// What is wrong with it.
+    pub error: String,
+}
+
+/// What a claim has leased.
+#[derive(Clone, Debug, Default)]
+pub struct Claim {
+    /// The lanes, those that are due longest first.
+    pub lanes: Vec<ClaimedLane>,
+    /// The destination was down; this is one lane to find out whether it still is. Its end must be reported with
+    /// [`Outbox::open_circuit`] or [`Outbox::close_circuit`].
+    pub probe: bool,
+}
+
+/// When a subscription's next lane can be claimed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NextDue {
+    /// Zero if one is due; `None` if there is none.
+    pub after: Option<Duration>,
+    /// How often in a row the destination was found down; `None` if its circuit is closed.
+    pub circuit: Option<u32>,
 }
 
 /// A delivery that is over.
@@ -63,6 +97,11 @@ pub enum Next {
         attempts: u32,
         /// The attempts so far: a JSON array.
         log: Option<String>,
+    },
+    /// The lease ends and the lane waits for an operator: its head became a dead letter that holds up what comes after it.
+    Hold {
+        /// The position of the dead letter.
+        position: i64,
     },
     /// The lease ends; the head failed and is due again after a wait.
     Retry {
@@ -120,6 +159,7 @@ struct LaneRow<'a> {
     wait: f64,
     error: Option<&'a str>,
     log: Option<&'a str>,
+    held_at: Option<i64>,
 }
 
 impl<'a> From<&'a LaneReport> for LaneRow<'a> {
@@ -127,13 +167,15 @@ impl<'a> From<&'a LaneReport> for LaneRow<'a> {
         let (next, attempts, wait, error, log) = match &report.next {
             Next::Keep => ("keep", 1, 0.0, None, None),
             Next::Yield => ("yield", 0, 0.0, None, None),
+            Next::Hold { .. } => ("hold", 0, 0.0, None, None),
             Next::Release { attempts, log } => ("release", *attempts, 0.0, None, log.as_deref()),
             Next::Retry { after, attempts, error, log } => {
                 ("retry", *attempts, seconds(*after), Some(error.as_str()), log.as_deref())
             }
         };
+        let held_at = if let Next::Hold { position } = report.next { Some(position) } else { None };
         let LaneRef { subscription, key, token } = &report.lane;
-        Self { subscription: *subscription, key, token: *token, finished: 0, next, attempts, wait, error, log }
+        Self { subscription: *subscription, key, token: *token, finished: 0, next, attempts, wait, error, log, held_at }
     }
 }
 
@@ -141,11 +183,12 @@ impl Outbox {
     /// Leases up to `lanes` lanes that are due, oldest first, with up to `run` deliveries of each.
     ///
     /// The attempt of each first delivery is counted here, so one that kills its worker is counted too. A lane whose
-    /// first delivery was tried before comes with that one alone.
+    /// first delivery was tried before comes with that one alone. While the subscription's circuit is open nothing is
+    /// leased; when its time has come one caller gets one lane, as a [probe](Claim::probe).
     ///
     /// # Errors
     ///
-    /// If the database fails; nothing is leased then.
+    /// If the database fails; what was leased until then is due again when its lease ends.
     ///
     /// # Cancel safety
     ///
@@ -157,19 +200,50 @@ impl Outbox {
         lanes: u32,
         run: u32,
         lease: Duration,
+    ) -> Result<Claim, DbErr> {
+        let Some(NextDue { after: Some(Duration::ZERO), circuit }) = self.next_due(subscription).await? else {
+            return Ok(Claim::default());
+        };
+        let Some(failures) = circuit else {
+            let lanes = self.claim_lanes(subscription, worker, lanes, run, lease, false).await?;
+            return Ok(Claim { lanes, probe: false });
+        };
+        let values = [subscription.into(), seconds(lease).into()];
+        if self.execute(self.store(), self.sql().take_probe, values).await? == 0 {
+            return Ok(Claim::default());
+        }
+        let lanes = self.claim_lanes(subscription, worker, 1, 1, lease, true).await?;
+        if lanes.is_empty() {
+            // Somebody holds the lanes at this moment: nothing was found out.
+            tracing::debug!(subscription, failures, "nothing to probe the destination with");
+            self.open_circuit(subscription, PROBE_AGAIN, false).await?;
+        }
+        Ok(Claim { probe: !lanes.is_empty(), lanes })
+    }
+
+    async fn claim_lanes(
+        &self,
+        subscription: i32,
+        worker: &str,
+        lanes: u32,
+        run: u32,
+        lease: Duration,
+        probe: bool,
     ) -> Result<Vec<ClaimedLane>, DbErr> {
-        if self.next_due(subscription).await? != Some(Duration::ZERO) {
+        let values = [subscription.into(), lanes.into(), seconds(lease).into(), worker.into(), probe.into()];
+        let rows = self.query_all(self.store(), self.sql().claim, values).await?;
+        if rows.is_empty() {
             return Ok(Vec::new());
         }
-        let values = [subscription.into(), lanes.into(), seconds(lease).into(), worker.into()];
-        let rows = self.query_all(self.store(), self.sql().claim, values).await?;
         let mut claimed = HashMap::with_capacity(rows.len());
         for row in &rows {
             let key: String = row.try_get("", "key")?;
             let lane = LaneRef { subscription, key: key.clone(), token: row.try_get("", "lease_token")? };
             let attempts = row.try_get::<i32>("", "attempts")?.unsigned_abs();
             let attempt_log = row.try_get("", "attempt_log")?;
-            claimed.insert(key, (String::new(), ClaimedLane { lane, attempts, attempt_log, run: Vec::new() }));
+            let order = (String::new(), i64::MAX);
+            claimed
+                .insert(key, (order, ClaimedLane { lane, attempts, attempt_log, run: Vec::new(), unreadable: None }));
         }
         let keys: Vec<&String> = claimed.keys().collect();
         // A statement of its own: what it sees is from after the claim, so nothing that was finished before.
@@ -178,7 +252,7 @@ impl Outbox {
         let mut complete = Vec::with_capacity(claimed.len());
         for row in &rows {
             let key: String = row.try_get("", "key")?;
-            let Some((head_due, lane)) = claimed.get_mut(&key) else { continue };
+            let Some((order, lane)) = claimed.get_mut(&key) else { continue };
             // A lease that ended without a result may mean that the head kills its worker: nothing else goes with it.
             let tried_before = lane.attempts > 1 && !lane.run.is_empty();
             // What waits for its time holds back all that comes after it.
@@ -186,15 +260,29 @@ impl Outbox {
                 complete.extend(claimed.remove(&key));
                 continue;
             }
+            let position = row.try_get("", "queued")?;
             if lane.run.is_empty() {
-                *head_due = row.try_get("", "due_at")?;
+                *order = (row.try_get("", "due_at")?, position);
             }
-            lane.run.push(recorded(row)?);
+            match recorded(row) {
+                Ok(event) => lane.run.push(event),
+                Err(error) => {
+                    if lane.run.is_empty() {
+                        let missing = row.try_get::<Option<i64>>("", "position").is_ok_and(|found| found.is_none());
+                        let error = if missing { "it is gone".to_owned() } else { error.to_string() };
+                        let error = format!("the event's row cannot be read: {error}");
+                        lane.unreadable = Some(Unreadable { position, error });
+                    }
+                    // Its turn comes when it is the head.
+                    complete.extend(claimed.remove(&key));
+                }
+            }
         }
         complete.extend(claimed.into_values());
-        let (mut complete, empty): (Vec<_>, Vec<_>) = complete.into_iter().partition(|(_, lane)| !lane.run.is_empty());
+        let (mut complete, empty): (Vec<_>, Vec<_>) =
+            complete.into_iter().partition(|(_, lane)| !lane.run.is_empty() || lane.unreadable.is_some());
         self.give_back(empty.into_iter().map(|(_, lane)| lane)).await?;
-        complete.sort_by(|(a, x), (b, y)| (a, x.run[0].position).cmp(&(b, y.run[0].position)));
+        complete.sort_by(|(a, _), (b, _)| a.cmp(b));
         Ok(complete.into_iter().map(|(_, lane)| lane).collect())
     }
 
@@ -212,16 +300,49 @@ impl Outbox {
         Ok(())
     }
 
-    /// How long until the next lane of a subscription is due by the database's clock: zero if one is, `None` if there
-    /// is none or the subscription is paused.
+    /// When the next lane of a subscription can be claimed, by the database's clock; `None` if the subscription is paused,
+    /// is still being filled, or does not exist.
     ///
     /// # Errors
     ///
     /// If the database fails.
-    pub async fn next_due(&self, subscription: i32) -> Result<Option<Duration>, DbErr> {
+    pub async fn next_due(&self, subscription: i32) -> Result<Option<NextDue>, DbErr> {
         let row = self.query_one(self.store_reader(), self.sql().next_due, [subscription.into()]).await?;
-        let seconds: Option<f64> = row.map(|row| row.try_get("", "seconds")).transpose()?;
-        Ok(seconds.map(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX)))
+        let Some(row) = row else { return Ok(None) };
+        let wait = |seconds: f64| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX);
+        let due = row.try_get::<Option<f64>>("", "seconds")?.map(wait);
+        let closed_for = row.try_get::<Option<f64>>("", "circuit_seconds")?.map(wait);
+        let failures = row.try_get::<i32>("", "circuit_failures")?.unsigned_abs();
+        let after = due.map(|due| due.max(closed_for.unwrap_or_default()));
+        Ok(Some(NextDue { after, circuit: closed_for.map(|_| failures) }))
+    }
+
+    /// The destination of a subscription is down: no process claims for it until `wait` has passed, and then one process
+    /// one lane. `failed` counts towards how often it was found down in a row.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves open whether it is stored.
+    pub async fn open_circuit(&self, subscription: i32, wait: Duration, failed: bool) -> Result<(), DbErr> {
+        let values = [subscription.into(), seconds(wait).into(), i32::from(failed).into()];
+        self.execute(self.store(), self.sql().open_circuit, values).await.map(|_| ())
+    }
+
+    /// The destination of a subscription has answered: everything may be claimed again.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves open whether it is stored.
+    pub async fn close_circuit(&self, subscription: i32) -> Result<(), DbErr> {
+        self.execute(self.store(), self.sql().close_circuit, [subscription.into()]).await.map(|_| ())
     }
 
     /// Stores what happened in leased lanes, all in one transaction: finished deliveries move to the history or to the

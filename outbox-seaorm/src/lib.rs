@@ -28,7 +28,7 @@ mod workers;
 pub use connect::ConnectError;
 pub use deliveries::{DeliveryRecord, DeliveryState};
 pub use inbox::once;
-pub use lanes::{ClaimedLane, Finished, LaneRef, LaneReport, Next, Settled};
+pub use lanes::{Claim, ClaimedLane, Finished, LaneRef, LaneReport, Next, NextDue, Settled, Unreadable};
 pub use outbox::{Outbox, SchemaError};
 pub use status::{Status, SubscriptionStatus, WorkerStatus};
 pub use subscriptions::RegisterError;

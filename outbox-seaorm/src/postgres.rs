@@ -8,14 +8,15 @@
 //! with SKIP LOCKED: they never wait for a commit, no commit waits for them, and no request is the victim of a
 //! deadlock.
 
-use crate::sql::Sql;
+use crate::sql::{Flush, Sql};
 
 /// The columns of the events `e` as the store reads them: JSON as text.
 macro_rules! event_columns {
     () => {
         "e.position, e.event_id, e.event_type, e.schema_version, e.aggregate_type, e.aggregate_id,
          e.payload::text as payload, e.occurred_at, e.recorded_at, e.tenant, e.actor_kind, e.actor_id,
-         e.correlation_id, e.causation_id, e.traceparent, e.tracestate, e.tags::text as tags, e.max_attempts"
+         e.correlation_id, e.causation_id, e.traceparent, e.tracestate, e.tags::text as tags, e.max_attempts,
+         e.wait_seconds, e.not_before"
     };
 }
 
@@ -29,55 +30,53 @@ pub(crate) static POSTGRES: Sql = Sql {
     subscriptions: "select id, name, filter::text as filter, ordering::text as ordering
                       from outbox_subscriptions order by id",
 
-    // One round trip. The events depend on `locked`, so the lanes are locked before positions are drawn. A generation
-    // that is not current matches nothing, and nothing is written.
-    flush: Some(
+    // One round trip. The events depend on `locked`, so the lanes are locked before positions are drawn, and a delay
+    // counts from then. A generation that is not current matches nothing, and nothing is written.
+    flush: Flush::AtOnce(
         "with current as materialized (select 1 from outbox_meta where generation = $3),
+              input as materialized (
+                select e.*, e.ordinality - 1 as event
+                  from rows from (jsonb_to_recordset($1::text::jsonb) as (
+                         id uuid, event_type text, schema_version integer, aggregate_type text, aggregate_id text,
+                         payload text, occurred_at timestamptz, tags jsonb, max_attempts integer, wait float8,
+                         not_before timestamptz)) with ordinality as e),
               match as materialized (
-                select m.event, m.subscription, m.key,
-                       greatest(clock_timestamp() + m.wait * interval '1 second', m.not_before) as due_at
-                  from jsonb_to_recordset($2::text::jsonb) as m(
-                         event integer, subscription integer, key text, wait float8, not_before timestamptz), current),
+                select m.event, m.subscription, m.key
+                  from jsonb_to_recordset($2::text::jsonb) as m(event integer, subscription integer, key text), current),
               lanes as (
                 insert into outbox_lanes as lane (subscription_id, key, pending, lease_token, due_at)
-                select subscription, key, count(*), (random() * 4e18)::bigint, (array_agg(due_at order by event))[1]
-                  from match group by subscription, key order by subscription, key
+                select subscription, key, count(*), (random() * 4e18)::bigint,
+                       greatest(clock_timestamp() + (array_agg(wait order by event))[1] * interval '1 second',
+                                (array_agg(not_before order by event))[1])
+                  from match join input using (event) group by subscription, key order by subscription, key
                 on conflict (subscription_id, key) do update set pending = lane.pending + excluded.pending
                 returning 1),
               locked as materialized (select count(*) as lanes from lanes),
               events as (
                 insert into outbox_events (
                     event_id, event_type, schema_version, aggregate_type, aggregate_id, payload, occurred_at, tags,
-                    max_attempts, tenant, actor_kind, actor_id, correlation_id, causation_id, traceparent, tracestate)
+                    max_attempts, wait_seconds, not_before,
+                    tenant, actor_kind, actor_id, correlation_id, causation_id, traceparent, tracestate)
                 select e.id, e.event_type, e.schema_version, e.aggregate_type, e.aggregate_id, e.payload::json,
-                       e.occurred_at, e.tags, e.max_attempts, $4, $5, $6, $7, $8, $9, $10
-                  from rows from (jsonb_to_recordset($1::text::jsonb) as (
-                         id uuid, event_type text, schema_version integer, aggregate_type text, aggregate_id text,
-                         payload text, occurred_at timestamptz, tags jsonb, max_attempts integer)) with ordinality as e,
-                       current, locked
+                       e.occurred_at, e.tags, e.max_attempts, e.wait, e.not_before, $4, $5, $6, $7, $8, $9, $10
+                  from input e, current, locked
                  where locked.lanes >= 0
-                 order by e.ordinality
-                returning position, event_id),
-              numbered as (
-                select events.position, input.ordinality - 1 as event
-                  from events
-                  join rows from (jsonb_to_recordset($1::text::jsonb) as (id uuid)) with ordinality as input
-                    on input.id = events.event_id),
+                 order by e.event
+                returning position, event_id, recorded_at),
               deliveries as (
                 insert into outbox_deliveries (subscription_id, key, position, due_at)
-                select match.subscription, match.key, numbered.position, match.due_at
-                  from match join numbered on numbered.event = match.event)
+                select match.subscription, match.key, events.position,
+                       greatest(events.recorded_at + input.wait * interval '1 second', input.not_before)
+                  from match join input using (event) join events on events.event_id = input.id)
          select count(*) as events, pg_current_xact_id()::text as transaction, pg_backend_pid() as session from events",
     ),
 
-    // The flush does it all.
-    insert_events: "",
-
     insert_deliveries: "
         insert into outbox_deliveries (subscription_id, key, position, due_at)
-        select subscription, key, position, greatest(clock_timestamp() + wait * interval '1 second', not_before)
-          from jsonb_to_recordset($1::text::jsonb) as d(
-                 subscription integer, key text, position bigint, wait float8, not_before timestamptz)
+        select d.subscription, d.key, d.position,
+               greatest(e.recorded_at + e.wait_seconds * interval '1 second', e.not_before)
+          from jsonb_to_recordset($1::text::jsonb) as d(subscription integer, key text, position bigint)
+          join outbox_events e on e.position = d.position
         on conflict do nothing",
 
     // The lane of a delivery that waits keeps its due time; see the same statement for SQLite about the token.
@@ -91,10 +90,10 @@ pub(crate) static POSTGRES: Sql = Sql {
         on conflict (subscription_id, key) do update set pending = lane.pending + excluded.pending",
 
     next_due: "
-        select extract(epoch from due_at - clock_timestamp())::float8 as seconds from outbox_lanes
-         where subscription_id = $1
-           and exists (select 1 from outbox_subscriptions where id = $1 and paused_at is null and backfill_from is null)
-         order by due_at limit 1",
+        select circuit_failures, extract(epoch from circuit_until - clock_timestamp())::float8 as circuit_seconds,
+               (select extract(epoch from nullif(due_at, 'infinity') - clock_timestamp())::float8 from outbox_lanes
+                 where subscription_id = $1 order by due_at limit 1) as seconds
+          from outbox_subscriptions where id = $1 and paused_at is null and backfill_from is null",
 
     // The array makes the planner read the due lanes first, in the order of outbox_lanes_due, and lock only those.
     claim: "
@@ -106,18 +105,33 @@ pub(crate) static POSTGRES: Sql = Sql {
                  select key from outbox_lanes
                   where subscription_id = $1 and due_at <= clock_timestamp()
                   order by due_at, key limit $2 for update skip locked))
-           and exists (select 1 from outbox_subscriptions where id = $1 and paused_at is null and backfill_from is null)
+           and exists (select 1 from outbox_subscriptions
+                        where id = $1 and paused_at is null and backfill_from is null and (circuit_until is null or $5))
         returning key, lease_token, attempts, attempt_log::text as attempt_log",
 
+    take_probe: "
+        update outbox_subscriptions set circuit_until = clock_timestamp() + $2 * interval '1 second'
+         where id = $1 and circuit_until <= clock_timestamp()",
+
+    open_circuit: "
+        update outbox_subscriptions
+           set circuit_until = clock_timestamp() + $2 * interval '1 second', circuit_failures = circuit_failures + $3
+         where id = $1",
+
+    close_circuit: "
+        update outbox_subscriptions set circuit_until = null, circuit_failures = 0
+         where id = $1 and circuit_until is not null",
+
     runs: concat!(
-        "select d.key, to_char(d.due_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS.US') as due_at,
+        "select d.key, d.position as queued,
+                to_char(d.due_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS.US') as due_at,
                 d.due_at <= clock_timestamp() as due, ",
         event_columns!(),
         " from jsonb_array_elements_text($2::text::jsonb) lane(key)
          cross join lateral (
                select key, position, due_at from outbox_deliveries
                 where subscription_id = $1 and key = lane.key order by position limit $3) d
-          join outbox_events e on e.position = d.position
+          left join outbox_events e on e.position = d.position
          order by d.position"
     ),
 
@@ -174,20 +188,22 @@ pub(crate) static POSTGRES: Sql = Sql {
                due_at = case r.next
                    when 'keep' then l.due_at
                    when 'retry' then clock_timestamp() + r.wait * interval '1 second'
+                   when 'hold' then 'infinity'
                    else coalesce((select d.due_at from outbox_deliveries d
                                    where d.subscription_id = r.subscription and d.key = r.key
                                    order by position limit 1), clock_timestamp()) end,
                last_error = case r.next when 'release' then l.last_error else r.error end,
-               attempt_log = r.log::jsonb
+               attempt_log = r.log::jsonb,
+               held_at = r.held_at
           from jsonb_to_recordset($1::text::jsonb) as r(
                  subscription integer, key text, finished integer, attempts integer, next text, wait float8,
-                 error text, log text)
+                 error text, log text, held_at bigint)
          where l.subscription_id = r.subscription and l.key = r.key",
 
     delete_empty_lanes: "
         delete from outbox_lanes l
          using jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text)
-         where l.subscription_id = r.subscription and l.key = r.key and l.pending <= 0",
+         where l.subscription_id = r.subscription and l.key = r.key and l.pending <= 0 and l.held_at is null",
 
     due_with_head: "
         update outbox_lanes l

@@ -3,6 +3,15 @@
 //! Both sets take the same parameters and answer with the same columns. Lists travel as one JSON parameter, so a
 //! statement is the same for one row and for ten thousand. Durations are in seconds.
 
+/// How a database flushes.
+#[derive(Debug)]
+pub(crate) enum Flush {
+    /// In one round trip.
+    AtOnce(&'static str),
+    /// Statement by statement, where a statement costs no round trip. $1 events, in their order; $2 … $8 what they share.
+    InSteps { insert_events: &'static str },
+}
+
 /// The statements of one database.
 #[derive(Debug)]
 pub(crate) struct Sql {
@@ -11,15 +20,12 @@ pub(crate) struct Sql {
     pub(crate) bump_generation: &'static str,
     pub(crate) subscriptions: &'static str,
 
-    /// Everything at once: $1 events, $2 matches (index of the event, subscription, key, wait, not before),
-    /// $3 generation, $4 … $10 what the events share. Returns the number of events, 0 if the generation is
+    /// Everything at once: $1 events, $2 matches (index of the event, subscription, key), $3 generation, $4 … $10 what the events share. Returns the number of events, 0 if the generation is
     /// old, and what a `CommitId` consists of.
-    pub(crate) flush: Option<&'static str>,
+    pub(crate) flush: Flush,
 
-    /// $1 events, in their order; $2 … $8 what they share.
-    pub(crate) insert_events: &'static str,
-
-    /// $1 deliveries. `wait` is a delay, or a head start if negative; the later of it and `not_before` counts.
+    /// $1 deliveries. Due after the wait of their events, or before if it is a head start; the later of it and
+    /// `not_before` counts.
     pub(crate) insert_deliveries: &'static str,
 
     /// $1 lanes with the number of their new deliveries. A lane that exists keeps its due time: it may be leased, backing
@@ -32,14 +38,24 @@ pub(crate) struct Sql {
     /// worker has tried keep their lease or backoff.
     pub(crate) due_with_head: &'static str,
 
-    /// $1 subscription: seconds until its next lane is due, negative if it is. Asked before a claim, so that an idle poll
-    /// takes no write lock. Index: outbox_lanes_due.
+    /// $1 subscription: seconds until its next lane is due, negative if it is, and the state of its circuit; nothing if it
+    /// is paused. Asked before a claim, so that an idle poll takes no write lock. Index: outbox_lanes_due.
     pub(crate) next_due: &'static str,
 
-    /// $1 subscription, $2 lanes, $3 lease, $4 worker. Index: outbox_lanes_due.
+    /// $1 subscription, $2 lanes, $3 lease, $4 worker, $5 whether this is the probe of an open circuit. Index:
+    /// outbox_lanes_due.
     pub(crate) claim: &'static str,
 
-    /// $1 subscription, $2 keys, $3 run. Index: primary key of the deliveries; `cross join` holds the planner to it, which
+    /// $1 subscription, $2 seconds until another may probe if this one tells nothing. One caller wins.
+    pub(crate) take_probe: &'static str,
+
+    /// $1 subscription, $2 seconds until the next probe, $3 failures to count.
+    pub(crate) open_circuit: &'static str,
+
+    /// $1 subscription.
+    pub(crate) close_circuit: &'static str,
+
+    /// $1 subscription, $2 keys, $3 run. `queued` is the position, also where the event is missing. Index: primary key of the deliveries; `cross join` holds the planner to it, which
     /// otherwise reads all deliveries of the subscription.
     pub(crate) runs: &'static str,
 
@@ -62,7 +78,7 @@ pub(crate) struct Sql {
     pub(crate) insert_dead_letters: &'static str,
 
     /// $1 reports of lanes that are held. After `keep` the lease goes on; after `retry` the head waits; after `yield` and
-    /// `release` the lane is due with its next delivery.
+    /// `release` the lane is due with its next delivery; after `hold` it is not due until an operator decides.
     pub(crate) advance_lanes: &'static str,
 
     /// $1 reports of lanes that are held.

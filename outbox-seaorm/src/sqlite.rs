@@ -3,7 +3,7 @@
 //! A write transaction excludes all others, so nothing here needs row locks; what must be atomic is in one transaction.
 //! `strftime('%Y-%m-%dT%H:%M:%fZ', 'now', …)` is the database's clock in the tables' format.
 
-use crate::sql::Sql;
+use crate::sql::{Flush, Sql};
 
 pub(crate) static SQLITE: Sql = Sql {
     schema_version: "select schema_version from outbox_meta",
@@ -15,24 +15,26 @@ pub(crate) static SQLITE: Sql = Sql {
     subscriptions: "select id, name, filter, ordering from outbox_subscriptions order by id",
 
     // Local statements cost no round trips.
-    flush: None,
-
-    insert_events: "
+    flush: Flush::InSteps {
+        insert_events: "
     insert into outbox_events (
         event_id, event_type, schema_version, aggregate_type, aggregate_id, payload, occurred_at,
-        tags, max_attempts, tenant, actor_kind, actor_id, correlation_id, causation_id, traceparent, tracestate)
+        tags, max_attempts, wait_seconds, not_before, tenant, actor_kind, actor_id, correlation_id, causation_id, traceparent, tracestate)
     select unhex(value->>'id'), value->>'event_type', value->>'schema_version', value->>'aggregate_type',
            value->>'aggregate_id', value->>'payload', value->>'occurred_at', value->>'tags', value->>'max_attempts',
-           $2, $3, $4, $5, $6, $7, $8
+           value->>'wait', value->>'not_before', $2, $3, $4, $5, $6, $7, $8
       from json_each($1) order by key
     returning position, event_id",
+    },
 
     insert_deliveries: "
     insert into outbox_deliveries (subscription_id, key, position, due_at)
-    select value->>'subscription', value->>'key', value->>'position',
-           max(strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', value->>'wait')),
-               coalesce(value->>'not_before', ''))
-      from json_each($1) where true
+    select d.value->>'subscription', d.value->>'key', e.position,
+           max(strftime('%Y-%m-%dT%H:%M:%fZ', e.recorded_at, printf('%+.3f seconds', e.wait_seconds)),
+               coalesce(e.not_before, ''))
+      from json_each($1) d
+     cross join outbox_events e on e.position = d.value->>'position'
+     where true
     on conflict do nothing",
 
     upsert_lanes: "
@@ -51,10 +53,10 @@ pub(crate) static SQLITE: Sql = Sql {
      where subscription_id = $1 and key in (select value from json_each($2)) and attempts = 0 and last_error is null",
 
     next_due: "
-    select (julianday(due_at) - julianday('now')) * 86400.0 as seconds from outbox_lanes
-     where subscription_id = $1
-       and exists (select 1 from outbox_subscriptions where id = $1 and paused_at is null and backfill_from is null)
-     order by due_at limit 1",
+    select circuit_failures, (julianday(circuit_until) - julianday('now')) * 86400.0 as circuit_seconds,
+           (select (julianday(nullif(due_at, '9999-12-31T23:59:59.999Z')) - julianday('now')) * 86400.0 from outbox_lanes
+             where subscription_id = $1 order by due_at limit 1) as seconds
+      from outbox_subscriptions where id = $1 and paused_at is null and backfill_from is null",
 
     claim: "
     update outbox_lanes
@@ -64,16 +66,32 @@ pub(crate) static SQLITE: Sql = Sql {
        and key in (select key from outbox_lanes
                     where subscription_id = $1 and due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now')
                     order by due_at, key limit $2)
-       and exists (select 1 from outbox_subscriptions where id = $1 and paused_at is null and backfill_from is null)
+       and exists (select 1 from outbox_subscriptions
+                    where id = $1 and paused_at is null and backfill_from is null and (circuit_until is null or $5))
     returning key, lease_token, attempts, attempt_log",
 
+    take_probe: "
+    update outbox_subscriptions
+       set circuit_until = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', $2))
+     where id = $1 and circuit_until <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now')",
+
+    open_circuit: "
+    update outbox_subscriptions
+       set circuit_until = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', $2)),
+           circuit_failures = circuit_failures + $3
+     where id = $1",
+
+    close_circuit: "
+    update outbox_subscriptions set circuit_until = null, circuit_failures = 0
+     where id = $1 and circuit_until is not null",
+
     runs: "
-    select d.key, d.due_at, d.due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as due, e.*
+    select d.key, d.position as queued, d.due_at, d.due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as due, e.*
       from json_each($2) lane
      cross join outbox_deliveries d on d.subscription_id = $1 and d.key = lane.value
        and d.position in (select position from outbox_deliveries
                            where subscription_id = $1 and key = lane.value order by position limit $3)
-     cross join outbox_events e on e.position = d.position
+      left join outbox_events e on e.position = d.position
      order by d.position",
 
     held: "
@@ -122,20 +140,22 @@ pub(crate) static SQLITE: Sql = Sql {
            due_at = case r.next
                when 'keep' then outbox_lanes.due_at
                when 'retry' then strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', r.wait))
+               when 'hold' then '9999-12-31T23:59:59.999Z'
                else coalesce((select d.due_at from outbox_deliveries d
                                where d.subscription_id = r.subscription and d.key = r.lane
                                order by position limit 1), outbox_lanes.due_at) end,
            last_error = case r.next when 'release' then last_error else r.error end,
-           attempt_log = r.log
+           attempt_log = r.log,
+           held_at = r.held_at
       from (select value->>'subscription' as subscription, value->>'key' as lane, value->>'finished' as finished,
                    value->>'attempts' as attempts, value->>'next' as next, value->>'wait' as wait,
-                   value->>'error' as error, value->>'log' as log
+                   value->>'error' as error, value->>'log' as log, value->>'held_at' as held_at
               from json_each($1)) r
      where outbox_lanes.subscription_id = r.subscription and outbox_lanes.key = r.lane",
 
     delete_empty_lanes: "
     delete from outbox_lanes
-     where pending <= 0
+     where pending <= 0 and held_at is null
        and (subscription_id, key) in (select value->>'subscription', value->>'key' from json_each($1))",
 
     renew: "

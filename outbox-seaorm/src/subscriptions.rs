@@ -165,8 +165,6 @@ impl Outbox {
                     subscription: id,
                     key: ordering.key(&subject),
                     position: event.position,
-                    wait: 0.0,
-                    not_before: None,
                 })
             })
             .collect();

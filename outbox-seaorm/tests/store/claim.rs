@@ -20,7 +20,7 @@ async fn a_claimed_lane_is_not_claimed_again_before_its_lease_ends() {
     assert!(again.lane.token > first.lane.token);
     assert_eq!((again.attempts, &again.lane.key, &again.run), (2, &first.lane.key, &first.run));
     assert!(store.claim(id).await.is_empty());
-    let wait = store.outbox.next_due(id).await.unwrap().unwrap();
+    let wait = store.next_due(id).await.unwrap();
     assert!(is_about(wait, LONG), "{wait:?}");
     store.is_whole().await;
 }
@@ -65,7 +65,7 @@ async fn a_paused_subscription_gives_nothing() {
     store.record_todos(&["1"]).await;
     store.execute("update outbox_subscriptions set paused_at = '2026-01-01T00:00:00.000Z' where name = 's'").await;
     assert!(store.claim(id).await.is_empty());
-    assert_eq!(store.outbox.next_due(id).await.unwrap(), None);
+    assert_eq!(store.next_due(id).await, None);
     assert_eq!(store.claim(other).await.len(), 1);
     store.execute("update outbox_subscriptions set paused_at = null").await;
     assert_eq!(store.claim(id).await.len(), 1);
@@ -122,7 +122,7 @@ async fn a_delayed_event_is_not_claimed_early_and_holds_back_only_its_own_key() 
         store.outbox.settle(&[delivered_run(lane)]).await.unwrap();
     }
     assert!(store.claim(id).await.is_empty());
-    let wait = store.outbox.next_due(id).await.unwrap().unwrap();
+    let wait = store.next_due(id).await.unwrap();
     assert!(is_about(wait, LONG), "{wait:?}");
     store.time_passes().await;
     assert_eq!(runs(&store.claim(id).await), [("todo/a", vec![2, 3])]);
@@ -189,7 +189,7 @@ async fn a_run_is_in_order_and_ends_at_its_limit() {
     let store = Store::new().await;
     let id = store.subscribe("s").await;
     store.record_todos(&["a", "b", "a", "b", "a"]).await;
-    let lanes = store.outbox.claim(id, "worker", 100, 2, LONG).await.unwrap();
+    let lanes = store.outbox.claim(id, "worker", 100, 2, LONG).await.unwrap().lanes;
     assert_eq!(runs(&lanes), [("todo/a", vec![1, 3]), ("todo/b", vec![2, 4])]);
     store.outbox.settle(&[delivered_run(&lanes[0]), delivered_run(&lanes[1])]).await.unwrap();
     assert_eq!(runs(&store.claim(id).await), [("todo/a", vec![5])]);
@@ -210,7 +210,7 @@ async fn the_oldest_lanes_are_claimed_first() {
     }
     let mut claimed = Vec::new();
     while claimed.len() < 20 {
-        let lanes = store.outbox.claim(id, "worker", 5, 1, LONG).await.unwrap();
+        let lanes = store.outbox.claim(id, "worker", 5, 1, LONG).await.unwrap().lanes;
         assert_eq!(lanes.len(), 5);
         claimed.extend(lanes.into_iter().map(|lane| lane.run[0].aggregate_id.clone()));
     }
@@ -273,7 +273,7 @@ async fn two_workers_never_hold_the_same_lane() {
         workers.push(tokio::spawn(async move {
             let mut keys = Vec::new();
             loop {
-                let lanes = outbox.claim(id, name, 7, 1, LONG).await.unwrap();
+                let lanes = outbox.claim(id, name, 7, 1, LONG).await.unwrap().lanes;
                 if lanes.is_empty() {
                     return keys;
                 }
@@ -298,6 +298,6 @@ async fn a_subscription_that_does_not_exist_gives_nothing() {
     store.subscribe("s").await;
     store.record_todos(&["1"]).await;
     assert!(store.claim(7).await.is_empty());
-    assert_eq!(store.outbox.next_due(7).await.unwrap(), None);
+    assert_eq!(store.next_due(7).await, None);
     store.is_whole().await;
 }

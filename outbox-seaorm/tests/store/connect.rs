@@ -175,13 +175,13 @@ async fn a_table_prefix_works_from_end_to_end() {
     unit.events().push(todo("2")).unwrap();
     assert!(once(&outbox, &unit.tx(), "mailer", Uuid::now_v7()).await.unwrap());
     unit.commit().await.unwrap();
-    let lanes = outbox.claim(id, "worker", 10, 10, LONG).await.unwrap();
+    let lanes = outbox.claim(id, "worker", 10, 10, LONG).await.unwrap().lanes;
     assert_eq!(lanes.len(), 2);
     assert_eq!(outbox.renew(&[lanes[0].lane.clone()], LONG).await.unwrap().len(), 1);
     let mut dead = delivered_run(&lanes[1]);
     dead.finished[0].error = Some("no".to_owned());
     assert_eq!(outbox.settle(&[delivered_run(&lanes[0]), dead]).await.unwrap(), [Settled::Done; 2]);
-    assert_eq!(outbox.next_due(id).await.unwrap(), None);
+    assert_eq!(outbox.next_due(id).await.unwrap().and_then(|next| next.after), None);
     outbox.heartbeat("worker", &["s"]).await.unwrap();
     let status = outbox.status().await.unwrap();
     assert_eq!((status.subscriptions[0].delivered, status.subscriptions[0].dead, status.workers.len()), (1, 1, 1));

@@ -75,7 +75,12 @@ impl Store {
     }
 
     pub(crate) async fn claim_for(&self, subscription: i32, lease: Duration) -> Vec<ClaimedLane> {
-        self.outbox.claim(subscription, "worker", 100, 100, lease).await.unwrap()
+        self.outbox.claim(subscription, "worker", 100, 100, lease).await.unwrap().lanes
+    }
+
+    /// How long until something can be claimed.
+    pub(crate) async fn next_due(&self, subscription: i32) -> Option<Duration> {
+        self.outbox.next_due(subscription).await.unwrap().and_then(|next| next.after)
     }
 
     /// Claims the only lane that is due.

@@ -9,7 +9,7 @@ use crate::fixture::{LONG, Store, of_type, record, todo};
 
 /// The events that a subscription gets, in one claim.
 async fn claimed(outbox: &Outbox, subscription: i32) -> Vec<RecordedEvent> {
-    let lanes = outbox.claim(subscription, "worker", 20_000, 20_000, LONG).await.unwrap();
+    let lanes = outbox.claim(subscription, "worker", 20_000, 20_000, LONG).await.unwrap().lanes;
     let mut events: Vec<_> = lanes.into_iter().flat_map(|lane| lane.run).collect();
     events.sort_by_key(|event| event.position);
     events

@@ -89,7 +89,7 @@ async fn whatever_workers_do_every_event_is_finished_once_and_in_the_order_of_it
                     let lease = if random.bool() { LONG } else { Duration::from_millis(random.u64(..3)) };
                     let (lanes, run) = (random.u32(1..4), random.u32(1..4));
                     let id = *random.choice(&ids).unwrap();
-                    held.extend(store.outbox.claim(id, "worker", lanes, run, lease).await.unwrap());
+                    held.extend(store.outbox.claim(id, "worker", lanes, run, lease).await.unwrap().lanes);
                 }
                 6 if !held.is_empty() => {
                     let lanes: Vec<_> = held.iter().map(|lane| lane.lane.clone()).collect();

@@ -122,7 +122,7 @@ async fn held_and_superseded_reports_may_come_in_one_batch() {
     store.record_todos(&["a", "b", "c", "d"]).await;
     let lost = store.claim(id).await;
     store.time_passes().await;
-    let held = store.outbox.claim(id, "other worker", 2, 1, LONG).await.unwrap();
+    let held = store.outbox.claim(id, "other worker", 2, 1, LONG).await.unwrap().lanes;
     let others = store.claim(other).await;
     let reports = [
         failed(&lost[0], LONG, "late"),
@@ -191,7 +191,7 @@ async fn a_failure_stores_when_the_lane_is_due_again() {
     store.record_todos(&["a", "a"]).await;
     let lane = store.claim_one(id, LONG).await;
     assert_eq!(store.outbox.settle(&[failed(&lane, LONG / 2, "it's \"down\"")]).await.unwrap(), [Settled::Done]);
-    let due = store.outbox.next_due(id).await.unwrap().unwrap();
+    let due = store.next_due(id).await.unwrap();
     assert!(is_about(due, LONG / 2), "{due:?}");
     let row = "select json_array(pending, attempts, leased_by, last_error, attempt_log) from outbox_lanes";
     let stored: String = store.value(row).await;
@@ -216,7 +216,7 @@ async fn a_wait_beyond_all_calendars_does_not_stop_the_other_results() {
     let lanes = store.claim(id).await;
     let reports = [failed(&lanes[0], Duration::MAX, "come back never"), delivered_run(&lanes[1])];
     assert_eq!(store.outbox.settle(&reports).await.unwrap(), [Settled::Done; 2]);
-    assert!(store.outbox.next_due(id).await.unwrap() > Some(LONG));
+    assert!(store.next_due(id).await > Some(LONG));
     store.record_todos(&["c"]).await;
     let lane = store.claim_one(id, Duration::MAX).await;
     assert_eq!(store.outbox.renew(std::slice::from_ref(&lane.lane), Duration::MAX).await.unwrap(), [lane.lane]);
@@ -316,12 +316,12 @@ async fn yielding_makes_the_lane_due_with_its_next_delivery() {
     let store = Store::new().await;
     let id = store.subscribe("s").await;
     store.record([todo("a"), todo("a").delay(LONG), todo("b"), todo("b")]).await;
-    let lanes = store.outbox.claim(id, "worker", 10, 1, LONG).await.unwrap();
+    let lanes = store.outbox.claim(id, "worker", 10, 1, LONG).await.unwrap().lanes;
     for lane in &lanes {
         store.outbox.settle(&[delivered_run(lane)]).await.unwrap();
     }
     assert_eq!(runs(&store.claim(id).await), [("todo/b", vec![4])]);
-    assert!(store.outbox.next_due(id).await.unwrap() > Some(LONG / 2));
+    assert!(store.next_due(id).await > Some(LONG / 2));
     store.is_whole().await;
 }
 
@@ -456,7 +456,7 @@ async fn a_lost_lease_is_not_renewed() {
     let asked = [lost.lane.clone(), others.lane.clone(), held.lane.clone()];
     assert_eq!(store.outbox.renew(&asked, LONG).await.unwrap(), [others.lane, held.lane.clone()]);
     assert_eq!(store.outbox.renew(&[lost.lane], SHORT).await.unwrap(), []);
-    assert!(store.outbox.next_due(id).await.unwrap() > Some(LONG / 2));
+    assert!(store.next_due(id).await > Some(LONG / 2));
     assert_eq!(store.outbox.renew(&[], LONG).await.unwrap(), []);
     store.is_whole().await;
 }

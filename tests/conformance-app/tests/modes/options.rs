@@ -156,7 +156,7 @@ async fn delayed_events_become_due_that_long_after_the_commit() {
             let wait = delivery.due_at.unwrap().timestamp_millis() - asked;
             assert!((60_000..65_000).contains(&wait), "{wait}");
         }
-        let claimed = app.outbox.claim(app.effects, "w", 10, 10, Duration::from_secs(30)).await.unwrap();
+        let claimed = app.outbox.claim(app.effects, "w", 10, 10, Duration::from_secs(30)).await.unwrap().lanes;
         assert!(claimed.is_empty(), "{claimed:?}");
     }
 }
@@ -168,7 +168,7 @@ async fn a_higher_priority_is_claimed_first() {
             let op = json!({ "op": op, "key": op, "n": 1, "mode": mode, "arg": "" });
             app.post("/op", &op).await.assert_committed(201);
         }
-        let claimed = app.outbox.claim(app.effects, "w", 10, 10, Duration::from_secs(30)).await.unwrap();
+        let claimed = app.outbox.claim(app.effects, "w", 10, 10, Duration::from_secs(30)).await.unwrap().lanes;
         let keys: Vec<_> = claimed.iter().map(|lane| lane.run[0].aggregate_id.as_str()).collect();
         assert_eq!(keys, ["higher", "high", "low", "lower"]);
     }
