@@ -246,6 +246,7 @@ mod tests {
             log: None,
             last: true,
             time: Duration::MAX,
+            begun: Arc::default(),
             cancelled: CancellationToken::new(),
         };
         TaskBuilder::new(DeliveryTask { event: Arc::new(event), attempt: Some(attempt) }).build()

@@ -1,5 +1,5 @@
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -16,6 +16,9 @@ pub(crate) trait Destination: Send + Sync {
 
     /// Whether the delivery acknowledges itself, in the transaction of its effect.
     fn settles(&self, event: &RecordedEvent) -> bool;
+
+    /// Whether it is outside of this process, where everything may fail at once without any event being to blame.
+    fn is_outside(&self) -> bool;
 
     fn deliver<'a>(&'a self, event: &'a Arc<RecordedEvent>, attempt: &'a Attempt) -> BoxFuture<'a, End>;
 }
@@ -49,6 +52,10 @@ impl<P: Publisher> Destination for PublisherDestination<P> {
         false
     }
 
+    fn is_outside(&self) -> bool {
+        true
+    }
+
     fn deliver<'a>(&'a self, event: &'a Arc<RecordedEvent>, attempt: &'a Attempt) -> BoxFuture<'a, End> {
         Box::pin(async move { End::Outcome(self.0.publish(&attempt.delivery(event)).await.into()) })
     }
@@ -74,8 +81,11 @@ pub(crate) async fn attempt(destination: Arc<dyn Destination>, task: DeliveryTas
         return End::Unknown;
     }
     let (cancelled, time, event) = (attempt.cancelled.clone(), attempt.time, task.event);
-    let settles = destination.settles(&event);
-    let mut running = AbortOnDrop(tokio::spawn(async move { destination.deliver(&event, &attempt).await }));
+    let (settles, outside) = (destination.settles(&event), destination.is_outside());
+    let mut running = AbortOnDrop(tokio::spawn(async move {
+        attempt.begun.store(true, Ordering::Release);
+        destination.deliver(&event, &attempt).await
+    }));
     tokio::select! {
         // An attempt that has ended counts, even if it was cancelled at the same moment.
         biased;
@@ -83,7 +93,10 @@ pub(crate) async fn attempt(destination: Arc<dyn Destination>, task: DeliveryTas
         // If it is committing just now, it ends its lease or keeps it; giving the lane back is right after both.
         () = cancelled.cancelled() => End::Cancelled,
         // What settles itself minds its time: the waits for its transaction and for its commit do not count.
-        () = tokio::time::sleep(time), if !settles => retry(no_result(time)),
+        () = tokio::time::sleep(time), if !settles => match outside {
+            true => End::Outcome(Outcome::Retry(DeliveryError::unavailable(no_result(time)))),
+            false => retry(no_result(time)),
+        },
     }
 }
 

@@ -3,11 +3,15 @@
 //!
 //! One task for each subscription owns all state, so nothing here is locked. It never waits for the database itself:
 //! claim, acknowledgement and renewal run as tasks of their own, at most one of each, so a stalled database stops none
-//! of the others and no future of a database call is ever dropped halfway.
+//! of the others and no future of a database call is ever dropped halfway. All of them run on a thread of their own
+//! (`thread.rs`), so a handler that blocks its thread does not stop the renewal of leases.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -15,27 +19,31 @@ use apalis_core::{
     backend::queue::Queue,
     task::{Task, builder::TaskBuilder, task_id::TaskId},
 };
-use outbox_core::{DeliveryError, Outcome, RecordedEvent, RetryPolicy};
-use outbox_seaorm::{ClaimedLane, Finished, LaneRef, LaneReport, Next, Outbox, Settled};
+use outbox_core::{AfterDeadLetter, DeliveryError, Outcome, Reason, RecordedEvent, RetryPolicy};
+use outbox_seaorm::{Claim, Finished, LaneRef, LaneReport, Next, NextDue, Outbox, Settled};
 use sea_orm::{DbBackend, DbErr};
 use tokio::{
+    runtime::Handle,
     sync::mpsc,
     task::{JoinError, JoinHandle},
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    destination::{AttemptResult, Destination, End},
+    circuit::Circuit,
+    destination::{AttemptResult, Destination, End, no_result},
+    lane::{Lane, Running},
     listing::task_id,
     options::Options,
     task::{Attempt, DeliveryTask},
 };
 
-/// How many failed attempts of a delivery are remembered with error and time.
-const LOGGED_ATTEMPTS: usize = 20;
+/// How long an event of an unknown type is left alone at first, and at most: another worker may know it.
+const UNKNOWN_WAIT: Duration = Duration::from_secs(1);
+const LONGEST_UNKNOWN_WAIT: Duration = Duration::from_secs(60);
 
-/// How long an event of an unknown type is left alone.
-const UNKNOWN_WAIT: Duration = Duration::from_secs(30);
+/// How many keys with unknown events are remembered, so that their wait grows.
+const UNKNOWN_KEYS: usize = 10_000;
 
 /// How long to wait for lanes that a commit holds.
 const BUSY_WAIT: Duration = Duration::from_millis(5);
@@ -58,11 +66,39 @@ pub(crate) struct Source {
     pub(crate) worker: Arc<str>,
     pub(crate) retry: RetryPolicy,
     pub(crate) destination: Arc<dyn Destination>,
+    pub(crate) after_dead_letter: AfterDeadLetter,
+    /// The shortest time between two attempts.
+    pub(crate) pace: Duration,
     pub(crate) options: Options,
     /// The longest wait between two looks at the database.
     pub(crate) poll: Duration,
     /// Cancelled when the worker is asked to stop.
     pub(crate) stop: CancellationToken,
+    /// Where the feed runs.
+    pub(crate) runtime: Handle,
+    pub(crate) until: Until,
+    pub(crate) counts: Arc<Counts>,
+    /// Cancelled when the feed has nothing to do any more; see [`Until`].
+    pub(crate) idle: CancellationToken,
+}
+
+/// When a feed has done its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Until {
+    /// Never; it is told to stop.
+    Stopped,
+    /// When nothing is due.
+    Drained,
+    /// After what one claim has leased.
+    Once,
+}
+
+/// What became of deliveries.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) delivered: AtomicU64,
+    pub(crate) failed: AtomicU64,
+    pub(crate) dead: AtomicU64,
 }
 
 /// The worker's side of a feed.
@@ -106,6 +142,22 @@ struct Feed {
     claim_failures: u32,
     settle_failures: u32,
     settle_at: Instant,
+    circuit: Circuit,
+    /// What the database is to know about the subscription, one after another.
+    changes: VecDeque<Change>,
+    changing: Option<JoinHandle<()>>,
+    /// When the pace allows the next attempt.
+    next_start: Instant,
+    /// How often events of these keys were of an unknown type.
+    unknown: HashMap<String, u32>,
+    claimed_once: bool,
+}
+
+/// Something about the subscription as a whole that was found out.
+enum Change {
+    OpenCircuit { wait: Duration, failed: bool },
+    CloseCircuit,
+    Pause,
 }
 
 /// What became of leases that were to be renewed; those in neither list are lost.
@@ -116,30 +168,11 @@ struct Renewal {
 }
 
 struct Claimed {
-    lanes: Vec<ClaimedLane>,
-    next_due: Option<Duration>,
+    claim: Claim,
+    next: Option<NextDue>,
     asked_at: Instant,
-}
-
-struct Lane {
-    lane: LaneRef,
-    /// Attempts of the head, the one under way included.
-    attempts: u32,
-    /// As `attempts`, without those that were lost in a crash together with others.
-    counted: u32,
-    /// The last attempt of the head has left no result: it may have killed its worker, so it is tried alone.
-    suspect: bool,
-    /// It stands in the log that it is tried alone.
-    noted: bool,
-    log: Option<String>,
-    run: VecDeque<Arc<RecordedEvent>>,
-    /// Over, and not yet reported.
-    finished: Vec<Finished>,
-    /// Reported, and not yet stored.
-    unsettled: usize,
-    running: bool,
-    leased_until: Instant,
-    cancelled: CancellationToken,
+    /// How often the destination had been found down when it was asked for.
+    times_down: u32,
 }
 
 /// Starts a feed. It ends when its `stop` is cancelled and everything is acknowledged or given back, or when the
@@ -168,9 +201,16 @@ pub(crate) fn start(source: Source) -> Ends {
         claim_failures: 0,
         settle_failures: 0,
         settle_at: now,
+        circuit: Circuit::new(),
+        changes: VecDeque::new(),
+        changing: None,
+        next_start: now,
+        unknown: HashMap::new(),
+        claimed_once: false,
         source,
     };
-    let stopped = tokio::spawn(feed.run(results_end));
+    let runtime = feed.source.runtime.clone();
+    let stopped = runtime.spawn(feed.run(results_end));
     Ends { tasks: tasks_end, results, stop, stopped }
 }
 
@@ -192,6 +232,10 @@ impl Feed {
                 self.claim();
             }
             self.settle();
+            self.change();
+            if self.is_done() {
+                self.source.idle.cancel();
+            }
             if stopping && self.lanes.is_empty() && !self.has_reports() && self.is_quiet() {
                 return;
             }
@@ -206,11 +250,13 @@ impl Feed {
                 (reports, settled) = finished(&mut self.settling) => self.settled(reports, settled),
                 (lane, noted) = finished(&mut self.noting) => self.noted(&lane, noted),
                 (asked_at, lanes, held) = finished(&mut self.renewing) => self.renewed(asked_at, &lanes, held),
+                () = finished(&mut self.changing) => {}
                 () = outbox.woken(subscription), if !stopping => {
                     self.look_at = Instant::now();
                     self.idle_wait = self.source.poll / 8;
                 }
                 () = tokio::time::sleep_until(self.look_at.into()), if !stopping && self.wants_lanes() => {}
+                () = tokio::time::sleep_until(self.next_start.into()), if !stopping && self.is_paced() => {}
                 () = tokio::time::sleep_until(self.settle_at.into()), if self.settling.is_none() && self.has_reports() => {}
                 _ = tick.tick() => self.guard_leases(),
                 () = stop.cancelled(), if !stopping => grace_end = Some(Instant::now() + options.grace),
@@ -231,14 +277,39 @@ impl Feed {
         }
     }
 
+    /// How many deliveries may be under way.
+    fn concurrency(&self) -> usize {
+        self.circuit.limit(self.source.options.concurrency)
+    }
+
     /// How many more lanes to lease: as many as can be worked on, and as many again in advance.
     fn room(&self) -> usize {
-        (2 * self.source.options.concurrency).saturating_sub(self.lanes.len())
+        (2 * self.concurrency()).saturating_sub(self.lanes.len())
     }
 
     /// While there are suspects nothing is claimed that a crash could take with it.
     fn wants_lanes(&self) -> bool {
-        self.claiming.is_none() && self.can_store() && self.room() > 0 && !self.lanes.values().any(|lane| lane.suspect)
+        self.claiming.is_none()
+            && self.changing.is_none()
+            && !(self.claimed_once && self.source.until == Until::Once)
+            && self.can_store()
+            && self.room() > 0
+            && !self.lanes.values().any(|lane| lane.suspect)
+    }
+
+    /// Whether the next attempt waits for the pace.
+    fn is_paced(&self) -> bool {
+        !self.source.pace.is_zero() && !self.ready.is_empty() && self.next_start > Instant::now()
+    }
+
+    /// Whether what the feed was started for is done.
+    fn is_done(&self) -> bool {
+        let claimed_all = match self.source.until {
+            Until::Stopped => false,
+            Until::Once => self.claimed_once,
+            Until::Drained => self.claimed_once && self.look_at > Instant::now(),
+        };
+        claimed_all && self.lanes.is_empty() && !self.has_reports() && self.is_quiet()
     }
 
     /// Nothing is begun while results cannot be stored: it would be repeated.
@@ -247,7 +318,11 @@ impl Feed {
     }
 
     fn is_quiet(&self) -> bool {
-        self.claiming.is_none() && self.settling.is_none() && self.noting.is_none()
+        self.claiming.is_none()
+            && self.settling.is_none()
+            && self.noting.is_none()
+            && self.changing.is_none()
+            && self.changes.is_empty()
     }
 
     fn has_reports(&self) -> bool {
@@ -257,10 +332,10 @@ impl Feed {
     fn start_ready(&mut self) {
         let options = self.source.options;
         let mut waiting = VecDeque::new();
-        while self.can_store() && self.open < options.concurrency {
+        while self.can_store() && self.open < self.concurrency() && !self.is_paced() {
             let Some(key) = self.ready.pop_front() else { break };
             // A lane that was lost and claimed again may stand here twice.
-            let Some(lane) = self.lanes.get_mut(&key).filter(|lane| !lane.running) else { continue };
+            let Some(lane) = self.lanes.get_mut(&key).filter(|lane| lane.running.is_none()) else { continue };
             let Some(event) = lane.run.front().cloned() else { continue };
             if lane.cancelled.is_cancelled() || Instant::now() + options.margin() >= lane.leased_until {
                 self.release(&key);
@@ -273,9 +348,8 @@ impl Feed {
                 let error = format!(
                     "attempt {begun} was the last and ended without a result: its worker was killed, or lost its lease"
                 );
-                lane.finish_head(begun, log, Some(error));
                 self.open += 1;
-                self.go_on(key);
+                self.die(key, begun, log, error);
                 continue;
             }
             if lane.suspect && !lane.noted {
@@ -288,16 +362,19 @@ impl Feed {
                 waiting.push_back(key);
                 continue;
             }
-            lane.running = true;
+            let time = if settles { self.source.effect_time() } else { options.timeout() };
+            let running = Running::new(time);
             let attempt = Attempt {
                 lane: lane.lane.clone(),
                 subscription: self.source.name.clone(),
                 number: lane.attempts,
                 log: lane.log.clone(),
                 last: lane.run.len() == 1,
-                time: if settles { self.source.effect_time() } else { options.timeout() },
+                time,
+                begun: running.begun().clone(),
                 cancelled: lane.cancelled.child_token(),
             };
+            lane.running = Some(running);
             let task = TaskBuilder::new(DeliveryTask { event: event.clone(), attempt: Some(attempt) })
                 .task_id(TaskId::from_string(task_id(&self.source.name, &event)))
                 // As apalis' tracing shows it; apalis counts it once more when it begins.
@@ -308,9 +385,12 @@ impl Feed {
             // Never full, see `start`; closed when the worker is gone, which ends this feed in its next round.
             if self.tasks.try_send(task).is_err() {
                 self.open -= 1;
-                lane.running = false;
+                lane.running = None;
                 self.ready.push_front(key);
                 break;
+            }
+            if !self.source.pace.is_zero() {
+                self.next_start = self.next_start.max(Instant::now()) + self.source.pace;
             }
         }
         self.ready.append(&mut waiting);
@@ -326,7 +406,7 @@ impl Feed {
         let Some(suspect) = suspect else { return };
         let (outbox, lane) = (self.source.outbox.clone(), suspect.lane.clone());
         let begun = DeliveryError::retry("tried alone after a crash; its end is not known");
-        let log = logged(suspect, &self.source.worker, &begun, None);
+        let log = suspect.logged(&self.source.worker, &begun, None);
         self.noting = Some(tokio::spawn(async move {
             let noted = outbox.note_attempt(&lane, &log).await;
             (lane, noted)
@@ -352,25 +432,22 @@ impl Feed {
         }
         // A wake-up while the claim is under way brings the next look forward again.
         self.look_at = Instant::now() + self.source.poll;
+        let times_down = self.circuit.times_down();
         let Source { outbox, subscription, worker, options, .. } = self.source.clone();
         self.claiming = Some(tokio::spawn(async move {
             let asked_at = Instant::now();
             let (lanes, run) = (count(capacity), count(options.batch));
             let claimed = async {
-                let lanes = outbox.claim(subscription, &worker, lanes, run, options.lease).await?.lanes;
-                let next_due = if lanes.len() < capacity {
-                    outbox.next_due(subscription).await?.and_then(|next| next.after)
-                } else {
-                    Some(Duration::ZERO)
-                };
-                Ok(Claimed { lanes, next_due, asked_at })
+                let claim = outbox.claim(subscription, &worker, lanes, run, options.lease).await?;
+                let next = if claim.lanes.len() < capacity { outbox.next_due(subscription).await? } else { None };
+                Ok(Claimed { claim, next, asked_at, times_down })
             };
             (capacity, claimed.await)
         }));
     }
 
     fn claimed(&mut self, capacity: usize, claimed: Result<Claimed, DbErr>, stopping: bool) {
-        let Claimed { lanes, next_due, asked_at } = match claimed {
+        let Claimed { claim, next, asked_at, times_down } = match claimed {
             Ok(claimed) => claimed,
             Err(error) => {
                 self.claim_failures += 1;
@@ -381,102 +458,102 @@ impl Feed {
             }
         };
         self.claim_failures = 0;
-        if lanes.len() == capacity {
+        self.claimed_once = true;
+        let Claim { lanes, probe } = claim;
+        // The destination was found down while the claim was under way.
+        let too_late = self.circuit.is_open() && self.circuit.times_down() != times_down;
+        if probe {
+            self.circuit.probing();
+        } else if too_late {
+            // What it found is old.
+        } else if lanes.is_empty() {
+            self.circuit.seen(next.and_then(|next| next.circuit));
+        } else {
+            self.circuit.seen(None);
+        }
+        if too_late {
+            self.look_at = Instant::now() + self.source.retry.delay(1, fastrand::f64());
+        } else if lanes.len() == capacity {
             self.look_at = Instant::now();
         } else {
             if !lanes.is_empty() {
                 self.idle_wait = self.source.poll / 8;
             }
             // Due and not claimed: it has just become due, or another worker is at it at this moment.
-            let due = next_due.map_or(Duration::MAX, |due| due.max(SOON));
+            let due = next.and_then(|next| next.after).map_or(Duration::MAX, |due| due.max(SOON));
             let jitter = fastrand::f64().mul_add(0.2, 0.9);
             self.look_at = self.look_at.min(Instant::now() + self.idle_wait.mul_f64(jitter).min(due));
             self.idle_wait = (self.idle_wait * 2).min(self.source.poll);
         }
         for claimed in lanes {
             let key = claimed.lane.key.clone();
-            let last = attempt_log(claimed.attempt_log.as_deref()).pop();
-            let of_last = |name: &str| last.as_ref().and_then(|entry| entry[name].as_u64()).unwrap_or(0);
-            // An attempt that was begun alone and is not over has killed its worker, and counts by itself. Any number of
-            // attempts that were lost together with others count as one.
-            let begun_alone = last.as_ref().is_some_and(|entry| entry["milliseconds"].is_null());
-            let lost = !begun_alone && of_last("attempt") + 1 < u64::from(claimed.attempts);
-            let counted = of_last("counted") + 1 + u64::from(lost);
-            let lane = Lane {
-                lane: claimed.lane,
-                attempts: claimed.attempts,
-                counted: u32::try_from(counted).unwrap_or(u32::MAX),
-                suspect: begun_alone || lost,
-                noted: false,
-                log: claimed.attempt_log,
-                run: claimed.run.into_iter().map(Arc::new).collect(),
-                finished: Vec::new(),
-                unsettled: 0,
-                running: false,
-                leased_until: asked_at + self.source.options.lease,
-                cancelled: CancellationToken::new(),
-            };
+            let unreadable = claimed.unreadable.clone();
+            let lane = Lane::new(claimed, asked_at + self.source.options.lease, probe);
             // Only after our own lease had ended without our noticing: the old one is void.
             self.lose(&key);
+            let (attempts, log) = (lane.attempts, lane.log.clone());
             self.lanes.insert(key.clone(), lane);
-            self.ready.push_back(key);
+            match unreadable {
+                None => self.ready.push_back(key),
+                Some(unreadable) => {
+                    self.open += 1;
+                    self.bury(&key, unreadable.position, attempts, log, unreadable.error);
+                }
+            }
         }
-        if stopping {
+        if stopping || too_late {
             self.release_ready();
         }
     }
 
     /// An attempt has ended, or was never begun.
     fn ended(&mut self, AttemptResult { key, token, end, started }: AttemptResult) {
-        let Some(lane) = self.lanes.get_mut(&key).filter(|lane| lane.lane.token == token && lane.running) else {
+        let lane = self.lanes.get_mut(&key).filter(|lane| lane.lane.token == token && lane.running.is_some());
+        let Some(lane) = lane else {
             tracing::warn!(
                 subscription = &*self.source.name,
                 "the result of an attempt whose lease was lost is dropped"
             );
             return;
         };
-        lane.running = false;
+        lane.running = None;
         let Some(event) = lane.run.front().cloned() else { return };
         let attempts = lane.attempts;
         match end {
             End::Outcome(Outcome::Delivered) => {
                 let log = lane.log.take();
                 lane.finish_head(attempts, log, None);
+                self.source.counts.delivered.fetch_add(1, Relaxed);
+                self.answered(&key);
+                self.go_on(key);
             }
-            End::Outcome(Outcome::Retry(error)) if lane.counted < self.source.retry.attempts(event.max_attempts) => {
-                let wait = self.source.retry.delay(lane.counted, fastrand::f64());
-                let after = error.wait().map_or(wait, |asked| asked.max(wait));
-                tracing::debug!(subscription = &*self.source.name, event_id = %event.id, attempts, ?after, %error, "attempt failed");
-                let log = Some(logged(lane, &self.source.worker, &error, Some(started)));
-                let error = error.message().to_owned();
-                self.open -= 1;
-                self.finish_lane(&key, Next::Retry { after, attempts, error, log });
-                return;
-            }
-            End::Outcome(Outcome::Retry(error) | Outcome::Permanent(error)) => {
+            End::Outcome(Outcome::Retry(error)) => self.failed(key, &event, &error, started),
+            End::Outcome(Outcome::Permanent(error)) => {
                 tracing::warn!(subscription = &*self.source.name, event_id = %event.id, attempts, %error, "dead letter");
-                let log = Some(logged(lane, &self.source.worker, &error, Some(started)));
-                lane.finish_head(attempts, log, Some(error.message().to_owned()));
+                let log = Some(lane.logged(&self.source.worker, &error, Some(started)));
+                self.answered(&key);
+                self.die(key, attempts, log, error.message().to_owned());
             }
             End::Settled => {
                 lane.run.pop_front();
                 lane.next_head();
                 self.open -= 1;
-                if lane.run.is_empty() {
+                self.source.counts.delivered.fetch_add(1, Relaxed);
+                self.answered(&key);
+                if self.lanes.get(&key).is_some_and(|lane| lane.run.is_empty()) {
                     self.lanes.remove(&key);
                     self.look_at = Instant::now();
-                    return;
+                } else {
+                    self.go_on(key);
                 }
             }
             End::Superseded => {
                 self.open -= 1;
                 self.lose(&key);
-                return;
             }
             End::Cancelled => {
                 self.open -= 1;
                 self.release(&key);
-                return;
             }
             End::Unknown => {
                 self.open -= 1;
@@ -484,38 +561,161 @@ impl Feed {
                     "no handler in this worker for {} version {}; no attempt was spent",
                     event.event_type, event.schema_version
                 );
-                self.postpone(&key, UNKNOWN_WAIT, error);
-                return;
+                let wait = self.unknown_wait(&key);
+                self.postpone(&key, wait, error);
             }
             End::Unavailable(error) => {
                 tracing::warn!(subscription = &*self.source.name, event_id = %event.id, %error, "attempt given back");
                 self.open -= 1;
-                let error = format!("{error}; no attempt was spent");
-                self.postpone(&key, self.source.retry.delay(1, fastrand::f64()), error);
-                return;
+                let wait = self.source.retry.delay(1, fastrand::f64());
+                self.postpone(&key, wait, format!("{error}; no attempt was spent"));
             }
             // `Outcome` may grow; a future kind is an unknown end.
             End::Outcome(_) => {
                 self.open -= 1;
                 self.lose(&key);
-                return;
             }
         }
+    }
+
+    /// An attempt has failed. If its destination is down, it is not the event's fault.
+    fn failed(&mut self, key: String, event: &RecordedEvent, error: &DeliveryError, started: Instant) {
+        self.source.counts.failed.fetch_add(1, Relaxed);
+        let Some(lane) = self.lanes.get(&key) else { return };
+        let down = match error.reason() {
+            Reason::Unreachable => true,
+            Reason::Unavailable => lane.probe | self.circuit.failed(&key),
+            _ => false,
+        };
+        if down {
+            self.destination_is_down(&key, error);
+            return;
+        }
+        if error.reason() == Reason::Gone {
+            tracing::error!(subscription = &*self.source.name, %error, "the destination is gone; the subscription is paused");
+            self.changes.push_back(Change::Pause);
+            self.open -= 1;
+            let wait = self.source.retry.delay(1, fastrand::f64());
+            self.postpone(&key, wait, format!("{error}; the subscription was paused"));
+            return;
+        }
+        let log = lane.logged(&self.source.worker, error, Some(started));
+        let (attempts, counted) = (lane.attempts, lane.counted);
+        if error.reason() != Reason::Unavailable {
+            self.answered(&key);
+        }
+        if counted >= self.source.retry.attempts(event.max_attempts) {
+            tracing::warn!(subscription = &*self.source.name, event_id = %event.id, attempts, %error, "dead letter");
+            self.die(key, attempts, Some(log), error.message().to_owned());
+            return;
+        }
+        let wait = self.source.retry.delay(counted, fastrand::f64());
+        let after = error.wait().map_or(wait, |asked| asked.max(wait));
+        tracing::debug!(subscription = &*self.source.name, event_id = %event.id, attempts, ?after, %error, "attempt failed");
+        self.open -= 1;
+        let error = error.message().to_owned();
+        self.finish_lane(&key, Next::Retry { after, attempts, error, log: Some(log) });
+    }
+
+    /// The destination has answered, whatever: it is not down.
+    fn answered(&mut self, key: &str) {
+        if self.lanes.get(key).is_some_and(|lane| lane.probe) {
+            tracing::info!(subscription = &*self.source.name, "the destination is back");
+            self.circuit.closed();
+            self.changes.push_back(Change::CloseCircuit);
+            self.look_at = Instant::now();
+        } else if self.source.destination.is_outside() {
+            self.circuit.succeeded();
+        }
+    }
+
+    fn destination_is_down(&mut self, key: &str, error: &DeliveryError) {
+        let wait = self.source.retry.delay(self.circuit.times_down(), fastrand::f64());
+        let wait = error.wait().map_or(wait, |asked| asked.max(wait));
+        self.open -= 1;
+        if let Some(lane) = self.lanes.get_mut(key) {
+            lane.probe = false;
+        }
+        self.postpone(key, wait, format!("{error}; the destination is down, no attempt was spent"));
+        if self.circuit.opened() {
+            tracing::warn!(subscription = &*self.source.name, %error, ?wait, "the destination is down");
+            self.changes.push_back(Change::OpenCircuit { wait, failed: true });
+            self.look_at = Instant::now() + wait;
+            self.release_ready();
+        }
+    }
+
+    /// Tells the database what was found out about the subscription, one thing after another.
+    fn change(&mut self) {
+        if self.changing.is_some() {
+            return;
+        }
+        let Some(change) = self.changes.pop_front() else { return };
+        let Source { outbox, subscription, name, .. } = self.source.clone();
+        self.changing = Some(tokio::spawn(async move {
+            for failures in 1..=3 {
+                let changed = match change {
+                    Change::OpenCircuit { wait, failed } => outbox.open_circuit(subscription, wait, failed).await,
+                    Change::CloseCircuit => outbox.close_circuit(subscription).await,
+                    Change::Pause => outbox.pause(&name).await.map(|_| ()),
+                };
+                let Err(error) = changed else { return };
+                tracing::warn!(subscription = &*name, %error, "cannot store the state of the destination");
+                tokio::time::sleep(outage_wait(failures)).await;
+            }
+            // The next delivery finds out again.
+        }));
+    }
+
+    /// How long to leave alone a key whose next event this worker does not know.
+    fn unknown_wait(&mut self, key: &str) -> Duration {
+        if self.unknown.len() >= UNKNOWN_KEYS {
+            self.unknown.clear();
+        }
+        let times = self.unknown.entry(key.to_owned()).or_default();
+        *times += 1;
+        let wait = UNKNOWN_WAIT * 2_u32.pow((*times - 1).min(10));
+        wait.min(LONGEST_UNKNOWN_WAIT).mul_f64(fastrand::f64().mul_add(0.5, 0.5))
+    }
+
+    /// The head of a lane becomes a dead letter.
+    fn die(&mut self, key: String, attempts: u32, log: Option<String>, error: String) {
+        let Some(position) = self.lanes.get(&key).and_then(|lane| lane.run.front()).map(|event| event.position) else {
+            return;
+        };
+        self.bury(&key, position, attempts, log, error);
         self.go_on(key);
+    }
+
+    /// As `die`, for an event that perhaps cannot be read.
+    fn bury(&mut self, key: &str, position: i64, attempts: u32, log: Option<String>, error: String) {
+        self.source.counts.dead.fetch_add(1, Relaxed);
+        let Some(lane) = self.lanes.get_mut(key) else { return };
+        lane.run.pop_front();
+        lane.finished.push(Finished { position, attempts, log, error: Some(error) });
+        lane.next_head();
+        if self.source.after_dead_letter == AfterDeadLetter::Hold {
+            self.finish_lane(key, Next::Hold { position });
+        } else if lane.run.is_empty() {
+            self.finish_lane(key, Next::Yield);
+        }
     }
 
     /// With the next delivery of a lane, if there is one.
     fn go_on(&mut self, key: String) {
-        if self.lanes.get(&key).is_some_and(|lane| lane.run.is_empty()) {
-            self.finish_lane(&key, Next::Yield);
-        } else {
-            self.ready.push_back(key);
+        match self.lanes.get(&key) {
+            Some(lane) if lane.run.is_empty() => self.finish_lane(&key, Next::Yield),
+            Some(_) => self.ready.push_back(key),
+            None => {}
         }
     }
 
     /// Gives a lane back with the attempt.
     fn release(&mut self, key: &str) {
         let Some(lane) = self.lanes.get_mut(key) else { return };
+        if std::mem::take(&mut lane.probe) {
+            self.changes.push_back(Change::OpenCircuit { wait: SOON, failed: false });
+        }
         let (attempts, log) = (lane.attempts.saturating_sub(1), lane.log.take());
         self.finish_lane(key, Next::Release { attempts, log });
     }
@@ -523,6 +723,9 @@ impl Feed {
     /// Gives a lane back with the attempt, for a while.
     fn postpone(&mut self, key: &str, after: Duration, error: String) {
         let Some(lane) = self.lanes.get_mut(key) else { return };
+        if std::mem::take(&mut lane.probe) {
+            self.changes.push_back(Change::OpenCircuit { wait: after, failed: false });
+        }
         let (attempts, log) = (lane.attempts.saturating_sub(1), lane.log.take());
         self.finish_lane(key, Next::Retry { after, attempts, error, log });
     }
@@ -537,7 +740,7 @@ impl Feed {
     /// Gives back what was leased and not started.
     fn release_ready(&mut self) {
         let ready: Vec<String> =
-            self.lanes.iter().filter(|(_, lane)| !lane.running).map(|(key, _)| key.clone()).collect();
+            self.lanes.iter().filter(|(_, lane)| lane.running.is_none()).map(|(key, _)| key.clone()).collect();
         self.ready.clear();
         for key in ready {
             self.release(&key);
@@ -616,7 +819,8 @@ impl Feed {
     fn lose(&mut self, key: &str) {
         if let Some(lane) = self.lanes.remove(key) {
             lane.cancelled.cancel();
-            self.open -= usize::from(lane.running) + lane.finished.len();
+            self.open -= usize::from(lane.running.is_some()) + lane.finished.len();
+            self.look_at = Instant::now();
         }
     }
 
@@ -627,6 +831,7 @@ impl Feed {
         for lane in self.lanes.values().filter(|lane| now + options.margin() >= lane.leased_until) {
             lane.cancelled.cancel();
         }
+        self.end_overdue();
         if self.renewing.is_some() || self.lanes.is_empty() || now < self.renew_at {
             return;
         }
@@ -637,6 +842,33 @@ impl Feed {
             let renewal = renew(&outbox, &lanes, options.lease).await;
             (now, lanes, renewal)
         }));
+    }
+
+    /// Ends attempts that do not mind their time themselves: their thread is blocked, or they never got one.
+    fn end_overdue(&mut self) {
+        let margin = self.source.options.margin();
+        let running = |lane: &Lane| lane.running.as_ref().is_some_and(|running| running.is_overdue(margin));
+        let overdue: Vec<String> =
+            self.lanes.iter().filter(|(_, lane)| running(lane)).map(|(key, _)| key.clone()).collect();
+        for key in overdue {
+            let Some(lane) = self.lanes.get_mut(&key) else { continue };
+            let (Some(running), Some(event)) = (lane.running.take(), lane.run.front().cloned()) else { continue };
+            let time = self.source.options.timeout();
+            lane.cancelled.cancel();
+            lane.cancelled = CancellationToken::new();
+            if self.source.destination.settles(&event) {
+                // Its commit may be under way: without renewal it is fenced when the lease ends.
+                self.open -= 1;
+                self.lose(&key);
+            } else if running.has_begun() {
+                let error = format!("{}; the handler blocks its thread", no_result(time));
+                self.failed(key, &event, &DeliveryError::retry(error), Instant::now() - time);
+            } else {
+                tracing::warn!(subscription = &*self.source.name, "all threads are blocked; an attempt is given back");
+                self.open -= 1;
+                self.release(&key);
+            }
+        }
     }
 
     fn renewed(&mut self, asked_at: Instant, asked: &[LaneRef], renewal: Result<Renewal, DbErr>) {
@@ -659,7 +891,7 @@ impl Feed {
             }
             // Such an attempt ends its lease in its own transaction, perhaps just now; if the lease is lost, its commit
             // fails.
-            let head = lane.run.front().filter(|_| lane.running);
+            let head = lane.run.front().filter(|_| lane.running.is_some());
             let settles = head.is_some_and(|event| self.source.destination.settles(event));
             if !settles && !busy.contains(lease) {
                 tracing::warn!(subscription = &*self.source.name, "the lease of a lane was lost");
@@ -676,26 +908,9 @@ impl Feed {
 
     /// The worker is gone and with it its attempts: no result will come.
     fn forget_running(&mut self) {
-        for lane in self.lanes.values_mut().filter(|lane| lane.running) {
-            lane.running = false;
-            self.open -= 1;
+        for lane in self.lanes.values_mut() {
+            self.open -= usize::from(lane.running.take().is_some());
         }
-    }
-}
-
-impl Lane {
-    /// The first delivery of the run is over.
-    fn finish_head(&mut self, attempts: u32, log: Option<String>, error: Option<String>) {
-        if let Some(event) = self.run.pop_front() {
-            self.finished.push(Finished { position: event.position, attempts, log, error });
-        }
-        self.next_head();
-    }
-
-    /// What comes next in the run has not been tried.
-    fn next_head(&mut self) {
-        (self.attempts, self.counted, self.log) = (1, 1, None);
-        (self.suspect, self.noted) = (false, false);
     }
 }
 
@@ -736,25 +951,4 @@ fn outage_wait(failures: u32) -> Duration {
 
 fn count(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
-}
-
-/// The attempt log with one more entry; an attempt that has only begun has no start to measure from.
-fn logged(lane: &Lane, worker: &str, error: &DeliveryError, started: Option<Instant>) -> String {
-    let mut log = attempt_log(lane.log.as_deref());
-    if log.len() >= LOGGED_ATTEMPTS {
-        log.remove(0);
-    }
-    log.push(serde_json::json!({
-        "attempt": lane.attempts,
-        "counted": lane.counted,
-        "at": chrono::Utc::now(),
-        "worker": worker,
-        "error": error.message(),
-        "milliseconds": started.map(|started| started.elapsed().as_millis()),
-    }));
-    serde_json::Value::from(log).to_string()
-}
-
-fn attempt_log(log: Option<&str>) -> Vec<serde_json::Value> {
-    log.and_then(|log| serde_json::from_str(log).ok()).unwrap_or_default()
 }

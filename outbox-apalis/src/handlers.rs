@@ -202,6 +202,10 @@ impl Destination for HandlersDestination {
         self.handlers.transactional.contains_key(&(event.event_type.as_str(), event.schema_version))
     }
 
+    fn is_outside(&self) -> bool {
+        false
+    }
+
     fn deliver<'a>(&'a self, event: &'a Arc<RecordedEvent>, attempt: &'a Attempt) -> BoxFuture<'a, End> {
         let key = (event.event_type.as_str(), event.schema_version);
         Box::pin(async move {

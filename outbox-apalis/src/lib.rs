@@ -48,13 +48,16 @@
 //! ```
 
 mod backend;
+mod circuit;
 mod dashboard;
 mod destination;
 mod feed;
 mod handlers;
+mod lane;
 mod listing;
 mod options;
 mod task;
+mod thread;
 mod webhook;
 mod worker;
 
@@ -64,4 +67,4 @@ pub use handlers::{Effect, Handlers};
 pub use options::InvalidOption;
 pub use task::DeliveryTask;
 pub use webhook::{InvalidWebhook, WebhookPublisher};
-pub use worker::{StartError, StartedWorker, Worker};
+pub use worker::{Deliveries, StartError, StartedWorker, Worker};

@@ -1,4 +1,7 @@
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
 use outbox_core::{Delivery, RecordedEvent};
 use outbox_seaorm::LaneRef;
@@ -26,6 +29,8 @@ pub(crate) struct Attempt {
     pub(crate) last: bool,
     /// How long the handler or publisher may take.
     pub(crate) time: Duration,
+    /// Set when the attempt begins: until then nothing of it can have happened.
+    pub(crate) begun: Arc<AtomicBool>,
     /// Cancelled when the lease is lost or the worker stops.
     pub(crate) cancelled: tokio_util::sync::CancellationToken,
 }

@@ -2,7 +2,7 @@ use std::{
     collections::HashSet,
     convert::Infallible,
     future::Future,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -18,10 +18,11 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Handlers, InvalidOption, OutboxBackend,
     destination::{self, AttemptResult, Destination, End, PublisherDestination},
-    feed::Source,
+    feed::{Counts, Source, Until},
     handlers::HandlersDestination,
     options::Options,
     task::DeliveryTask,
+    thread::FeedThread,
 };
 
 /// How often a worker shows that it is alive.
@@ -66,6 +67,20 @@ pub enum StartError {
     /// There is nothing to do.
     #[error("the worker has no subscriptions; add one with `.handlers(…)` or `.publisher(…)`")]
     Empty,
+    /// The system has no thread left.
+    #[error("the worker's thread could not be started")]
+    Thread(#[from] std::io::Error),
+}
+
+/// What [`Worker::run_once`] and [`Worker::drain`] did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Deliveries {
+    /// Deliveries that succeeded.
+    pub delivered: u64,
+    /// Attempts that failed, those of dead letters included.
+    pub failed: u64,
+    /// Deliveries that became dead letters.
+    pub dead: u64,
 }
 
 impl Worker {
@@ -188,6 +203,47 @@ impl Worker {
         Ok(())
     }
 
+    /// Delivers what one claim per subscription finds due, and returns: for a job that something else schedules.
+    ///
+    /// What is claimed is a batch of keys with their due events, see [`batch`](Self::batch); failed deliveries wait for
+    /// their time as always. [`drain`](Self::drain) goes on until nothing is due.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`run_until`](Self::run_until).
+    pub async fn run_once(self) -> Result<Deliveries, StartError> {
+        Ok(self.start().await?.run(Until::Once, std::future::pending()).await)
+    }
+
+    /// Delivers until nothing is due, and returns: for tests, and for programs that end.
+    ///
+    /// What waits for its time, for an operator or for a destination that is down is left for later.
+    ///
+    /// ```no_run
+    /// # use outbox_apalis::{Handlers, Worker};
+    /// # use outbox_core::Subscription;
+    /// # async fn example(worker: Worker) -> Result<(), Box<dyn std::error::Error>> {
+    /// let done = worker.drain().await?;
+    /// assert_eq!(done.dead, 0);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`run_until`](Self::run_until).
+    pub async fn drain(self) -> Result<Deliveries, StartError> {
+        Ok(self.start().await?.run(Until::Drained, std::future::pending()).await)
+    }
+
     /// Registers the subscriptions, so that the events of every commit from now on are theirs, without delivering yet.
     ///
     /// # Errors
@@ -207,31 +263,48 @@ impl Worker {
             DbBackend::Sqlite => Duration::from_millis(500),
             _ => Duration::from_secs(5),
         });
+        let thread = FeedThread::start()?;
+        let store = {
+            let _entered = thread.runtime().enter();
+            self.outbox.with_own_store()
+        };
         let stop = CancellationToken::new();
+        let counts = Arc::new(Counts::default());
         let mut sources: Vec<Source> = Vec::new();
         for (subscription, destination) in self.subscriptions {
+            let (concurrency, rate) = subscription.limits();
+            let options = Options { concurrency: concurrency.unwrap_or(self.options.concurrency), ..self.options };
             sources.push(Source {
-                outbox: self.outbox.clone(),
+                outbox: store.clone(),
                 subscription: self.outbox.register(&subscription).await?,
                 name: subscription.name().into(),
                 worker: worker.clone(),
                 retry: *subscription.retry_policy(),
                 destination,
-                options: self.options,
+                after_dead_letter: subscription.dead_letter_policy(),
+                pace: rate.map(|rate| Duration::try_from_secs_f64(1.0 / rate).unwrap_or(LONGEST)).unwrap_or_default(),
+                options,
                 poll,
                 stop: stop.clone(),
+                runtime: thread.runtime().clone(),
+                until: Until::Stopped,
+                counts: counts.clone(),
+                idle: CancellationToken::new(),
             });
         }
-        Ok(StartedWorker { outbox: self.outbox, worker, sources, stop })
+        Ok(StartedWorker { store, worker, sources, stop, counts, thread })
     }
 }
 
 /// A worker whose subscriptions are registered.
 pub struct StartedWorker {
-    outbox: Outbox,
+    /// With connections that live on the thread.
+    store: Outbox,
     worker: Arc<str>,
     sources: Vec<Source>,
     stop: CancellationToken,
+    counts: Arc<Counts>,
+    thread: FeedThread,
 }
 
 impl std::fmt::Debug for StartedWorker {
@@ -247,29 +320,59 @@ impl StartedWorker {
     ///
     /// Dropping the future is a crash: what is under way is delivered again after its lease.
     pub async fn run_until(self, shutdown: impl Future<Output = ()> + Send) {
-        let names: Vec<String> = self.sources.iter().map(|source| source.name.to_string()).collect();
-        tracing::info!(worker = &*self.worker, subscriptions = ?names, "worker started");
-        let monitor = self.sources.into_iter().fold(Monitor::new(), register);
-        let stop = self.stop;
+        self.run(Until::Stopped, shutdown).await;
+    }
+
+    pub(crate) async fn run(self, until: Until, shutdown: impl Future<Output = ()> + Send) -> Deliveries {
+        let Self { store, worker, mut sources, stop, counts, thread } = self;
+        sources.iter_mut().for_each(|source| source.until = until);
+        let names: Vec<String> = sources.iter().map(|source| source.name.to_string()).collect();
+        let idle: Vec<CancellationToken> = sources.iter().map(|source| source.idle.clone()).collect();
+        tracing::info!(worker = &*worker, subscriptions = ?names, "worker started");
+        let monitor = sources.into_iter().fold(Monitor::new(), register);
+        let upkeep = thread.runtime().spawn(upkeep(store.clone(), worker.clone(), names));
+        let listening = thread.runtime().spawn(listen(store.clone()));
         // Feeds stop before apalis does: only they know what is under way and how long it may go on.
         let signal = async {
-            shutdown.await;
-            tracing::info!(worker = &*self.worker, "worker is stopping");
+            tokio::select! {
+                () = shutdown => {}
+                () = all(&idle) => {}
+            }
+            tracing::info!(worker = &*worker, "worker is stopping");
             stop.cancel();
             Ok(())
         };
-        tokio::select! {
-            ended = monitor.run_with_signal(signal) => if let Err(error) = ended {
-                tracing::error!(%error, "a worker did not end cleanly");
-            },
-            never = heartbeats(&self.outbox, &self.worker, &names) => match never {},
-            never = self.outbox.listen() => match never {},
+        if let Err(error) = monitor.run_with_signal(signal).await {
+            tracing::error!(%error, "a worker did not end cleanly");
         }
-        if let Err(error) = self.outbox.forget_worker(&self.worker).await {
-            tracing::debug!(%error, "the heartbeat was not taken back");
+        upkeep.abort();
+        listening.abort();
+        let id = worker.clone();
+        let last = thread.runtime().spawn(async move {
+            if let Err(error) = store.forget_worker(&id).await {
+                tracing::debug!(%error, "the heartbeat was not taken back");
+            }
+        });
+        // An error means that the thread has ended, and everything on it.
+        let _ = last.await;
+        tracing::info!(worker = &*worker, "worker stopped");
+        Deliveries {
+            delivered: counts.delivered.load(Relaxed),
+            failed: counts.failed.load(Relaxed),
+            dead: counts.dead.load(Relaxed),
         }
-        tracing::info!(worker = &*self.worker, "worker stopped");
     }
+}
+
+async fn all(tokens: &[CancellationToken]) {
+    for token in tokens {
+        token.cancelled().await;
+    }
+}
+
+async fn listen(store: Outbox) {
+    let never: Infallible = store.listen().await;
+    match never {}
 }
 
 fn register(monitor: Monitor, source: Source) -> Monitor {
@@ -315,14 +418,15 @@ async fn run(
 #[error("{0}")]
 struct AttemptFailed(String);
 
-async fn heartbeats(outbox: &Outbox, worker: &str, names: &[String]) -> Infallible {
+/// Shows that the worker is alive, and mends what only time can tell.
+async fn upkeep(outbox: Outbox, worker: Arc<str>, names: Vec<String>) {
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let mut interval = tokio::time::interval(HEARTBEAT);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
         let beat = async {
-            outbox.heartbeat(worker, &names).await?;
+            outbox.heartbeat(&worker, &names).await?;
             outbox.forget_workers(FORGET_AFTER).await?;
             outbox.settle_subscriptions().await
         };
@@ -365,6 +469,10 @@ mod tests {
     impl Destination for Broken {
         fn knows(&self, _: &RecordedEvent) -> bool {
             true
+        }
+
+        fn is_outside(&self) -> bool {
+            false
         }
 
         fn settles(&self, _: &RecordedEvent) -> bool {

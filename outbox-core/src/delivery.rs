@@ -53,8 +53,15 @@ pub enum Outcome {
 
 /// Why an attempt failed, and what that means for the next.
 ///
-/// Any error turns into one with `?` and is tried again after the backoff. Use [`permanent`](Self::permanent) where
-/// another attempt cannot help, and [`retry_after`](Self::retry_after) where the destination said when.
+/// Any error turns into one with `?` and is tried again after the backoff. The constructors say more:
+///
+/// | | what it means | attempts |
+/// |---|---|---|
+/// | [`retry`](Self::retry), [`retry_after`](Self::retry_after) | this delivery failed; the destination may have said when to try again | one is spent |
+/// | [`permanent`](Self::permanent) | another attempt cannot help | dead letter at once |
+/// | [`unavailable`](Self::unavailable) | the destination answered that it has trouble of its own | one is spent, unless others fail so too |
+/// | [`unreachable`](Self::unreachable) | the destination cannot have got it | none is spent |
+/// | [`gone`](Self::gone) | the destination wants nothing any more | none is spent, the subscription is paused |
 ///
 /// ```
 /// use outbox_core::DeliveryError;
@@ -72,8 +79,24 @@ pub enum Outcome {
 #[derive(Debug)]
 pub struct DeliveryError {
     message: String,
-    permanent: bool,
+    reason: Reason,
     retry_after: Option<Duration>,
+}
+
+/// What an error is about: this delivery, or its destination as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Reason {
+    /// This delivery failed; another attempt may succeed.
+    Failed,
+    /// This delivery will never succeed.
+    Permanent,
+    /// The destination has trouble of its own. When many deliveries in a row fail so, it counts as down.
+    Unavailable,
+    /// The destination is down: nothing can reach it.
+    Unreachable,
+    /// The destination is gone for good.
+    Gone,
 }
 
 /// Longest error text that is kept, in bytes.
@@ -83,19 +106,47 @@ impl DeliveryError {
     /// An error after which the delivery is tried again.
     #[must_use]
     pub fn retry(message: impl Into<String>) -> Self {
-        Self { message: bounded(message.into()), permanent: false, retry_after: None }
+        Self { message: bounded(message.into()), reason: Reason::Failed, retry_after: None }
     }
 
     /// An error after which the delivery is tried again, no earlier than `after` from now.
     #[must_use]
     pub fn retry_after(after: Duration, message: impl Into<String>) -> Self {
-        Self { retry_after: Some(after), ..Self::retry(message) }
+        Self::retry(message).no_earlier(after)
     }
 
     /// An error that another attempt cannot mend: dead letter at once.
     #[must_use]
     pub fn permanent(message: impl Into<String>) -> Self {
-        Self { permanent: true, ..Self::retry(message) }
+        Self { reason: Reason::Permanent, ..Self::retry(message) }
+    }
+
+    /// The destination has trouble that is not about this event: overloaded, in maintenance, too slow. When ten
+    /// deliveries of different keys fail so in a row it counts as down, as with [`unreachable`](Self::unreachable).
+    #[must_use]
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        Self { reason: Reason::Unavailable, ..Self::retry(message) }
+    }
+
+    /// The destination could not be reached, so it has not seen the event. Its circuit opens: no attempt is spent, no
+    /// process delivers to it for a while, then one delivery finds out whether it is back.
+    #[must_use]
+    pub fn unreachable(message: impl Into<String>) -> Self {
+        Self { reason: Reason::Unreachable, ..Self::retry(message) }
+    }
+
+    /// The destination wants no events any more. The subscription is paused, for an operator to remove or resume it;
+    /// nothing is lost.
+    #[must_use]
+    pub fn gone(message: impl Into<String>) -> Self {
+        Self { reason: Reason::Gone, ..Self::retry(message) }
+    }
+
+    /// The same, no earlier than `after` from now.
+    #[must_use]
+    pub fn no_earlier(mut self, after: Duration) -> Self {
+        self.retry_after = Some(after);
+        self
     }
 
     /// The text that operators see: the error and its causes, at most 2 KiB, without NUL characters.
@@ -107,7 +158,13 @@ impl DeliveryError {
     /// Whether another attempt cannot help.
     #[must_use]
     pub fn is_permanent(&self) -> bool {
-        self.permanent
+        self.reason == Reason::Permanent
+    }
+
+    /// What the error is about.
+    #[must_use]
+    pub fn reason(&self) -> Reason {
+        self.reason
     }
 
     /// The shortest wait the destination asked for.
@@ -144,7 +201,7 @@ impl From<Result<(), DeliveryError>> for Outcome {
     fn from(result: Result<(), DeliveryError>) -> Self {
         match result {
             Ok(()) => Self::Delivered,
-            Err(error) if error.permanent => Self::Permanent(error),
+            Err(error) if error.is_permanent() => Self::Permanent(error),
             Err(error) => Self::Retry(error),
         }
     }

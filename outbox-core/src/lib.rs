@@ -47,10 +47,12 @@ pub use change::Change;
 pub use clock::{Clock, SystemClock};
 pub use collector::{Batch, Events, Limits, PushError};
 pub use context::{Actor, Context};
-pub use delivery::{Delivery, DeliveryError, Outcome};
+pub use delivery::{Delivery, DeliveryError, Outcome, Reason};
 pub use event::{Event, IntoNewEvent, NewEvent};
 pub use name::{InvalidName, MAX_ID_BYTES, MAX_NAME_LENGTH, check_id, check_name};
 pub use publisher::{LogPublisher, Publisher};
 pub use record::{DecodeError, RecordedEvent};
 pub use retry::{InvalidPolicy, Jitter, RetryPolicy};
-pub use subscription::{Filter, InvalidPattern, Ordering, StartPosition, Subject, Subscription, TypePattern};
+pub use subscription::{
+    AfterDeadLetter, Filter, InvalidLimit, InvalidPattern, Ordering, StartPosition, Subject, Subscription, TypePattern,
+};

@@ -27,7 +27,25 @@ pub struct Subscription {
     ordering: Ordering,
     retry: RetryPolicy,
     start: StartPosition,
+    after_dead_letter: AfterDeadLetter,
+    concurrency: Option<usize>,
+    rate: Option<f64>,
 }
+
+/// What the rest of a key does after one of its events became a dead letter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AfterDeadLetter {
+    /// It goes on without the event.
+    #[default]
+    Continue,
+    /// It waits until an operator replays or discards the dead letter. Other keys go on.
+    Hold,
+}
+
+/// A limit of a subscription that makes no sense; the text says why.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct InvalidLimit(&'static str);
 
 impl Subscription {
     /// Names a subscription to all events, ordered per aggregate, from now on.
@@ -44,6 +62,9 @@ impl Subscription {
             ordering: Ordering::default(),
             retry: RetryPolicy::default(),
             start: StartPosition::default(),
+            after_dead_letter: AfterDeadLetter::default(),
+            concurrency: None,
+            rate: None,
         })
     }
 
@@ -104,6 +125,39 @@ impl Subscription {
         self
     }
 
+    /// Sets what the rest of a key does after a dead letter. Defaults to [`AfterDeadLetter::Continue`].
+    #[must_use]
+    pub fn after_dead_letter(mut self, policy: AfterDeadLetter) -> Self {
+        self.after_dead_letter = policy;
+        self
+    }
+
+    /// Sets how many deliveries of this subscription each process has under way. Defaults to the worker's concurrency.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidLimit`] if it is 0 or more than 10,000.
+    pub fn concurrency(mut self, deliveries: usize) -> Result<Self, InvalidLimit> {
+        if !(1..=10_000).contains(&deliveries) {
+            return Err(InvalidLimit("the concurrency must be between 1 and 10,000"));
+        }
+        self.concurrency = Some(deliveries);
+        Ok(self)
+    }
+
+    /// Sets how many deliveries a second each process begins at most. Defaults to no limit.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidLimit`] if it is not a number above 0.
+    pub fn rate(mut self, per_second: f64) -> Result<Self, InvalidLimit> {
+        if !per_second.is_finite() || per_second <= 0.0 {
+            return Err(InvalidLimit("the rate must be a number of deliveries per second above 0"));
+        }
+        self.rate = Some(per_second);
+        Ok(self)
+    }
+
     /// The name.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -132,6 +186,18 @@ impl Subscription {
     #[must_use]
     pub fn start_position(&self) -> StartPosition {
         self.start
+    }
+
+    /// What the rest of a key does after a dead letter.
+    #[must_use]
+    pub fn dead_letter_policy(&self) -> AfterDeadLetter {
+        self.after_dead_letter
+    }
+
+    /// Its own concurrency and rate.
+    #[must_use]
+    pub fn limits(&self) -> (Option<usize>, Option<f64>) {
+        (self.concurrency, self.rate)
     }
 }
 

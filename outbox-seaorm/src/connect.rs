@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use sea_orm::{
-    ConnectOptions, Database, DatabaseConnection, DbErr,
+    ConnectOptions, Database, DatabaseConnection, DbBackend, DbErr, SqlxPostgresConnector,
     sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous},
 };
 
@@ -41,7 +41,7 @@ pub enum ConnectError {
 }
 
 /// The pools of an outbox.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Pools {
     /// For units of work.
     pub(crate) writer: DatabaseConnection,
@@ -51,6 +51,26 @@ pub(crate) struct Pools {
     pub(crate) store: DatabaseConnection,
     /// For reading what dashboards show and whether anything is due.
     pub(crate) store_reader: DatabaseConnection,
+}
+
+impl Pools {
+    pub(crate) fn with_own_store(&self) -> Self {
+        let store = match self.store.get_database_backend() {
+            DbBackend::Postgres => {
+                let pool = self.store.get_postgres_connection_pool();
+                let pool = pool
+                    .options()
+                    .clone()
+                    .min_connections(0)
+                    .max_connections(STORE_CONNECTIONS)
+                    .connect_lazy_with((*pool.connect_options()).clone());
+                SqlxPostgresConnector::from_sqlx_postgres_pool(pool)
+            }
+            // Its connections have threads of their own.
+            _ => return self.clone(),
+        };
+        Self { writer: self.writer.clone(), reader: self.reader.clone(), store: store.clone(), store_reader: store }
+    }
 }
 
 impl Outbox {

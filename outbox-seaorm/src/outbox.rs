@@ -22,13 +22,13 @@ const DEFAULT_PREFIX: &str = "outbox_";
 #[derive(Clone, Debug)]
 pub struct Outbox {
     inner: Arc<Inner>,
+    pools: Arc<Pools>,
     limits: Limits,
     prefix: Option<Arc<str>>,
 }
 
 #[derive(Debug)]
 struct Inner {
-    pools: Pools,
     notifier: Notifier,
     known: RwLock<Arc<KnownSubscriptions>>,
     wakes: Mutex<HashMap<i32, Arc<Notify>>>,
@@ -70,8 +70,20 @@ impl Outbox {
 
     pub(crate) fn with_pools(pools: Pools) -> Self {
         let notifier = Notifier::new(pools.store.clone());
-        let inner = Inner { pools, notifier, known: RwLock::default(), wakes: Mutex::default() };
-        Self { inner: Arc::new(inner), limits: Limits::default(), prefix: None }
+        let inner = Inner { notifier, known: RwLock::default(), wakes: Mutex::default() };
+        Self { inner: Arc::new(inner), pools: Arc::new(pools), limits: Limits::default(), prefix: None }
+    }
+
+    /// The same outbox, whose claims, settlements and renewals use connections of their own on PostgreSQL, made in the
+    /// current runtime: what a worker uses on a thread of its own, so that a handler that blocks the threads of the
+    /// application does not stop them.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    #[must_use]
+    pub fn with_own_store(&self) -> Self {
+        Self { pools: Arc::new(self.pools.with_own_store()), ..self.clone() }
     }
 
     /// Sets how much one unit of work may push.
@@ -99,13 +111,13 @@ impl Outbox {
     /// The connections for reading, for the application's own queries too.
     #[must_use]
     pub fn reader(&self) -> &DatabaseConnection {
-        &self.inner.pools.reader
+        &self.pools.reader
     }
 
     /// The connections for writing. On SQLite there is one: hold it shortly.
     #[must_use]
     pub fn writer(&self) -> &DatabaseConnection {
-        &self.inner.pools.writer
+        &self.pools.writer
     }
 
     /// Makes sure that the tables exist and are not from a later version.
@@ -173,11 +185,11 @@ impl Outbox {
     }
 
     pub(crate) fn store(&self) -> &DatabaseConnection {
-        &self.inner.pools.store
+        &self.pools.store
     }
 
     pub(crate) fn store_reader(&self) -> &DatabaseConnection {
-        &self.inner.pools.store_reader
+        &self.pools.store_reader
     }
 
     pub(crate) fn sql(&self) -> &'static Sql {
@@ -188,7 +200,7 @@ impl Outbox {
     }
 
     pub(crate) fn backend(&self) -> DbBackend {
-        self.inner.pools.writer.get_database_backend()
+        self.pools.writer.get_database_backend()
     }
 
     /// The statement with this outbox' table names.

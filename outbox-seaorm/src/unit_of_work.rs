@@ -82,6 +82,9 @@ pub enum CommitError {
     /// The events could not be written. Rolled back.
     #[error("the events could not be flushed")]
     Flush(#[source] DbErr),
+    /// Another commit held the lane of the delivery that was to be acknowledged. Rolled back.
+    #[error("another commit holds the key of the delivery")]
+    Busy,
     /// The database refused the COMMIT. Rolled back.
     #[error("the database refused to commit")]
     Commit(#[source] DbErr),
@@ -97,6 +100,7 @@ impl CommitError {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Begin(error) | Self::Flush(error) | Self::Commit(error) => is_transient(error),
+            Self::Busy => true,
             Self::HandleHeld | Self::StatementFailed | Self::Unknown(_) => false,
         }
     }
@@ -258,11 +262,15 @@ async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) ->
     };
     let written = write(outbox, &transaction, batch, report).await;
     let (woken, commit_id) = match written {
-        Ok(Some(written)) => written,
-        end => {
+        Ok(Written::Done(woken, commit_id)) => (woken, commit_id),
+        refused => {
             // An error here means that the connection is gone, and the transaction with it.
             let _ = transaction.rollback().await;
-            return end.map(|_| Settled::Superseded).map_err(CommitError::Flush);
+            return match refused {
+                Ok(Written::Busy) => Err(CommitError::Busy),
+                Ok(_) => Ok(Settled::Superseded),
+                Err(error) => Err(CommitError::Flush(error)),
+            };
         }
     };
     if let Err(error) = transaction.commit().await {
@@ -276,22 +284,32 @@ async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) ->
     Ok(Settled::Done)
 }
 
-/// Writes what belongs to the commit: `None` if the report's lease was lost. The last statement asks the database who
+/// What a commit has written; after `Busy` and `Superseded` it must be rolled back.
+enum Written {
+    /// Everything. The subscriptions to wake, and what finds out about a COMMIT whose answer is lost.
+    Done(Vec<i32>, Option<CommitId>),
+    /// Another commit holds the report's lane.
+    Busy,
+    /// The report's lease was lost.
+    Superseded,
+}
+
+/// Writes what belongs to the commit. The last statement asks the database who
 /// it is talking to, which also shows that the transaction can still commit.
 async fn write(
     outbox: &Outbox,
     transaction: &DatabaseTransaction,
     batch: Batch,
     report: Option<LaneReport>,
-) -> Result<Option<(Vec<i32>, Option<CommitId>)>, DbErr> {
+) -> Result<Written, DbErr> {
     let Flushed { woken, commit_id } = flush::flush(outbox, transaction, batch).await?;
     if let Some(report) = report {
         let started = Instant::now();
         loop {
             match lanes::settle_in(outbox, transaction, std::slice::from_ref(&report)).await?.first() {
-                Some(Settled::Superseded) => return Ok(None),
+                Some(Settled::Superseded) => return Ok(Written::Superseded),
                 Some(Settled::Busy) if started.elapsed() < BUSY_LIMIT => tokio::time::sleep(BUSY_WAIT).await,
-                Some(Settled::Busy) => return Err(DbErr::Custom("another commit holds the lane".to_owned())),
+                Some(Settled::Busy) => return Ok(Written::Busy),
                 Some(Settled::Done) | None => break,
             }
         }
@@ -300,7 +318,7 @@ async fn write(
         Some(known) => Some(known),
         None => outcome::identify(transaction).await?,
     };
-    Ok(Some((woken, commit_id)))
+    Ok(Written::Done(woken, commit_id))
 }
 
 /// A lane that another commit holds is not waited for with a lock: this transaction has locked other lanes, and two
