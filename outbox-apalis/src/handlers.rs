@@ -17,7 +17,10 @@ use crate::{
 pub struct Handlers {
     plain: HashMap<(&'static str, i32), PlainHandler>,
     transactional: HashMap<(&'static str, i32), TxHandler>,
+    upcasters: HashMap<(&'static str, i32), Upcaster>,
 }
+
+type Upcaster = Arc<dyn Fn(serde_json::Value) -> Result<serde_json::Value, DeliveryError> + Send + Sync>;
 
 type PlainHandler =
     Arc<dyn Fn(Arc<RecordedEvent>, Delivery) -> BoxFuture<'static, Result<(), DeliveryError>> + Send + Sync>;
@@ -28,6 +31,7 @@ impl fmt::Debug for Handlers {
         f.debug_struct("Handlers")
             .field("plain", &self.plain.keys())
             .field("transactional", &self.transactional.keys())
+            .field("upcasters", &self.upcasters.keys())
             .finish()
     }
 }
@@ -89,6 +93,74 @@ impl Handlers {
         };
         self.transactional.insert((E::TYPE, E::SCHEMA_VERSION), Arc::new(run));
         self
+    }
+
+    /// Lifts the payloads of events of type `E` that were recorded with schema version `from` to the version after it,
+    /// until one is reached that has a handler.
+    ///
+    /// ```
+    /// use outbox_apalis::Handlers;
+    /// # use outbox_core::Event;
+    /// # #[derive(serde::Serialize, serde::Deserialize)]
+    /// # struct Placed { total_cents: i64 }
+    /// # impl Event for Placed {
+    /// #     const TYPE: &'static str = "order.placed";
+    /// #     const AGGREGATE_TYPE: &'static str = "order";
+    /// #     const SCHEMA_VERSION: i32 = 2;
+    /// #     fn aggregate_id(&self) -> String { String::new() }
+    /// # }
+    /// let handlers = Handlers::new()
+    ///     .on(|event: Placed, _| async move { Ok(println!("{}", event.total_cents)) })
+    ///     .upcast::<Placed>(1, |mut payload| {
+    ///         payload["total_cents"] = (payload["total"].as_i64().unwrap_or_default() * 100).into();
+    ///         Ok(payload)
+    ///     });
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// If `from` is not an earlier version of `E`, or has an upcaster already.
+    #[must_use]
+    pub fn upcast<E: Event>(
+        mut self,
+        from: i32,
+        lift: impl Fn(serde_json::Value) -> Result<serde_json::Value, DeliveryError> + Send + Sync + 'static,
+    ) -> Self {
+        assert!(from < E::SCHEMA_VERSION, "version {from} of {:?} is not an earlier one", E::TYPE);
+        let before = self.upcasters.insert((E::TYPE, from), Arc::new(lift));
+        assert!(before.is_none(), "version {from} of {:?} already has an upcaster", E::TYPE);
+        self
+    }
+
+    /// The version at which an event is handled, if it is.
+    fn handled_version(&self, event: &RecordedEvent) -> Option<i32> {
+        let mut version = event.schema_version;
+        loop {
+            let key = (event.event_type.as_str(), version);
+            if self.plain.contains_key(&key) || self.transactional.contains_key(&key) {
+                return Some(version);
+            }
+            version = self.upcasters.contains_key(&key).then_some(version + 1)?;
+        }
+    }
+
+    /// The event as its handler knows it.
+    fn lifted(&self, event: &Arc<RecordedEvent>, to: i32) -> Result<Arc<RecordedEvent>, DeliveryError> {
+        if event.schema_version == to {
+            return Ok(event.clone());
+        }
+        let refused = |error: &dyn fmt::Display| {
+            let RecordedEvent { event_type, schema_version, .. } = &**event;
+            DeliveryError::permanent(format!("{event_type} version {schema_version} cannot be lifted: {error}"))
+        };
+        let mut payload = serde_json::from_str(&event.payload).map_err(|error| refused(&error))?;
+        for version in event.schema_version..to {
+            if let Some(lift) = self.upcasters.get(&(event.event_type.as_str(), version)) {
+                payload = lift(payload).map_err(|error| refused(&error))?;
+            }
+        }
+        let payload = serde_json::Value::to_string(&payload);
+        Ok(Arc::new(RecordedEvent { payload, schema_version: to, ..RecordedEvent::clone(event) }))
     }
 
     fn refuse_second<E: Event>(&self) {
@@ -194,12 +266,12 @@ fn caused_by(event: &RecordedEvent) -> Context {
 
 impl Destination for HandlersDestination {
     fn knows(&self, event: &RecordedEvent) -> bool {
-        let key = (event.event_type.as_str(), event.schema_version);
-        self.handlers.plain.contains_key(&key) || self.handlers.transactional.contains_key(&key)
+        self.handlers.handled_version(event).is_some()
     }
 
     fn settles(&self, event: &RecordedEvent) -> bool {
-        self.handlers.transactional.contains_key(&(event.event_type.as_str(), event.schema_version))
+        let version = self.handlers.handled_version(event);
+        version.is_some_and(|version| self.handlers.transactional.contains_key(&(event.event_type.as_str(), version)))
     }
 
     fn is_outside(&self) -> bool {
@@ -207,8 +279,13 @@ impl Destination for HandlersDestination {
     }
 
     fn deliver<'a>(&'a self, event: &'a Arc<RecordedEvent>, attempt: &'a Attempt) -> BoxFuture<'a, End> {
-        let key = (event.event_type.as_str(), event.schema_version);
         Box::pin(async move {
+            let Some(version) = self.handlers.handled_version(event) else { return End::Unknown };
+            let event = &match self.handlers.lifted(event, version) {
+                Ok(event) => event,
+                Err(error) => return End::Outcome(Err(error).into()),
+            };
+            let key = (event.event_type.as_str(), version);
             if let Some(handler) = self.handlers.plain.get(&key) {
                 End::Outcome(handler(event.clone(), attempt.delivery(event)).await.into())
             } else if let Some(handler) = self.handlers.transactional.get(&key) {

@@ -261,7 +261,7 @@ impl Publisher for WebhookPublisher {
         let answer = match tokio::time::timeout(self.timeout, self.client.request(request)).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => return Err(connection::failed(&error, &self.origin())),
-            Err(_) => return Err(DeliveryError::retry(format!("timed out after {}", Seconds(self.timeout)))),
+            Err(_) => return Err(DeliveryError::unavailable(format!("timed out after {}", Seconds(self.timeout)))),
         };
         if answer.status().is_success() {
             return Ok(());

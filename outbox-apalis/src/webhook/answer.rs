@@ -36,11 +36,27 @@ where
         text.push_str(": ");
         text.push_str(&excerpt);
     }
-    match (passing(head.status), wait(&head.headers, SystemTime::now())) {
-        (false, _) => DeliveryError::permanent(text),
-        (true, None) => DeliveryError::retry(text),
-        (true, Some(wait)) => DeliveryError::retry_after(wait, text),
+    let error = match head.status {
+        StatusCode::GONE => return DeliveryError::gone(text),
+        status if !passing(status) => return DeliveryError::permanent(text),
+        status if in_trouble(status) => DeliveryError::unavailable(text),
+        _ => DeliveryError::retry(text),
+    };
+    match wait(&head.headers, SystemTime::now()) {
+        None => error,
+        Some(wait) => error.no_earlier(wait),
     }
+}
+
+/// Whether the answer is about the destination and not about the event.
+fn in_trouble(status: StatusCode) -> bool {
+    matches!(
+        status,
+        StatusCode::TOO_MANY_REQUESTS
+            | StatusCode::BAD_GATEWAY
+            | StatusCode::SERVICE_UNAVAILABLE
+            | StatusCode::GATEWAY_TIMEOUT
+    )
 }
 
 /// Whether another attempt may end differently. What HTTP has no meaning for is taken as a destination in trouble.

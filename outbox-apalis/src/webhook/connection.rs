@@ -106,10 +106,11 @@ fn literal_address(uri: &Uri) -> Option<IpAddr> {
 /// Why there is no answer. Another attempt may find the destination in better health.
 pub(super) fn failed(error: &legacy::Error, origin: &str) -> DeliveryError {
     let cause = plain(&describe(error));
-    DeliveryError::retry(match error.is_connect() {
-        true => format!("no connection to {origin}: {cause}"),
-        false => format!("no answer from {origin}: {cause}"),
-    })
+    match error.is_connect() {
+        true => DeliveryError::unreachable(format!("no connection to {origin}: {cause}")),
+        // It may have the request, and may have died of it.
+        false => DeliveryError::retry(format!("no answer from {origin}: {cause}")),
+    }
 }
 
 /// The cause that helps, without the layers around it.

@@ -4,9 +4,10 @@ use std::{
 };
 
 use outbox_apalis::Handlers;
-use outbox_core::{Delivery, DeliveryError, Publisher, StartPosition};
+use outbox_core::{Delivery, DeliveryError, Event, NewEvent, Publisher, StartPosition};
 use outbox_seaorm::DeliveryState;
 use sea_orm::ConnectionTrait;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::fixture::{Fixture, MS, NEVER, Noted, Seen, eventually, noted, push, run, subscription, within, worker};
@@ -140,4 +141,61 @@ async fn a_delayed_event_is_not_delivered_early_and_holds_back_what_comes_after_
     assert_eq!(seen.of("a"), [1, 2, 3]);
     assert!(seen.calls()[2].at - pushed >= 300 * MS);
     worker.stop().await;
+}
+
+/// `note.noted` with a number that counts in tens.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct NotedInTens {
+    key: String,
+    tens: i64,
+}
+
+impl Event for NotedInTens {
+    const TYPE: &'static str = Noted::TYPE;
+    const AGGREGATE_TYPE: &'static str = Noted::AGGREGATE_TYPE;
+    const SCHEMA_VERSION: i32 = 3;
+
+    fn aggregate_id(&self) -> String {
+        self.key.clone()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_of_old_versions_are_lifted_step_by_step() {
+    let fixture = Fixture::new().await;
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let lifting = |lifts: bool| {
+        let seen = seen.clone();
+        let handlers = Handlers::new().on(move |event: NotedInTens, delivery| {
+            seen.lock().unwrap().push((event.tens, delivery.event().schema_version));
+            async { Ok(()) }
+        });
+        let handlers = handlers.upcast::<NotedInTens>(2, |mut payload| {
+            payload["tens"] = payload["hundreds"].as_i64().map(|hundreds| hundreds * 10).into();
+            Ok(payload)
+        });
+        if !lifts {
+            return handlers;
+        }
+        handlers.upcast::<NotedInTens>(1, |mut payload| {
+            let n = payload["n"].as_i64().filter(|n| *n >= 0).ok_or(DeliveryError::retry("negative"))?;
+            payload["hundreds"] = (n / 100).into();
+            Ok(payload)
+        })
+    };
+    let worker = |lifts| fixture.worker().handlers(subscription("s"), lifting(lifts));
+    worker(true).drain().await.unwrap();
+    fixture.push([noted("a", 700), noted("b", -1)]).await;
+    fixture.push([NewEvent::of(&NotedInTens { key: "c".to_owned(), tens: 4 }).unwrap()]).await;
+    let done = worker(true).drain().await.unwrap();
+    assert_eq!((done.delivered, done.dead), (2, 1));
+    let mut lifted = seen.lock().unwrap().clone();
+    lifted.sort_unstable();
+    assert_eq!(lifted, [(4, 3), (70, 3)]);
+    let error: String = fixture.value("select error from outbox_dead_letters").await;
+    assert_eq!(error, "note.noted version 1 cannot be lifted: negative");
+    // Without the first step the version is unknown: another worker may know it.
+    fixture.push([noted("d", 100)]).await;
+    assert_eq!(worker(false).drain().await.unwrap().dead, 0);
+    assert_eq!(fixture.states("s").await[3], (DeliveryState::Pending, 0));
 }

@@ -389,3 +389,34 @@ async fn the_default_timeout_is_the_lease() {
     worker.stop().await;
     assert_eq!(fixture.deliveries("s").await[0].error.as_deref(), Some("no result within 200ms"));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_were_damaged_by_hand_are_dead_letters_and_all_others_are_delivered() {
+    let fixture = Fixture::new().await;
+    let seen = Seen::default();
+    let worker = || fixture.worker().handlers(subscription("s"), seen.handlers());
+    worker().drain().await.unwrap();
+    let keys: Vec<String> = (0..100).map(|n| n.to_string()).collect();
+    fixture.push(keys.iter().map(|key| noted(key, 0))).await;
+    fixture.push(keys.iter().map(|key| noted(key, 1))).await;
+    for (position, damage) in [
+        (10, "set payload = '{'"),
+        (20, "set payload = x'ff00ff'"),
+        (30, "set tags = '[1]'"),
+        (40, "set event_id = x'00'"),
+        (50, "set occurred_at = 'yesterday'"),
+        (60, "set payload = '{\"key\": 7}'"),
+    ] {
+        fixture.execute(&format!("update outbox_events {damage} where position = {position}")).await;
+    }
+    fixture.execute("delete from outbox_events where position = 70").await;
+    let done = worker().drain().await.unwrap();
+    assert_eq!((done.delivered, done.dead), (193, 7));
+    let errors: Vec<String> = fixture.column("select error from outbox_dead_letters order by position").await;
+    let unreadable = errors.iter().filter(|error| error.starts_with("the event's row cannot be read: ")).count();
+    assert_eq!(unreadable, 5, "{errors:?}");
+    assert_eq!(errors[6], "the event's row cannot be read: it is gone");
+    // The key of a damaged event goes on.
+    assert_eq!(seen.of("9"), [1]);
+    fixture.is_at_rest().await;
+}

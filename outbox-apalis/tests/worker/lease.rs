@@ -1,15 +1,22 @@
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering::SeqCst},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
 };
 
 use outbox_apalis::Handlers;
 use outbox_core::DeliveryError;
-use outbox_seaorm::DeliveryState::{Delivered, Leased};
+use outbox_seaorm::{
+    DeliveryState::{Delivered, Leased},
+    Outbox,
+};
+use sea_orm::{ConnectionTrait, DbBackend, Statement};
 use tokio::sync::Semaphore;
 
 use crate::fixture::{
-    Fixture, MS, NEVER, Noted, Seen, each_noted, eventually, noted, run, subscription, within, worker, working,
+    Fixture, MS, NEVER, Noted, Seen, each_noted, eventually, noted, policy, run, subscription, within, worker, working,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -159,4 +166,42 @@ async fn a_worker_that_claims_its_own_lanes_again_starts_each_delivery_once() {
     assert_eq!((seen.of("a"), seen.of("b")), (vec![0, 1, 2], vec![0, 1, 2]));
     assert_eq!(seen.len(), 50);
     fixture.is_at_rest().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn handlers_that_block_every_thread_stop_no_renewal_and_become_dead_letters() {
+    let fixture = Fixture::new().await;
+    let blocked = Seen::default();
+    let blocking = blocked.answering(|_, _| {
+        std::thread::sleep(900 * MS);
+        Ok(())
+    });
+    // Leases last 300 ms, attempts 400 ms: without renewal a lease would run out under an attempt.
+    let worker = fixture.worker().lease(300 * MS).unwrap().timeout(400 * MS).unwrap();
+    let worker = run(worker.handlers(subscription("s").retry(policy(2)), blocking)).await;
+    let (url, seen) = (fixture.url(), blocked.clone());
+    // On a thread of its own: those of this runtime are blocked.
+    let witness = std::thread::spawn(move || {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+            let outbox = Outbox::connect(&url, 1).await.unwrap();
+            eventually("both threads are blocked", || async { seen.len() >= 2 }).await;
+            let over = "select count(*) from outbox_lanes where leased_by is not null
+                          and due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now')";
+            let mut ran_out = 0;
+            for _ in 0..35 {
+                tokio::time::sleep(10 * MS).await;
+                let row = outbox.reader().query_one_raw(Statement::from_string(DbBackend::Sqlite, over)).await;
+                ran_out += row.unwrap().unwrap().try_get_by_index::<i64>(0).unwrap();
+            }
+            ran_out
+        })
+    });
+    // As many as there are threads.
+    fixture.push([noted("a", 0), noted("b", 0)]).await;
+    let dead = || async { fixture.count("outbox_dead_letters").await == 2 };
+    within(Duration::from_secs(15), "the dead letters", dead).await;
+    assert_eq!(witness.join().unwrap(), 0, "leases that ran out");
+    let errors: Vec<String> = fixture.column("select error from outbox_dead_letters").await;
+    assert!(errors.iter().all(|error| error.contains("no result within 400ms")), "{errors:?}");
+    worker.stop().await;
 }

@@ -4,7 +4,7 @@ use std::sync::{
 };
 
 use outbox_apalis::Handlers;
-use outbox_core::{DeliveryError, Ordering};
+use outbox_core::{AfterDeadLetter, DeliveryError, Ordering};
 use outbox_seaorm::DeliveryState::Delivered;
 use sea_orm::ConnectionTrait;
 use tokio::sync::Semaphore;
@@ -178,4 +178,46 @@ async fn there_are_never_more_handlers_at_work_than_the_concurrency_allows() {
     fixture.delivered(30).await;
     worker.stop().await;
     assert_eq!(most.load(SeqCst), 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_letter_holds_its_key_if_that_is_wanted() {
+    let fixture = Fixture::new().await;
+    let seen = Seen::default();
+    let handlers = || {
+        seen.answering(|event, _| match (event.key.as_str(), event.n) {
+            ("bad", 1) => Err(DeliveryError::permanent("no")),
+            _ => Ok(()),
+        })
+    };
+    let hold = || subscription("s").after_dead_letter(AfterDeadLetter::Hold);
+    let worker = run(fixture.worker().handlers(hold(), handlers())).await;
+    fixture.push(each_noted(&["bad", "good"], 4)).await;
+    fixture.delivered(5).await;
+    fixture.dead(1).await;
+    // What comes later waits as well, also after a restart.
+    worker.stop().await;
+    let worker = run(fixture.worker().handlers(hold(), handlers())).await;
+    fixture.push([noted("bad", 4), noted("good", 4)]).await;
+    fixture.delivered(6).await;
+    worker.stop().await;
+    assert_eq!((seen.of("bad"), seen.of("good")), (vec![0, 1], (0..5).collect()));
+    let held: Vec<i64> = fixture.column("select pending from outbox_lanes where held_at is not null").await;
+    assert_eq!(held, [3]);
+    fixture.is_at_rest().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_is_held_also_if_its_last_event_died() {
+    let fixture = Fixture::new().await;
+    let seen = Seen::default();
+    let handlers = seen.answering(|event, _| if event.n == 0 { Err(DeliveryError::permanent("no")) } else { Ok(()) });
+    let hold = subscription("s").after_dead_letter(AfterDeadLetter::Hold);
+    let worker = run(fixture.worker().handlers(hold, handlers)).await;
+    fixture.push([noted("bad", 0)]).await;
+    fixture.dead(1).await;
+    fixture.push([noted("bad", 1), noted("good", 1)]).await;
+    fixture.delivered(1).await;
+    worker.stop().await;
+    assert_eq!(seen.of("bad"), [0]);
 }

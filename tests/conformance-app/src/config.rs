@@ -3,7 +3,7 @@
 use std::{env, net::SocketAddr, num::NonZeroU64, str::FromStr, time::Duration};
 
 use outbox_apalis::{InvalidOption, Worker};
-use outbox_core::{InvalidPolicy, RetryPolicy};
+use outbox_core::{AfterDeadLetter, InvalidPolicy, RetryPolicy};
 
 /// The lease of a worker that was not told another.
 const DEFAULT_LEASE: Duration = Duration::from_secs(30);
@@ -17,6 +17,7 @@ pub(crate) struct Config {
     pub(crate) ops_token: (String, bool),
     pub(crate) sink: Option<Sink>,
     pub(crate) retention: Option<u64>,
+    pub(crate) after_dead_letter: AfterDeadLetter,
     lease: Option<Duration>,
     poll: Option<Duration>,
     max_attempts: Option<u32>,
@@ -40,11 +41,6 @@ pub(crate) enum ConfigError {
     Redis,
     #[error("SINK_URL is set, but WEBHOOK_SECRET is not; set it to whsec_ and base64")]
     Secret,
-    #[error(
-        "OUTBOX_DEAD_LETTER_POLICY is \"hold\", but in this version the rest of a key always goes on after a dead \
-         letter; unset it, or set it to continue"
-    )]
-    Hold,
     #[error("the retry settings OUTBOX_MAX_ATTEMPTS, OUTBOX_BACKOFF_BASE_MS and OUTBOX_BACKOFF_MAX_MS do not fit")]
     Retry(#[from] InvalidPolicy),
     #[error("the settings OUTBOX_LEASE_MS, OUTBOX_POLL_MS and OUTBOX_CONCURRENCY do not fit")]
@@ -56,7 +52,6 @@ impl Config {
         if text("REDIS_URL").is_some() {
             return Err(ConfigError::Redis);
         }
-        refuse_hold()?;
         let random_token = || {
             let digits = "abcdefghijkmnpqrstuvwxyz23456789".as_bytes();
             (0..24).map(|_| char::from(digits[fastrand::usize(..digits.len())])).collect::<String>()
@@ -74,6 +69,7 @@ impl Config {
             ops_token: text("OPS_TOKEN").map_or_else(|| (random_token(), true), |token| (token, false)),
             sink: sink()?,
             retention: read("OUTBOX_RETENTION_MS", "a number of milliseconds")?,
+            after_dead_letter: after_dead_letter()?,
             lease: milliseconds("OUTBOX_LEASE_MS")?,
             poll: milliseconds("OUTBOX_POLL_MS")?,
             max_attempts: read("OUTBOX_MAX_ATTEMPTS", "a number from 1")?,
@@ -109,11 +105,11 @@ impl Config {
     }
 }
 
-fn refuse_hold() -> Result<(), ConfigError> {
+fn after_dead_letter() -> Result<AfterDeadLetter, ConfigError> {
     let name = "OUTBOX_DEAD_LETTER_POLICY";
     match text(name).as_deref() {
-        None | Some("continue") => Ok(()),
-        Some("hold") => Err(ConfigError::Hold),
+        None | Some("continue") => Ok(AfterDeadLetter::Continue),
+        Some("hold") => Ok(AfterDeadLetter::Hold),
         Some(value) => Err(ConfigError::Value { name, value: value.to_owned(), expected: "hold or continue" }),
     }
 }

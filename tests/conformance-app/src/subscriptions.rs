@@ -17,7 +17,11 @@ use crate::{
 pub(crate) fn worker(outbox: &Outbox, config: &Config) -> Result<Worker, Box<dyn Error>> {
     let retry = config.retry_policy()?;
     let subscription = |name: &str, event_type: &str| -> Result<Subscription, Box<dyn Error>> {
-        Ok(Subscription::new(name)?.events([event_type])?.retry(retry).start(StartPosition::Beginning))
+        Ok(Subscription::new(name)?
+            .events([event_type])?
+            .retry(retry)
+            .after_dead_letter(config.after_dead_letter)
+            .start(StartPosition::Beginning))
     };
     let mut worker = Worker::new(outbox.clone())
         .handlers(subscription("effects", OrderPlaced::TYPE)?.ordering(Ordering::None), effects())

@@ -160,11 +160,8 @@ async fn poison_becomes_a_dead_letter_and_delays_nobody_else() {
             let body = json!({ "op": format!("beside {kind}"), "key": kind, "n": 1, "mode": "ok", "arg": "" });
             assert_eq!(post(&client, &op, &body).await, StatusCode::CREATED);
         }
-        // Long: blocked threads hold up the whole process, on few cores for many seconds.
-        let dead = drained(&process, Duration::from_secs(90)).await;
-        assert_eq!((dead["sink"], dead["effects"]), (0, 0));
-        // A blocked thread that came back before anybody looked at the time was a success.
-        assert!((4..=5).contains(&dead["poison"]), "{dead:?}");
+        let dead = drained(&process, Duration::from_secs(30)).await;
+        assert_eq!((dead["sink"], dead["effects"], dead["poison"]), (0, 0, 5));
         assert_eq!(place.sink.first_arrivals().len(), 5);
         assert_eq!(effects(&place.database.open().await).await, (5, 1));
     }
@@ -216,7 +213,6 @@ async fn each_part_runs_alone_and_says_where() {
 #[tokio::test]
 async fn a_setting_that_cannot_be_followed_is_refused_with_a_sentence() {
     for (name, value, sentence) in [
-        ("OUTBOX_DEAD_LETTER_POLICY", "hold", "goes on after a dead letter"),
         ("OUTBOX_DEAD_LETTER_POLICY", "stop", "must be hold or continue"),
         ("OUTBOX_RETENTION_MS", "a week", "OUTBOX_RETENTION_MS"),
         ("OUTBOX_LEASE_MS", "0", "OUTBOX_LEASE_MS"),
