@@ -3,9 +3,13 @@ use std::{collections::BTreeMap, time::Duration};
 use chrono::{DateTime, SubsecRound, Utc};
 use outbox_core::{Actor, Context, NewEvent, RecordedEvent, Subscription};
 use outbox_seaorm::Outbox;
+use sea_orm::{ConnectionTrait, Statement};
 use serde_json::value::RawValue;
 
-use crate::fixture::{LONG, Store, of_type, record, todo};
+use super::{
+    database,
+    fixture::{LONG, Store, of_type, record, todo},
+};
 
 /// The events that a subscription gets, in one claim.
 async fn claimed(outbox: &Outbox, subscription: i32) -> Vec<RecordedEvent> {
@@ -167,7 +171,9 @@ async fn a_payload_is_stored_byte_for_byte() {
         .await;
     let stored: Vec<_> = claimed(&store.outbox, id).await.into_iter().map(|event| event.payload).collect();
     assert!(stored == payloads);
-    assert!(store.column::<String>("select payload from outbox_events order by position").await == payloads);
+    assert!(
+        store.column::<String>("select cast(payload as text) from outbox_events order by position").await == payloads
+    );
     store.is_whole().await;
 }
 
@@ -211,7 +217,7 @@ async fn a_subscription_of_another_process_is_seen_by_the_next_flush() {
 async fn writers_of_one_aggregate_get_positions_in_the_order_of_their_commits() {
     let store = Store::new().await;
     let id = store.subscribe("s").await;
-    store.execute("create table versions (version integer)").await;
+    store.execute("create table versions (version bigint)").await;
     store.execute("insert into versions values (0)").await;
     let other = store.another_process().await;
     let mut writers = Vec::new();
@@ -219,9 +225,8 @@ async fn writers_of_one_aggregate_get_positions_in_the_order_of_their_commits() 
         writers.push(tokio::spawn(async move {
             for _ in 0..25 {
                 let written = outbox.transaction(Context::default(), |tx, events| async move {
-                    use sea_orm::{ConnectionTrait, DbBackend, Statement};
                     let sql = "update versions set version = version + 1 returning version";
-                    let row = tx.query_one_raw(Statement::from_string(DbBackend::Sqlite, sql)).await?.unwrap();
+                    let row = tx.query_one_raw(Statement::from_string(database::BACKEND, sql)).await?.unwrap();
                     let version: i64 = row.try_get("", "version")?;
                     events.push(NewEvent::dynamic("todo.changed", "todo", "1", &version)?)?;
                     Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
