@@ -210,10 +210,15 @@ impl Store {
             ),
             (
                 "a lane that nobody has tried is due with its head",
-                "select l.key from outbox_lanes l
-                  where attempts = 0 and last_error is null
-                    and due_at <> (select due_at from outbox_deliveries d
-                         where d.subscription_id = l.subscription_id and d.key = l.key order by position limit 1)",
+                &format!(
+                    "select l.key from outbox_lanes l
+                       join outbox_deliveries d on d.subscription_id = l.subscription_id and d.key = l.key
+                        and d.position = (select min(position) from outbox_deliveries h
+                                           where h.subscription_id = l.subscription_id and h.key = l.key)
+                      where l.attempts = 0 and l.last_error is null
+                        and l.due_at not between {} and d.due_at",
+                    database::before("d.due_at", database::FLUSH_SECONDS)
+                ),
             ),
         ] {
             assert_eq!(self.rows(violations).await.len(), 0, "{rule}");
