@@ -146,6 +146,38 @@ async fn leave(address: &str, body: &Value, leave: Leave) -> Option<Answer> {
     Some(Answer::of_parts(status, outcome))
 }
 
+/// A clean ledger means something: each kind of broken promise is seen.
+#[tokio::test]
+async fn the_ledger_finds_every_kind_of_broken_promise() {
+    let range = Range::new().await;
+    let app = range.start("all", &[]).await;
+    for op in ["whole", "lost", "ghost", "lied", "partial", "doubled", "refused"] {
+        assert_eq!(post(&format!("{}/op", app.http), &op_body(op, op, 2, "ok")).await, StatusCode::CREATED);
+        range.ledger.note(op, 2, Answer::Ok);
+    }
+    range.assert_clean().await;
+    drop(app);
+    range.ledger.note("refused", 2, Answer::No);
+    range.ledger.note("partial", 3, Answer::Ok);
+    for sql in [
+        "delete from effects where op = 'lost' and i = 0",
+        "delete from orders where op in ('ghost', 'lied')",
+        "delete from outbox_events where payload->>'op' = 'lied'",
+        "delete from effects where op = 'lied'",
+        "update effects set applied = 2 where op = 'doubled' and i = 1",
+        "insert into outbox_lanes (subscription_id, key, pending, due_at) values (1, 'left', 1, now())",
+    ] {
+        range.execute(sql).await;
+    }
+    let report = range.ledger.audit(&range.witness, &range.sink, Duration::ZERO).await;
+    let counts =
+        [&report.lost, &report.lie_plus, &report.lie_minus, &report.partial, &report.dup_effect, &report.stuck];
+    // What was stored of `ghost` and `lied` is gone, and both were confirmed.
+    assert_eq!(counts.map(Vec::len), [1, 2, 1, 1, 1, 1], "{report}");
+    // Two events of `ghost`, its arrivals at the sink and in the effects, and those of `lied` at the sink.
+    assert_eq!(report.ghost.len(), 2 + 4 + 2, "{report}");
+}
+
 /// 2,000 clients hang up or half-close within 50 ms on a pool of 4. Afterwards the pool has four good connections: what
 /// is written through them without a transaction is there, and no session is in one.
 #[tokio::test]
