@@ -1,12 +1,9 @@
 use http::{HeaderMap, request::Parts};
-use outbox_core::{Context, check_id};
+use outbox_core::{Context, MAX_TRACESTATE_BYTES, check_id};
 use uuid::Uuid;
 
 /// The application's own way to read the context of a request.
 pub(crate) type Read = dyn Fn(&Parts) -> Context + Send + Sync;
-
-/// W3C asks for at least 512 characters to be passed on; more is dropped, not cut.
-const MAX_TRACESTATE_BYTES: usize = 512;
 
 pub(crate) fn of_request(parts: &Parts, read: Option<&Read>) -> Context {
     let mut context = of_headers(&parts.headers);
@@ -68,7 +65,7 @@ fn is_traceparent(value: &str) -> bool {
     version != "ff" && !zero(trace) && !zero(parent) && (version != "00" || !more) && value.len() <= 255
 }
 
-/// Several headers are one list, in their order.
+/// Several headers are one list, in their order. A longer one than W3C asks for is dropped, not cut.
 fn tracestate(headers: &HeaderMap) -> Option<String> {
     let values =
         headers.get_all("tracestate").iter().map(|value| value.to_str()).collect::<Result<Vec<_>, _>>().ok()?;

@@ -143,7 +143,7 @@ impl Events {
     ///
     /// # Errors
     ///
-    /// [`PushError`] if a name is not valid, the payload does not serialize, a [limit](Limits) is reached, or the
+    /// [`PushError`] if a name or a part of the context is not valid, the payload does not serialize, a [limit](Limits) is reached, or the
     /// request has ended. The collector is unchanged then.
     pub fn push(&self, event: impl IntoNewEvent) -> Result<Uuid, PushError> {
         let mut event = event.into_new_event()?;
@@ -153,6 +153,7 @@ impl Events {
         if collector.closed {
             return Err(PushError::Closed);
         }
+        collector.context.check()?;
         if size > limits.payload {
             return Err(PushError::PayloadTooLarge {
                 event_type: event.event_type.into_owned(),
@@ -191,8 +192,10 @@ impl Events {
     ///
     /// # Errors
     ///
-    /// [`PushError::Closed`] if the request has ended.
+    /// [`PushError::Name`] if its kind is not a name or its id is empty or too long, [`PushError::Closed`] if the
+    /// request has ended.
     pub fn set_actor(&self, actor: Actor) -> Result<(), PushError> {
+        actor.check()?;
         self.set(|context| context.actor = Some(actor))
     }
 

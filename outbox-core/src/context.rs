@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use crate::{InvalidName, check_id, check_name};
+use crate::{InvalidName, check_id, check_name, name::MAX_TRACESTATE_BYTES};
 
 /// Who or what caused an event, for example `USER` `42` or `SYSTEM.IMPORT` `nightly`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,10 +18,14 @@ impl Actor {
     ///
     /// [`InvalidName`] if the kind is not a name or the id is empty or too long.
     pub fn new(kind: impl Into<String>, id: impl Into<String>) -> Result<Self, InvalidName> {
-        let (kind, id) = (kind.into(), id.into());
-        check_name("actor kind", &kind)?;
-        check_id("actor id", &id)?;
-        Ok(Self { kind, id })
+        let actor = Self { kind: kind.into(), id: id.into() };
+        actor.check()?;
+        Ok(actor)
+    }
+
+    pub(crate) fn check(&self) -> Result<(), InvalidName> {
+        check_name("actor kind", &self.kind)?;
+        check_id("actor id", &self.id)
     }
 }
 
@@ -45,4 +49,25 @@ pub struct Context {
     pub traceparent: Option<String>,
     /// The W3C `tracestate` of the request.
     pub tracestate: Option<String>,
+}
+
+impl Context {
+    /// The fields can be set to anything; what no database stores is found before it gets there.
+    pub(crate) fn check(&self) -> Result<(), InvalidName> {
+        for (what, id) in [
+            ("tenant", &self.tenant),
+            ("correlation id", &self.correlation_id),
+            ("causation id", &self.causation_id),
+            ("traceparent", &self.traceparent),
+        ] {
+            id.as_deref().map_or(Ok(()), |id| check_id(what, id))?;
+        }
+        self.actor.as_ref().map_or(Ok(()), Actor::check)?;
+        match self.tracestate.as_deref() {
+            Some(state) if state.is_empty() || state.len() > MAX_TRACESTATE_BYTES || state.contains('\0') => {
+                Err(InvalidName::Tracestate)
+            }
+            _ => Ok(()),
+        }
+    }
 }

@@ -180,11 +180,11 @@ impl NewEvent {
         self
     }
 
-    /// Sets how often a delivery of this event is tried before it becomes a dead letter; at least 1. Defaults to the
-    /// retry policy of each subscription.
+    /// Sets how often a delivery of this event is tried before it becomes a dead letter; at least 1, at most
+    /// 2,147,483,647. Defaults to the retry policy of each subscription.
     #[must_use]
     pub fn max_attempts(mut self, attempts: u32) -> Self {
-        self.max_attempts = Some(attempts.max(1));
+        self.max_attempts = Some(attempts.clamp(1, i32::MAX.unsigned_abs()));
         self
     }
 

@@ -49,7 +49,7 @@ pub use collector::{Batch, Events, Limits, PushError};
 pub use context::{Actor, Context};
 pub use delivery::{Delivery, DeliveryError, Outcome, Reason};
 pub use event::{Event, IntoNewEvent, NewEvent};
-pub use name::{InvalidName, MAX_ID_BYTES, MAX_NAME_LENGTH, check_id, check_name};
+pub use name::{InvalidName, MAX_ID_BYTES, MAX_NAME_LENGTH, MAX_TRACESTATE_BYTES, check_id, check_name};
 pub use publisher::{LogPublisher, Publisher};
 pub use record::{DecodeError, RecordedEvent};
 pub use retry::{InvalidPolicy, Jitter, RetryPolicy};

@@ -6,6 +6,9 @@ pub const MAX_NAME_LENGTH: usize = 64;
 /// Longest aggregate id, tenant, actor id, tag value and the like, in bytes.
 pub const MAX_ID_BYTES: usize = 255;
 
+/// Longest W3C `tracestate`, in bytes.
+pub const MAX_TRACESTATE_BYTES: usize = 512;
+
 /// A name or id that cannot be used; the text says which and what is allowed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -18,6 +21,9 @@ pub enum InvalidName {
         /// The name as it was given, shortened to 80 characters.
         name: String,
     },
+    /// A `tracestate` that is empty, longer than [`MAX_TRACESTATE_BYTES`], or holds a NUL character.
+    #[error("tracestate must have 1 to 512 bytes and no NUL character")]
+    Tracestate,
     /// An id that is empty, longer than [`MAX_ID_BYTES`], or holds a NUL character.
     #[error("{what} must have 1 to 255 bytes and no NUL character")]
     Id {

@@ -14,8 +14,8 @@ const SECONDS_PER_PRIORITY: f64 = 60.0;
 /// Longest wait: a thousand years. SQLite knows no time after the year 9999.
 const LONGEST_WAIT: Duration = Duration::from_secs(1000 * 366 * 24 * 3600);
 
-/// The times that sort as text and that SQLite reads: the years 0 to 9999.
-const FIRST_TIME: DateTime<Utc> = DateTime::from_timestamp_millis(-62_167_219_200_000).expect("in range");
+/// The times that sort as text and that both databases read: the years 1 to 9999.
+const FIRST_TIME: DateTime<Utc> = DateTime::from_timestamp_millis(-62_135_596_800_000).expect("in range");
 const LAST_TIME: DateTime<Utc> = DateTime::from_timestamp_millis(253_402_300_799_999).expect("in range");
 
 #[derive(Serialize)]

@@ -230,7 +230,7 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     insert_subscription: "
         insert into outbox_subscriptions (name, filter, ordering, backfill_from)
-        values ($1, $2::text::jsonb, $3::text::jsonb, $4) returning id",
+        values ($1, $2::text::jsonb, $3::text::jsonb, $4) on conflict (name) do nothing returning id",
 
     update_subscription: "
         update outbox_subscriptions
@@ -315,7 +315,7 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     workers: "
         select id, subscriptions::text as subscriptions, started_at, last_seen_at,
-               extract(epoch from clock_timestamp() - last_seen_at)::float8 as last_seen_seconds
+               greatest(0, extract(epoch from clock_timestamp() - last_seen_at))::float8 as last_seen_seconds
           from outbox_workers order by id",
 
     status: "
@@ -325,7 +325,7 @@ pub(crate) static POSTGRES: Sql = Sql {
                  where subscription_id = s.id and leased_by is not null and due_at > clock_timestamp()) as leased,
                (select count(*) from outbox_delivered where subscription_id = s.id) as delivered,
                (select count(*) from outbox_dead_letters where subscription_id = s.id) as dead,
-               (select extract(epoch from clock_timestamp() - recorded_at)::float8 from outbox_events
+               (select greatest(0, extract(epoch from clock_timestamp() - recorded_at))::float8 from outbox_events
                  where position = (select min(position) from outbox_deliveries where subscription_id = s.id)
                ) as oldest_pending_age_seconds,
                coalesce((select last_error from outbox_lanes

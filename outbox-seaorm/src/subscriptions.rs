@@ -88,6 +88,15 @@ impl Outbox {
     }
 
     async fn upsert(&self, subscription: &Subscription) -> Result<(i32, bool), DbErr> {
+        loop {
+            if let Some(registered) = self.try_upsert(subscription).await? {
+                return Ok(registered);
+            }
+        }
+    }
+
+    /// `None` if another process has registered the same name at the same moment.
+    async fn try_upsert(&self, subscription: &Subscription) -> Result<Option<(i32, bool)>, DbErr> {
         let filter = json(subscription.filter())?;
         let ordering = json(subscription.key_choice())?;
         let tx = self.begin_write().await?;
@@ -107,13 +116,15 @@ impl Outbox {
             None => {
                 let from = self.first_position(&tx, subscription.start_position()).await?;
                 let values = [subscription.name().into(), filter.into(), ordering.into(), from.into()];
-                let row = self.query_one(&tx, self.sql().insert_subscription, values).await?;
+                let Some(row) = self.query_one(&tx, self.sql().insert_subscription, values).await? else {
+                    return Ok(None);
+                };
                 self.execute(&tx, self.sql().bump_generation, []).await?;
-                (row.ok_or(DbErr::RecordNotInserted)?.try_get("", "id")?, from.is_some())
+                (row.try_get("", "id")?, from.is_some())
             }
         };
         tx.commit().await?;
-        Ok((id, backfill))
+        Ok(Some((id, backfill)))
     }
 
     async fn first_position(&self, tx: &DatabaseTransaction, start: StartPosition) -> Result<Option<i64>, DbErr> {

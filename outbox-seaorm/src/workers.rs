@@ -2,7 +2,10 @@ use std::time::Duration;
 
 use sea_orm::DbErr;
 
-use crate::{Outbox, flush::json};
+use crate::{
+    Outbox,
+    flush::{json, seconds},
+};
 
 impl Outbox {
     /// Shows dashboards that a worker is alive. Says nothing about leases: those have ends of their own.
@@ -30,6 +33,6 @@ impl Outbox {
     ///
     /// If the database fails.
     pub async fn forget_workers(&self, unseen: Duration) -> Result<(), DbErr> {
-        self.execute(self.store(), self.sql().forget_workers, [unseen.as_secs_f64().into()]).await.map(|_| ())
+        self.execute(self.store(), self.sql().forget_workers, [seconds(unseen).into()]).await.map(|_| ())
     }
 }

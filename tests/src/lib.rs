@@ -1,5 +1,8 @@
 //! Helpers for tests that drive real processes.
 
+pub mod ledger;
+pub mod sink;
+
 use std::{
     future::Future,
     path::PathBuf,
@@ -166,6 +169,15 @@ impl Process {
         self.signal("TERM");
         let status = tokio::time::timeout(limit, self.child.wait()).await;
         (status.expect("the process ends in time").expect("it can be waited for"), started.elapsed())
+    }
+
+    /// Whether the process is still there.
+    ///
+    /// # Panics
+    ///
+    /// If the system does not know.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("the state of a child is known").is_none()
     }
 
     /// Sends a signal by name: `TERM`, `STOP`, `CONT`.

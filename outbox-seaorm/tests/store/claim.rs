@@ -4,7 +4,10 @@ use chrono::{SubsecRound, Utc};
 use outbox_core::{Context, Ordering, Subscription};
 use outbox_seaorm::{Next, Settled};
 
-use crate::fixture::{LONG, SHORT, Store, delivered, delivered_run, failed, is_about, runs, todo};
+use super::{
+    database,
+    fixture::{LONG, SHORT, Store, delivered, delivered_run, failed, is_about, runs, todo},
+};
 
 #[tokio::test]
 async fn a_claimed_lane_is_not_claimed_again_before_its_lease_ends() {
@@ -175,7 +178,7 @@ async fn a_priority_is_a_head_start_and_not_an_exemption_from_a_delay() {
     // Low, and one minute and a half older: before `high`, after `higher`.
     store.record_todos(&["old"]).await;
     for table in ["outbox_deliveries", "outbox_lanes"] {
-        let older = "strftime('%Y-%m-%dT%H:%M:%fZ', due_at, '-90 seconds')";
+        let older = database::before("due_at", "90");
         store.execute(&format!("update {table} set due_at = {older} where key = 'todo/old'")).await;
     }
     let lanes = store.claim(id).await;
@@ -205,7 +208,7 @@ async fn the_oldest_lanes_are_claimed_first() {
         store.record_todos(&[name]).await;
     }
     for table in ["outbox_deliveries", "outbox_lanes"] {
-        let older = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-' || substr(key, 6) || ' seconds')";
+        let older = database::before(database::NOW, "substr(key, 6)");
         store.execute(&format!("update {table} set due_at = {older}")).await;
     }
     let mut claimed = Vec::new();

@@ -1,89 +1,19 @@
-use std::error::Error;
+use std::sync::Arc;
 
 use outbox_core::{Context, StartPosition, Subscription};
 use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
-use outbox_seaorm::{ConnectError, DeliveryState, Outbox, SchemaError, Settled, once};
-use sea_orm::ConnectionTrait;
+use outbox_seaorm::{DeliveryState, SchemaError, Settled, once};
 use uuid::Uuid;
 
-use crate::fixture::{LONG, Migrator, Store, delivered_run, record, todo, url};
-
-/// An error with all its causes.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
-}
-
-#[tokio::test]
-async fn another_kind_of_database_is_refused_in_one_sentence() {
-    for (url, scheme) in [
-        ("mysql://me:hunter2@host/db", "mysql"),
-        ("nonsense", "nonsense"),
-        ("", ""),
-        ("sqlite", "sqlite"),
-        ("SQLITE://x", "SQLITE"),
-    ] {
-        let error = Outbox::connect(url, 1).await.unwrap_err();
-        assert!(matches!(error, ConnectError::UnknownScheme { .. }), "{error:?}");
-        let text = chain(&error);
-        assert_eq!(
-            text,
-            format!(
-                "the database URL starts with {scheme:?}; use sqlite://FILE?mode=rwc, for example \
-                 sqlite://todo.db?mode=rwc, or postgres://USER:PASSWORD@HOST/DATABASE"
-            )
-        );
-        assert!(!text.contains("hunter2") && !format!("{error:?}").contains("hunter2"));
-    }
-}
-
-#[tokio::test]
-async fn a_server_that_cannot_be_reached_is_one_sentence() {
-    // A port that nobody listens on any more.
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let error = Outbox::connect(&format!("postgres://me:hunter2@127.0.0.1:{port}/db"), 1).await.unwrap_err();
-    let text = chain(&error);
-    assert!(text.starts_with("the database server could not be reached; check host"), "{text}");
-    assert!(!text.contains("hunter2") && !format!("{error:?}").contains("hunter2"), "{text}");
-}
-
-#[tokio::test]
-async fn a_database_in_memory_is_refused() {
-    for url in ["sqlite::memory:", "sqlite://:memory:", "sqlite://x?mode=memory"] {
-        let error = Outbox::connect(url, 1).await.unwrap_err();
-        assert!(matches!(error, ConnectError::InMemory), "{error:?}");
-    }
-}
-
-#[tokio::test]
-async fn a_file_that_cannot_be_opened_is_one_sentence() {
-    for url in [
-        "sqlite:///missing/folder/todo.db?mode=rwc",
-        "sqlite://me:hunter2@host/todo.db?mode=rwc",
-        "sqlite:///missing/todo.db?mode=ro&password=hunter2",
-        "sqlite:///missing/todo.db?mode=nonsense",
-        "sqlite:///missing/todo.db",
-    ] {
-        let error = Outbox::connect(url, 1).await.unwrap_err();
-        assert!(matches!(error, ConnectError::Open(_)), "{error:?}");
-        assert_eq!(
-            error.to_string(),
-            "the database could not be opened; check that the file's folder exists and can be written"
-        );
-        assert!(!chain(&error).contains("hunter2") && !format!("{error:?}").contains("hunter2"), "{error:?}");
-    }
-}
+use super::{
+    database::Place,
+    fixture::{LONG, Migrator, Store, delivered_run, record, todo},
+};
 
 #[tokio::test]
 async fn a_database_without_tables_is_told_to_migrate() {
-    let directory = tempfile::tempdir().unwrap();
-    let outbox = Outbox::connect(&url(&directory), 1).await.unwrap();
+    let place = Place::empty().await;
+    let outbox = place.connect(1).await;
     let error = outbox.check_schema().await.unwrap_err();
     assert!(matches!(error, SchemaError::Missing(_)), "{error:?}");
     assert_eq!(
@@ -115,30 +45,14 @@ async fn the_store_knows_the_version_that_the_migrations_end_with() {
     store.is_whole().await;
 }
 
-#[tokio::test]
-async fn connections_confirm_commits_only_when_they_are_on_disk() {
-    let store = Store::new().await;
-    for db in [store.outbox.writer(), store.outbox.reader()] {
-        for (pragma, expected) in
-            [("journal_mode", "wal"), ("synchronous", "2"), ("foreign_keys", "1"), ("busy_timeout", "5000")]
-        {
-            let sql = format!("select cast({pragma} as text) from pragma_{pragma}");
-            let sql = if pragma == "busy_timeout" { sql.replacen(pragma, "timeout", 1) } else { sql };
-            let statement = sea_orm::Statement::from_string(sea_orm::DbBackend::Sqlite, sql);
-            let row = db.query_one_raw(statement).await.unwrap().unwrap();
-            assert_eq!(row.try_get_by_index::<String>(0).unwrap(), expected, "{pragma}");
-        }
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_processes_may_open_a_new_file_at_once() {
-    let directory = tempfile::tempdir().unwrap();
+async fn many_processes_may_open_a_new_database_at_once() {
+    let place = Arc::new(Place::empty().await);
     let mut processes = Vec::new();
     for _ in 0..8 {
-        let url = url(&directory);
+        let place = place.clone();
         processes.push(tokio::spawn(async move {
-            let outbox = Outbox::connect(&url, 2).await.unwrap();
+            let outbox = place.connect(2).await;
             outbox_migrations::up::<Migrator>(outbox.writer()).await.unwrap();
             outbox.check_schema().await.unwrap();
             let id = outbox.register(&Subscription::new("s").unwrap()).await.unwrap();

@@ -7,21 +7,18 @@ use std::{
 
 use outbox_core::{Context, NewEvent, Subscription};
 use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
-use outbox_seaorm::{ClaimedLane, Finished, LaneReport, Next, Outbox};
-use sea_orm::{ConnectionTrait, DbBackend, QueryResult, Statement, TryGetable};
-use serde_json::json;
-use tempfile::TempDir;
+use outbox_seaorm::{ClaimedLane, Finished, LaneReport, Next, Outbox, Settled};
+use sea_orm::{ConnectionTrait, DatabaseConnection, QueryResult, Statement, TryGetable};
+use serde_json::{Value, json};
+
+pub(crate) use super::database::SLOW;
+use super::database::{self, Place};
 
 /// A lease that ends in no test.
 pub(crate) const LONG: Duration = Duration::from_secs(600);
 
 /// A lease that a test waits for.
 pub(crate) const SHORT: Duration = Duration::from_millis(30);
-
-/// A statement that is still at work when its future is polled for the first time.
-pub(crate) const SLOW: &str = "
-    insert into notes
-    with recursive n (i) as (select 1 union all select i + 1 from n where i < 100000) select 'slow ' || max(i) from n";
 
 pub(crate) struct Migrator;
 
@@ -31,24 +28,30 @@ impl MigratorTrait for Migrator {
     }
 }
 
-/// An outbox on a file of its own, with the table `notes` of an application beside it.
+/// Creates the tables of the outbox and the table `notes` of an application beside them.
+pub(crate) async fn migrate(outbox: &Outbox) {
+    outbox_migrations::up::<Migrator>(outbox.writer()).await.unwrap();
+    outbox.writer().execute_unprepared("create table notes (text text primary key)").await.unwrap();
+}
+
+/// An outbox on a database of its own.
 pub(crate) struct Store {
     pub(crate) outbox: Outbox,
-    directory: TempDir,
+    witness: DatabaseConnection,
+    pub(crate) place: Place,
 }
 
 impl Store {
     pub(crate) async fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let outbox = Outbox::connect(&url(&directory), 2).await.unwrap();
-        outbox_migrations::up::<Migrator>(outbox.writer()).await.unwrap();
-        outbox.writer().execute_unprepared("create table notes (text text primary key)").await.unwrap();
-        Self { outbox, directory }
+        let place = Place::migrated().await;
+        let outbox = place.connect(2).await;
+        let witness = place.witness(&outbox).await;
+        Self { outbox, witness, place }
     }
 
     /// An outbox with connections and a copy of the subscriptions of its own: what another process has.
     pub(crate) async fn another_process(&self) -> Outbox {
-        Outbox::connect(&url(&self.directory), 1).await.unwrap()
+        self.place.connect(1).await
     }
 
     /// Registers a subscription to all events.
@@ -92,10 +95,9 @@ impl Store {
 
     /// The time has come for all that waits: delayed deliveries, failed ones, leases.
     pub(crate) async fn time_passes(&self) {
-        let sql =
-            "update {} set due_at = '2000-01-01T00:00:00.000Z' where due_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now')";
+        let long_ago = database::time("'2000-01-01T00:00:00.000Z'");
         for table in ["outbox_deliveries", "outbox_lanes"] {
-            self.execute(&sql.replace("{}", table)).await;
+            self.execute(&format!("update {table} set due_at = {long_ago} where due_at > {}", database::NOW)).await;
         }
     }
 
@@ -117,7 +119,8 @@ impl Store {
             }
             for lane in lanes {
                 delivered.extend(lane.run.iter().map(|event| event.position));
-                self.outbox.settle(&[delivered_run(&lane)]).await.unwrap();
+                // A commit that holds the lane at this moment is over soon.
+                while self.outbox.settle(&[delivered_run(&lane)]).await.unwrap() == [Settled::Busy] {}
             }
         }
     }
@@ -128,8 +131,27 @@ impl Store {
 
     /// Rows as other connections see them.
     pub(crate) async fn rows(&self, sql: &str) -> Vec<QueryResult> {
-        let statement = Statement::from_string(DbBackend::Sqlite, sql);
-        self.outbox.reader().query_all_raw(statement).await.unwrap()
+        self.witness.query_all_raw(Statement::from_string(database::BACKEND, sql)).await.unwrap()
+    }
+
+    /// These columns of all rows, each row as a JSON array. What is after them comes as it stands.
+    pub(crate) async fn arrays(&self, columns: &str, from: &str) -> Vec<Value> {
+        let rows = self.column::<String>(&format!("select {} {from}", database::array(columns))).await;
+        rows.iter().map(|row| serde_json::from_str(row).unwrap()).collect()
+    }
+
+    /// Waits until no transaction is open.
+    pub(crate) async fn quiet(&self) {
+        database::quiet(&self.witness).await;
+    }
+
+    /// What a worker does every few seconds, until no flush is left that began before a change of the subscriptions.
+    pub(crate) async fn settle_subscriptions(&self) {
+        eventually("the end of all flushes from before", async || {
+            self.outbox.settle_subscriptions().await.unwrap();
+            self.column::<String>(database::UNSETTLED).await.is_empty().then_some(())
+        })
+        .await;
     }
 
     /// The first column of all rows.
@@ -149,6 +171,7 @@ impl Store {
 
     /// Nothing that was begun is stored.
     pub(crate) async fn is_empty(&self) {
+        self.quiet().await;
         assert_eq!(self.count("notes").await, 0);
         assert_eq!(self.count("outbox_events").await, 0);
         assert_eq!(self.count("outbox_deliveries").await, 0);
@@ -158,12 +181,14 @@ impl Store {
     /// What holds at the end of every test: each lane counts its deliveries, each delivery has its lane and its event,
     /// nothing is both finished and unfinished, and the writer's connection is in no transaction.
     pub(crate) async fn is_whole(&self) {
+        self.quiet().await;
         for (rule, violations) in [
             (
                 "a lane's pending is the number of its deliveries",
-                "select l.key, l.pending, (select count(*) from outbox_deliveries d
-                         where d.subscription_id = l.subscription_id and d.key = l.key) as deliveries
-                   from outbox_lanes l where pending <= 0 or pending <> deliveries",
+                "select key from outbox_lanes l
+                  where pending <= 0
+                     or pending <> (select count(*) from outbox_deliveries d
+                                     where d.subscription_id = l.subscription_id and d.key = l.key)",
             ),
             (
                 "every delivery has its lane",
@@ -180,15 +205,20 @@ impl Store {
                 "select subscription_id, position from (
                         select subscription_id, position from outbox_deliveries
                         union all select subscription_id, position from outbox_delivered
-                        union all select subscription_id, position from outbox_dead_letters)
+                        union all select subscription_id, position from outbox_dead_letters) found
                   group by 1, 2 having count(*) > 1",
             ),
             (
                 "a lane that nobody has tried is due with its head",
-                "select l.key from outbox_lanes l
-                  where attempts = 0 and last_error is null
-                    and due_at <> (select due_at from outbox_deliveries d
-                         where d.subscription_id = l.subscription_id and d.key = l.key order by position limit 1)",
+                &format!(
+                    "select l.key from outbox_lanes l
+                       join outbox_deliveries d on d.subscription_id = l.subscription_id and d.key = l.key
+                        and d.position = (select min(position) from outbox_deliveries h
+                                           where h.subscription_id = l.subscription_id and h.key = l.key)
+                      where l.attempts = 0 and l.last_error is null
+                        and l.due_at not between {} and d.due_at",
+                    database::before("d.due_at", database::FLUSH_SECONDS)
+                ),
             ),
         ] {
             assert_eq!(self.rows(violations).await.len(), 0, "{rule}");
@@ -198,10 +228,6 @@ impl Store {
         assert_eq!(self.count(&format!("notes where text = '{name}'")).await, 1, "the writer is in a transaction");
         self.execute(&format!("delete from notes where text = '{name}'")).await;
     }
-}
-
-pub(crate) fn url(directory: &TempDir) -> String {
-    format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display())
 }
 
 pub(crate) async fn record(outbox: &Outbox, events: impl IntoIterator<Item = NewEvent>) {
@@ -257,16 +283,22 @@ pub(crate) async fn poll_once<F: Future + Unpin>(future: &mut F) -> Poll<F::Outp
     poll_fn(|cx| Poll::Ready(pin!(&mut *future).poll(cx))).await
 }
 
-/// Polls a future up to `polls` times with a turn of the runtime in between, then drops it: a client that hangs up.
+/// Polls a future up to `polls` times, each time when it has something to do, then drops it: a client that hangs up.
+/// One that waits too long is hung up on as well.
 pub(crate) async fn hang_up_after<F: Future>(polls: usize, future: F) -> Option<F::Output> {
-    let mut future = pin!(future);
-    for _ in 0..polls {
-        if let Poll::Ready(output) = poll_once(&mut future).await {
-            return Some(output);
+    let (mut future, mut polled) = (pin!(future), 0);
+    let polled = poll_fn(|cx| {
+        if polled == polls {
+            return Poll::Ready(None);
         }
-        tokio::task::yield_now().await;
-    }
-    None
+        polled += 1;
+        match future.as_mut().poll(cx) {
+            Poll::Ready(output) => Poll::Ready(Some(output)),
+            Poll::Pending if polled == polls => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        }
+    });
+    tokio::time::timeout(Duration::from_millis(20), polled).await.ok().flatten()
 }
 
 /// Asks again and again until there is an answer.

@@ -1,11 +1,15 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use chrono::{DateTime, SubsecRound, Utc};
-use outbox_core::{Actor, Context, NewEvent, RecordedEvent, Subscription};
-use outbox_seaorm::Outbox;
+use outbox_core::{Actor, Context, NewEvent, PushError, RecordedEvent, Subscription};
+use outbox_seaorm::{CommitError, Outbox};
+use sea_orm::{ConnectionTrait, Statement};
 use serde_json::value::RawValue;
 
-use crate::fixture::{LONG, Store, of_type, record, todo};
+use super::{
+    database,
+    fixture::{LONG, Store, of_type, record, todo},
+};
 
 /// The events that a subscription gets, in one claim.
 async fn claimed(outbox: &Outbox, subscription: i32) -> Vec<RecordedEvent> {
@@ -167,7 +171,118 @@ async fn a_payload_is_stored_byte_for_byte() {
         .await;
     let stored: Vec<_> = claimed(&store.outbox, id).await.into_iter().map(|event| event.payload).collect();
     assert!(stored == payloads);
-    assert!(store.column::<String>("select payload from outbox_events order by position").await == payloads);
+    assert!(
+        store.column::<String>("select cast(payload as text) from outbox_events order by position").await == payloads
+    );
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_context_that_cannot_be_stored_is_refused_at_the_push() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    type Set = fn(&mut Context, String);
+    let fields: [(&str, Set); 7] = [
+        ("tenant", |context, text| context.tenant = Some(text)),
+        ("actor kind", |context, kind| context.actor = Some(Actor { kind, id: "42".to_owned() })),
+        ("actor id", |context, id| context.actor = Some(Actor { kind: "user".to_owned(), id })),
+        ("correlation id", |context, text| context.correlation_id = Some(text)),
+        ("causation id", |context, text| context.causation_id = Some(text)),
+        ("traceparent", |context, text| context.traceparent = Some(text)),
+        ("tracestate", |context, text| context.tracestate = Some(text)),
+    ];
+    for (name, set) in fields {
+        for bad in ["a\0b".to_owned(), String::new(), "x".repeat(100_000)] {
+            let mut context = Context::default();
+            set(&mut context, bad);
+            let unit = store.outbox.begin(context);
+            let error = unit.events().push(todo("1")).unwrap_err();
+            assert!(matches!(error, PushError::Name(_)) && error.to_string().starts_with(name), "{name}: {error}");
+            unit.commit().await.unwrap();
+        }
+    }
+    let unit = store.outbox.begin(Context::default());
+    for bad in ["a\0b".to_owned(), "x".repeat(100_000)] {
+        assert!(matches!(unit.events().set_tenant(&bad), Err(PushError::Name(_))));
+        assert!(matches!(unit.events().set_correlation_id(&bad), Err(PushError::Name(_))));
+        assert!(matches!(
+            unit.events().set_actor(Actor { kind: "user".into(), id: bad.clone() }),
+            Err(PushError::Name(_))
+        ));
+        assert!(matches!(todo("1").tag("tag", &bad), Err(PushError::Name(_))));
+        assert!(matches!(todo("1").tag(&bad, "value"), Err(PushError::Name(_))));
+    }
+    store.is_empty().await;
+    // The longest and oddest that are allowed.
+    let mut context = Context::default();
+    for (name, set) in fields {
+        let longest = match name {
+            "actor kind" => "k".repeat(64),
+            "tracestate" => "s".repeat(512),
+            _ => "\u{1F980}\u{1}'\"\\".repeat(30) + &"x".repeat(15),
+        };
+        set(&mut context, longest);
+    }
+    let unit = store.outbox.begin(context.clone());
+    unit.events().push(todo("1")).unwrap();
+    unit.commit().await.unwrap();
+    let [event] = claimed(&store.outbox, id).await.try_into().unwrap();
+    assert_eq!((event.tenant, event.actor, event.tracestate), (context.tenant, context.actor, context.tracestate));
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_payload_may_be_as_long_as_the_limit_and_no_longer() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    let of_bytes = |bytes: usize| NewEvent::dynamic("todo.created", "todo", "1", &"x".repeat(bytes - 2)).unwrap();
+    let unit = store.outbox.begin(Context::default());
+    for bytes in [1024 * 1024 - 1, 1024 * 1024] {
+        unit.events().push(of_bytes(bytes)).unwrap();
+    }
+    let error = unit.events().push(of_bytes(1024 * 1024 + 1)).unwrap_err();
+    assert!(matches!(error, PushError::PayloadTooLarge { size: 1_048_577, limit: 1_048_576, .. }), "{error:?}");
+    unit.commit().await.unwrap();
+    let lengths: Vec<_> = claimed(&store.outbox, id).await.iter().map(|event| event.payload.len()).collect();
+    assert_eq!(lengths, [1024 * 1024 - 1, 1024 * 1024]);
+    store.is_whole().await;
+}
+
+/// How deep a payload may be nested depends on the server's stack. What is deeper fails one commit, which stores
+/// nothing, and no other.
+#[tokio::test]
+async fn a_payload_that_is_nested_without_end_harms_nobody_else() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    let mut deepest = 0;
+    for depth in [100, 1000, 10_000, 400_000] {
+        let payload = RawValue::from_string(format!("{}{}", "[".repeat(depth), "]".repeat(depth)));
+        let Ok(payload) = payload else { continue };
+        let unit = store.outbox.begin(Context::default());
+        unit.tx().execute_unprepared(&format!("insert into notes values ('{depth}')")).await.unwrap();
+        unit.events().push(NewEvent::dynamic("todo.created", "todo", "1", &payload).unwrap()).unwrap();
+        let committed = unit.commit().await;
+        assert_eq!(store.count(&format!("notes where text = '{depth}'")).await, i64::from(committed.is_ok()));
+        if let Err(error) = committed {
+            assert!(matches!(error, CommitError::Flush(_)) && !error.is_transient(), "{depth}: {error:?}");
+        } else {
+            deepest = depth;
+        }
+    }
+    assert!(deepest >= 1000, "{deepest}");
+    store.record_todos(&["after"]).await;
+    let last = claimed(&store.outbox, id).await.pop().unwrap();
+    assert_eq!(last.aggregate_id, "after");
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn an_attempts_limit_beyond_the_column_is_the_highest_there_is() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record([todo("1").max_attempts(u32::MAX)]).await;
+    let [event] = claimed(&store.outbox, id).await.try_into().unwrap();
+    assert_eq!(event.max_attempts, Some(i32::MAX.unsigned_abs()));
     store.is_whole().await;
 }
 
@@ -211,7 +326,7 @@ async fn a_subscription_of_another_process_is_seen_by_the_next_flush() {
 async fn writers_of_one_aggregate_get_positions_in_the_order_of_their_commits() {
     let store = Store::new().await;
     let id = store.subscribe("s").await;
-    store.execute("create table versions (version integer)").await;
+    store.execute("create table versions (version bigint)").await;
     store.execute("insert into versions values (0)").await;
     let other = store.another_process().await;
     let mut writers = Vec::new();
@@ -219,9 +334,8 @@ async fn writers_of_one_aggregate_get_positions_in_the_order_of_their_commits() 
         writers.push(tokio::spawn(async move {
             for _ in 0..25 {
                 let written = outbox.transaction(Context::default(), |tx, events| async move {
-                    use sea_orm::{ConnectionTrait, DbBackend, Statement};
                     let sql = "update versions set version = version + 1 returning version";
-                    let row = tx.query_one_raw(Statement::from_string(DbBackend::Sqlite, sql)).await?.unwrap();
+                    let row = tx.query_one_raw(Statement::from_string(database::BACKEND, sql)).await?.unwrap();
                     let version: i64 = row.try_get("", "version")?;
                     events.push(NewEvent::dynamic("todo.changed", "todo", "1", &version)?)?;
                     Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())

@@ -7,7 +7,7 @@ use fastrand::Rng;
 use outbox_core::{Context, NewEvent, Ordering, Subscription};
 use outbox_seaorm::{ClaimedLane, Next, Settled};
 
-use crate::fixture::{LONG, Store, delivered, todo};
+use super::fixture::{LONG, Store, delivered, todo};
 
 /// What two subscriptions, one in order and one without, have got: (subscription, key) with its positions.
 #[derive(Default)]

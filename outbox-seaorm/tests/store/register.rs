@@ -3,7 +3,10 @@ use std::collections::HashMap;
 use outbox_core::{Ordering, StartPosition, Subscription};
 use outbox_seaorm::{Next, Outbox, Settled};
 
-use crate::fixture::{LONG, Store, delivered, poll_once, record, runs, todo};
+use super::{
+    database,
+    fixture::{LONG, Store, delivered, poll_once, record, runs, todo},
+};
 
 fn from_the_beginning(name: &str) -> Subscription {
     Subscription::new(name).unwrap().start(StartPosition::Beginning)
@@ -43,8 +46,8 @@ async fn a_registration_that_was_cut_off_is_continued_by_the_next() {
             assert!(poll_once(&mut registration).await.is_pending());
         }
         drop(registration);
-        // Its last transaction has ended when the writer is free.
         store.execute("select 1").await;
+        store.quiet().await;
         let id: i32 = store.value(&progress.replace("backfill_from", "id")).await;
         assert!(store.claim(id).await.is_empty());
         assert_eq!(store.register(subscription).await, id);
@@ -113,7 +116,8 @@ async fn a_registration_that_fails_names_the_subscription() {
 async fn a_subscription_begins_with_the_next_commit_from_a_time_or_at_the_beginning() {
     let store = Store::new().await;
     store.record_todos(&["1", "2", "3", "4"]).await;
-    store.execute("update outbox_events set recorded_at = '2026-01-01T00:00:0' || aggregate_id || '.000Z'").await;
+    let recorded_at = database::time("'2026-01-01T00:00:0' || aggregate_id || '.000Z'");
+    store.execute(&format!("update outbox_events set recorded_at = {recorded_at}")).await;
     let start = async |name: &str, position| store.register(Subscription::new(name).unwrap().start(position)).await;
     let since = |at: &str| StartPosition::Since(at.parse().unwrap());
     let now = start("now", StartPosition::Now).await;
@@ -230,6 +234,7 @@ async fn a_subscription_registered_while_others_commit_gets_every_event_once() {
     for writer in writers {
         writer.await.unwrap();
     }
+    store.settle_subscriptions().await;
     store.is_whole().await;
     delivers_once_in_order(&store, ids.0, 1220).await;
     store.is_whole().await;

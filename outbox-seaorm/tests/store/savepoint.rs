@@ -4,7 +4,7 @@ use outbox_core::Context;
 use outbox_seaorm::{CommitError, SavepointError};
 use sea_orm::ConnectionTrait;
 
-use crate::fixture::{SLOW, Store, hang_up_after, poll_once, todo};
+use super::fixture::{SLOW, Store, hang_up_after, poll_once, todo};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 

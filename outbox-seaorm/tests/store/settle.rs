@@ -3,9 +3,11 @@ use std::time::{Duration, Instant};
 use outbox_core::Context;
 use outbox_seaorm::{ClaimedLane, CommitError, Finished, LaneReport, Next, Settled};
 use sea_orm::ConnectionTrait;
+use serde_json::{Value, json};
 
-use crate::fixture::{
-    LONG, SHORT, Store, delivered, delivered_run, failed, hang_up_after, is_about, record, runs, todo,
+use super::{
+    database,
+    fixture::{LONG, SHORT, Store, delivered, delivered_run, failed, hang_up_after, is_about, record, runs, todo},
 };
 
 /// A lane that a worker has lost, and the same lane as its next holder has it.
@@ -22,16 +24,25 @@ fn dead(lane: &ClaimedLane, n: usize, error: &str, next: Next) -> LaneReport {
 }
 
 /// Everything that a report could change.
-async fn tables(store: &Store) -> Vec<String> {
+async fn tables(store: &Store) -> Vec<Value> {
     let mut rows = Vec::new();
-    for sql in [
-        "select json_array(subscription_id, key, position, due_at) from outbox_deliveries order by position",
-        "select json_array(subscription_id, key, pending, due_at, attempts, lease_token, leased_by, last_error,
-                attempt_log) from outbox_lanes order by subscription_id, key",
-        "select json_array(subscription_id, position, attempts, attempt_log) from outbox_delivered order by position",
-        "select json_array(subscription_id, position, attempts, error) from outbox_dead_letters order by position",
+    for (columns, from) in [
+        (
+            "subscription_id, key, position, cast(due_at as text)",
+            "from outbox_deliveries order by subscription_id, position",
+        ),
+        (
+            "subscription_id, key, pending, cast(due_at as text), attempts, lease_token, leased_by, last_error,
+             cast(attempt_log as text)",
+            "from outbox_lanes order by subscription_id, key",
+        ),
+        (
+            "subscription_id, position, attempts, cast(attempt_log as text)",
+            "from outbox_delivered order by subscription_id, position",
+        ),
+        ("subscription_id, position, attempts, error", "from outbox_dead_letters order by subscription_id, position"),
     ] {
-        rows.extend(store.column::<String>(sql).await);
+        rows.extend(store.arrays(columns, from).await);
     }
     rows
 }
@@ -193,14 +204,14 @@ async fn a_failure_stores_when_the_lane_is_due_again() {
     assert_eq!(store.outbox.settle(&[failed(&lane, LONG / 2, "it's \"down\"")]).await.unwrap(), [Settled::Done]);
     let due = store.next_due(id).await.unwrap();
     assert!(is_about(due, LONG / 2), "{due:?}");
-    let row = "select json_array(pending, attempts, leased_by, last_error, attempt_log) from outbox_lanes";
-    let stored: String = store.value(row).await;
-    assert_eq!(stored, r#"[2,1,null,"it's \"down\"","[{\"error\":\"it's \\\"down\\\"\"}]"]"#);
+    let columns = format!("pending, attempts, leased_by, last_error, {}", database::json("attempt_log"));
+    let log = json!([{"error": "it's \"down\""}]);
+    assert_eq!(store.arrays(&columns, "from outbox_lanes").await, [json!([2, 1, null, "it's \"down\"", log])]);
     assert!(store.claim(id).await.is_empty());
     store.time_passes().await;
     let again = store.claim_one(id, LONG).await;
     assert_eq!(again.attempts, 2);
-    assert_eq!(again.attempt_log.as_deref(), Some(r#"[{"error":"it's \"down\""}]"#));
+    assert_eq!(serde_json::from_str::<Value>(&again.attempt_log.clone().unwrap()).unwrap(), log);
     let begun = Instant::now();
     store.outbox.settle(&[failed(&again, SHORT, "down")]).await.unwrap();
     assert_eq!(store.claim_when_due(id).await[0].attempts, 3);
@@ -247,10 +258,10 @@ async fn a_dead_letter_does_not_stop_its_lane() {
     let mut rest = delivered(&lane, 2, Next::Yield);
     rest.finished.remove(0);
     store.outbox.settle(&[rest]).await.unwrap();
-    let row =
-        "select json_array(subscription_id, position, key, attempts, error, attempt_log) from outbox_dead_letters";
-    let stored: String = store.value(row).await;
-    assert_eq!(stored, r#"[1,1,"todo/a",1,"no such address","[{\"error\":\"no such address\"}]"]"#);
+    let columns = format!("subscription_id, position, key, attempts, error, {}", database::json("attempt_log"));
+    let log = json!([{"error": "no such address"}]);
+    let stored = store.arrays(&columns, "from outbox_dead_letters").await;
+    assert_eq!(stored, [json!([id, 1, "todo/a", 1, "no such address", log])]);
     assert_eq!(store.column::<i64>("select position from outbox_delivered").await, [2]);
     let next = store.claim_one(id, LONG).await;
     assert_eq!((next.attempts, next.attempt_log.as_deref(), next.run[0].position), (1, None, 3));
@@ -284,10 +295,10 @@ async fn keeping_the_lease_begins_the_next_delivery_at_its_first_attempt() {
     store.record_todos(&["a", "a", "a"]).await;
     let (_, lane) = taken_over(&store, id).await;
     assert_eq!((lane.attempts, lane.run.len()), (2, 1));
-    let due: String = store.value("select due_at from outbox_lanes").await;
+    let due: String = store.value("select cast(due_at as text) from outbox_lanes").await;
     store.outbox.settle(&[delivered(&lane, 1, Next::Keep)]).await.unwrap();
-    let row = "select json_array(pending, attempts, leased_by, due_at) from outbox_lanes";
-    assert_eq!(store.value::<String>(row).await, format!(r#"[2,1,"worker","{due}"]"#));
+    let kept = store.arrays("pending, attempts, leased_by, cast(due_at as text)", "from outbox_lanes").await;
+    assert_eq!(kept, [json!([2, 1, "worker", due])]);
     assert!(store.claim(id).await.is_empty());
     store.is_whole().await;
 }
@@ -301,11 +312,11 @@ async fn delivered_events_move_to_the_history_and_an_empty_lane_disappears() {
     let mut report = delivered_run(&lanes[0]);
     report.finished[0] = Finished { position: 1, attempts: 4, log: Some(r#"[{"error":"x"}]"#.to_owned()), error: None };
     assert_eq!(store.outbox.settle(&[report]).await.unwrap(), [Settled::Done]);
-    let history = "select json_array(subscription_id, position, attempts, attempt_log,
-                   delivered_at between strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-60 seconds')
-                                    and strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
-                   from outbox_delivered order by position";
-    assert_eq!(store.column::<String>(history).await, [r#"[1,1,4,"[{\"error\":\"x\"}]",1]"#, "[1,3,1,null,1]"]);
+    let columns = format!("subscription_id, position, attempts, {}", database::json("attempt_log"));
+    let history = store.arrays(&columns, "from outbox_delivered order by position").await;
+    assert_eq!(history, [json!([id, 1, 4, [{"error": "x"}]]), json!([id, 3, 1, null])]);
+    let (from, to) = (database::before(database::NOW, "60"), database::NOW);
+    assert_eq!(store.count(&format!("outbox_delivered where delivered_at between {from} and {to}")).await, 2);
     assert_eq!(store.column::<String>("select key from outbox_lanes").await, ["todo/b"]);
     assert_eq!(store.column::<i64>("select position from outbox_deliveries").await, [2]);
     store.is_whole().await;

@@ -6,7 +6,10 @@ use sea_orm::{ColumnTrait, EntityTrait, QueryFilter};
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::fixture::{LONG, Store, delivered, delivered_run, failed, hang_up_after, todo};
+use super::{
+    database,
+    fixture::{LONG, Store, delivered, delivered_run, failed, hang_up_after, todo},
+};
 
 /// A subscription `s` with one delivery in each state and one behind a leased one, beside an empty one:
 /// `delivered`, `dead`, `retried`, `leased` twice, `waiting`.
@@ -40,9 +43,8 @@ async fn the_status_counts_what_is_in_each_state() {
     let store = Store::new().await;
     busy(&store).await;
     store.execute("update outbox_events set recorded_at = '2000-01-01T00:00:00.000Z' where position <= 2").await;
-    store
-        .execute("update outbox_events set recorded_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-100 seconds') where position = 3")
-        .await;
+    let earlier = database::before(database::NOW, "100");
+    store.execute(&format!("update outbox_events set recorded_at = {earlier} where position = 3")).await;
     store.execute("update outbox_subscriptions set paused_at = '2026-01-01T00:00:00.000Z' where name = 'empty'").await;
     let status = store.outbox.status().await.unwrap();
     let [empty, s] = &status.subscriptions[..] else { panic!("{status:?}") };
@@ -64,7 +66,7 @@ async fn no_age_is_negative() {
     store.subscribe("s").await;
     store.record_todos(&["a"]).await;
     store.outbox.heartbeat("worker", &["s"]).await.unwrap();
-    let soon = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '+60 seconds')";
+    let soon = database::before(database::NOW, "-60");
     store.execute(&format!("update outbox_events set recorded_at = {soon}")).await;
     store.execute(&format!("update outbox_workers set last_seen_at = {soon}")).await;
     let status = store.outbox.status().await.unwrap();
@@ -169,7 +171,7 @@ async fn activity_counts_the_deliveries_of_the_last_seven_days() {
     store.record((0..10).map(|n| todo(&n.to_string()))).await;
     store.deliver_all(id).await;
     for (position, days) in [(1, 1), (2, 1), (3, 6), (4, 7), (5, 300)] {
-        let day = format!("strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-{days} days')");
+        let day = database::before(database::NOW, &format!("{days} * 86400"));
         store.execute(&format!("update outbox_delivered set delivered_at = {day} where position = {position}")).await;
     }
     assert_eq!(store.outbox.activity("s").await.unwrap(), [1, 0, 0, 0, 0, 2, 5]);
@@ -183,10 +185,9 @@ async fn workers_are_shown_until_they_are_forgotten() {
     let store = Store::new().await;
     store.outbox.heartbeat("a", &["s", "t"]).await.unwrap();
     store.outbox.heartbeat("b", &[]).await.unwrap();
-    store.execute("update outbox_workers set started_at = '2026-01-01T00:00:00.000Z', last_seen_at = started_at").await;
-    store
-        .execute("update outbox_workers set last_seen_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-50 seconds')")
-        .await;
+    store.execute("update outbox_workers set started_at = '2026-01-01T00:00:00.000Z'").await;
+    let earlier = database::before(database::NOW, "50");
+    store.execute(&format!("update outbox_workers set last_seen_at = {earlier}")).await;
     store.outbox.heartbeat("a", &["s", "u"]).await.unwrap();
     let [a, b] = store.outbox.workers().await.unwrap().try_into().unwrap();
     assert_eq!((a.id.as_str(), a.subscriptions), ("a", vec!["s".to_owned(), "u".to_owned()]));

@@ -128,6 +128,24 @@ impl Postgres {
         format!("postgres://postgres@127.0.0.1:{}/{name}", self.port)
     }
 
+    /// Creates a database with everything that another one has, and returns its URL. Nobody may be connected to the
+    /// other one.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be created.
+    #[must_use]
+    pub fn copy_of(&self, url: &str) -> String {
+        let name = format!("test_{:016x}", fastrand::u64(..));
+        assert_succeeded("createdb", &self.tool("createdb", &["-T", database_name(url), &name]));
+        format!("postgres://postgres@127.0.0.1:{}/{name}", self.port)
+    }
+
+    /// Drops a database and ends its sessions. Says nothing if that fails: the whole server goes with its process.
+    pub fn discard(&self, url: &str) {
+        let _ = self.tool("dropdb", &["--force", database_name(url)]);
+    }
+
     /// The port of the server, for a proxy in front of it.
     #[must_use]
     pub fn port(&self) -> u16 {
@@ -158,6 +176,10 @@ impl Drop for Postgres {
         self.end();
         let _ = fs::remove_dir_all(&self.directory);
     }
+}
+
+fn database_name(url: &str) -> &str {
+    url.rsplit('/').next().expect("a part behind the last slash")
 }
 
 fn assert_succeeded(what: &str, output: &Output) {

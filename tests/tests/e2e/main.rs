@@ -1,6 +1,7 @@
-//! The example application as real processes.
+//! The example and the conformance application as real processes.
 
 mod example;
 mod faults;
 mod postgres;
 mod startup;
+mod truth;

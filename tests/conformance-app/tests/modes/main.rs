@@ -7,5 +7,4 @@ mod late;
 mod options;
 mod process;
 mod savepoints;
-mod sink;
 mod support;

@@ -1,6 +1,9 @@
 //! Modes that choose what is pushed, and which connections are used.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, SystemTime},
+};
 
 use outbox_tests::Database;
 use sea_orm::{
@@ -61,6 +64,17 @@ async fn many_more_events_are_committed() {
     for app in App::each().await {
         app.op("many:500").await.assert_committed(201);
         app.assert_stored(&(2..502).collect::<Vec<_>>()).await;
+    }
+}
+
+#[tokio::test]
+async fn ten_thousand_events_are_committed_as_a_whole_and_are_all_to_be_delivered() {
+    for app in App::each().await {
+        app.op("many:9998").await.assert_committed(201);
+        app.assert_stored(&(2..10_000).collect::<Vec<_>>()).await;
+        let claimed = app.outbox.claim(app.effects, "w", 20_000, 10, Duration::from_secs(60)).await.unwrap();
+        let positions: BTreeSet<i64> = claimed.lanes.iter().map(|lane| lane.run[0].position).collect();
+        assert_eq!((claimed.lanes.len(), positions.len()), (10_000, 10_000));
     }
 }
 

@@ -7,13 +7,14 @@ use std::{
 };
 
 use outbox_seaorm::{Outbox, entity::events};
-use outbox_tests::{Database, Process, TOKEN, command, eventually};
+use outbox_tests::{
+    Database, Process, TOKEN, command, eventually,
+    sink::{SECRET, Sink},
+};
 use reqwest::{Client, StatusCode};
 use sea_orm::{ConnectionTrait, EntityTrait, Statement};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
-
-use crate::sink::{SECRET, Sink};
 
 /// A database of its own, a sink, and the settings of a process that uses both.
 struct Place {

@@ -2,7 +2,7 @@
 
 use sea_orm::{ConnectionTrait, DbBackend, Statement, Value};
 
-use crate::fixture::Store;
+use super::fixture::Store;
 
 #[allow(dead_code, reason = "only some of the statements are explained")]
 #[path = "../../src/sqlite.rs"]
