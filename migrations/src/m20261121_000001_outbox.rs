@@ -52,12 +52,14 @@ impl MigrationTrait for Migration {
 }
 
 const SQLITE: &[&str] = &[
-    // The generation changes with every change of a subscription: a flush with an old copy of them writes nothing.
+    // The generation changes with every change of a subscription: a flush with an old copy of them writes nothing. The
+    // instance tells the queues of this outbox from those of others in the same Redis.
     "create table outbox_meta (
        id integer primary key check (id = 1),
        schema_version integer not null,
-       generation integer not null)",
-    "insert into outbox_meta (id, schema_version, generation) values (1, 1, 1)",
+       generation integer not null,
+       instance text not null)",
+    "insert into outbox_meta (id, schema_version, generation, instance) values (1, 1, 1, lower(hex(randomblob(8))))",
     // `wait_seconds` is a delay, or a head start if negative.
     "create table outbox_events (
        position integer primary key autoincrement,
@@ -169,8 +171,10 @@ const POSTGRES: &[&str] = &[
     "create table outbox_meta (
        id smallint primary key check (id = 1),
        schema_version integer not null,
-       generation bigint not null)",
-    "insert into outbox_meta (id, schema_version, generation) values (1, 1, 1)",
+       generation bigint not null,
+       instance text not null)",
+    "insert into outbox_meta (id, schema_version, generation, instance)
+     values (1, 1, 1, left(replace(gen_random_uuid()::text, '-', ''), 16))",
     "create table outbox_events (
        position bigint generated always as identity primary key,
        event_id uuid not null unique,

@@ -20,7 +20,7 @@ use apalis_core::{
     task::{Task, builder::TaskBuilder, task_id::TaskId},
 };
 use outbox_core::{AfterDeadLetter, DeliveryError, Outcome, Reason, RecordedEvent, RetryPolicy};
-use outbox_seaorm::{Claim, Finished, LaneRef, LaneReport, Next, NextDue, Outbox, Settled};
+use outbox_seaorm::{Claim, ClaimedLane, Finished, LaneRef, LaneReport, Next, NextDue, Outbox, Settled};
 use sea_orm::{DbBackend, DbErr};
 use tokio::{
     runtime::Handle,
@@ -35,6 +35,7 @@ use crate::{
     lane::{Lane, Running},
     listing::task_id,
     options::Options,
+    redis::{Job, Transport},
     task::{Attempt, DeliveryTask},
 };
 
@@ -80,6 +81,8 @@ pub(crate) struct Source {
     pub(crate) counts: Arc<Counts>,
     /// Cancelled when the feed has nothing to do any more; see [`Until`].
     pub(crate) idle: CancellationToken,
+    /// Where lanes come from instead of the database, while Redis is up.
+    pub(crate) transport: Option<Transport>,
 }
 
 /// When a feed has done its work.
@@ -131,6 +134,9 @@ struct Feed {
     /// Reports whose storing failed: tried again as they are.
     unstored: Option<Vec<LaneReport>>,
     claiming: Option<JoinHandle<(usize, Result<Claimed, DbErr>)>>,
+    /// Jobs that came through Redis and could not be taken over yet.
+    arrived: Vec<Job>,
+    taking: Option<JoinHandle<Result<Taken, DbErr>>>,
     settling: Option<JoinHandle<(Vec<LaneReport>, Result<Vec<Settled>, DbErr>)>>,
     /// Notes that a suspect is about to be tried alone.
     noting: Option<JoinHandle<(LaneRef, Result<bool, DbErr>)>>,
@@ -167,6 +173,14 @@ struct Renewal {
     busy: HashSet<LaneRef>,
 }
 
+/// What became of jobs that were to be taken over; those in neither list are void.
+struct Taken {
+    lanes: Vec<(ClaimedLane, bool)>,
+    /// A commit has their lanes at this moment.
+    busy: Vec<Job>,
+    asked_at: Instant,
+}
+
 struct Claimed {
     claim: Claim,
     next: Option<NextDue>,
@@ -192,6 +206,8 @@ pub(crate) fn start(source: Source) -> Ends {
         reports: Vec::new(),
         unstored: None,
         claiming: None,
+        arrived: Vec::new(),
+        taking: None,
         settling: None,
         noting: None,
         renewing: None,
@@ -230,6 +246,7 @@ impl Feed {
             } else {
                 self.start_ready();
                 self.claim();
+                self.take_over();
             }
             self.settle();
             self.change();
@@ -247,11 +264,14 @@ impl Feed {
                     }
                 }
                 (capacity, claimed) = finished(&mut self.claiming) => self.claimed(capacity, claimed, stopping),
+                taken = finished(&mut self.taking) => self.taken(taken, stopping),
+                () = arrived(self.source.transport.as_ref()), if !stopping && self.takes_jobs() => {}
+                () = health_changes(self.source.transport.as_ref()), if !stopping => self.look_at = Instant::now(),
                 (reports, settled) = finished(&mut self.settling) => self.settled(reports, settled),
                 (lane, noted) = finished(&mut self.noting) => self.noted(&lane, noted),
                 (asked_at, lanes, held) = finished(&mut self.renewing) => self.renewed(asked_at, &lanes, held),
                 () = finished(&mut self.changing) => {}
-                () = outbox.woken(subscription), if !stopping => {
+                () = outbox.woken(subscription), if !stopping && !self.is_relayed() => {
                     self.look_at = Instant::now();
                     self.idle_wait = self.source.poll / 8;
                 }
@@ -287,9 +307,24 @@ impl Feed {
         (2 * self.concurrency()).saturating_sub(self.lanes.len())
     }
 
+    /// Whether lanes come through Redis.
+    fn is_relayed(&self) -> bool {
+        self.source.transport.as_ref().is_some_and(|transport| transport.health.is_up())
+            && self.source.until == Until::Stopped
+    }
+
+    fn takes_jobs(&self) -> bool {
+        self.taking.is_none()
+            && self.changing.is_none()
+            && self.can_store()
+            && self.room() > 0
+            && !self.lanes.values().any(|lane| lane.suspect)
+    }
+
     /// While there are suspects nothing is claimed that a crash could take with it.
     fn wants_lanes(&self) -> bool {
         self.claiming.is_none()
+            && !self.is_relayed()
             && self.changing.is_none()
             && !(self.claimed_once && self.source.until == Until::Once)
             && self.can_store()
@@ -319,6 +354,7 @@ impl Feed {
 
     fn is_quiet(&self) -> bool {
         self.claiming.is_none()
+            && self.taking.is_none()
             && self.settling.is_none()
             && self.noting.is_none()
             && self.changing.is_none()
@@ -486,23 +522,79 @@ impl Feed {
             self.idle_wait = (self.idle_wait * 2).min(self.source.poll);
         }
         for claimed in lanes {
-            let key = claimed.lane.key.clone();
-            let unreadable = claimed.unreadable.clone();
-            let lane = Lane::new(claimed, asked_at + self.source.options.lease, probe);
-            // Only after our own lease had ended without our noticing: the old one is void.
-            self.lose(&key);
-            let (attempts, log) = (lane.attempts, lane.log.clone());
-            self.lanes.insert(key.clone(), lane);
-            match unreadable {
-                None => self.ready.push_back(key),
-                Some(unreadable) => {
-                    self.open += 1;
-                    self.bury(&key, unreadable.position, attempts, log, unreadable.error);
-                }
-            }
+            self.begin_lane(claimed, asked_at, probe);
         }
         if stopping || too_late {
             self.release_ready();
+        }
+    }
+
+    fn begin_lane(&mut self, claimed: ClaimedLane, asked_at: Instant, probe: bool) {
+        let key = claimed.lane.key.clone();
+        let unreadable = claimed.unreadable.clone();
+        let lane = Lane::new(claimed, asked_at + self.source.options.lease, probe);
+        // Only after our own lease had ended without our noticing: the old one is void.
+        self.lose(&key);
+        let (attempts, log) = (lane.attempts, lane.log.clone());
+        self.lanes.insert(key.clone(), lane);
+        match unreadable {
+            None => self.ready.push_back(key),
+            Some(unreadable) => {
+                self.open += 1;
+                self.bury(&key, unreadable.position, attempts, log, unreadable.error);
+            }
+        }
+    }
+
+    /// Takes over what has arrived through Redis, as much as there is room for.
+    fn take_over(&mut self) {
+        let Some(transport) = &self.source.transport else { return };
+        if !self.takes_jobs() {
+            return;
+        }
+        let room = self.room().saturating_sub(self.arrived.len());
+        self.arrived.extend(transport.jobs.take(room));
+        if self.arrived.is_empty() {
+            return;
+        }
+        let jobs = std::mem::take(&mut self.arrived);
+        let Source { outbox, worker, options, .. } = self.source.clone();
+        self.taking = Some(tokio::spawn(async move { take_over(&outbox, &worker, jobs, options.lease).await }));
+    }
+
+    fn taken(&mut self, taken: Result<Taken, DbErr>, stopping: bool) {
+        match taken {
+            Ok(Taken { lanes, busy, asked_at }) => {
+                self.arrived.extend(busy);
+                for (lane, probe) in lanes {
+                    if probe {
+                        self.circuit.probing();
+                    } else {
+                        self.circuit.seen(None);
+                    }
+                    self.begin_lane(lane, asked_at, probe);
+                }
+            }
+            Err(error) => {
+                tracing::warn!(subscription = &*self.source.name, %error, "cannot take over jobs; their leases end by themselves");
+            }
+        }
+        if stopping {
+            self.release_ready();
+        }
+    }
+
+    /// Gives back what came through Redis and was not taken over.
+    fn release_arrived(&mut self) {
+        if let Some(transport) = &self.source.transport {
+            self.arrived.extend(transport.jobs.take(usize::MAX));
+        }
+        for Job { lane, probe } in self.arrived.drain(..) {
+            let next = Next::Release { attempts: lane.attempts.saturating_sub(1), log: lane.attempt_log };
+            self.reports.push(LaneReport { lane: lane.lane, finished: Vec::new(), next });
+            if probe {
+                self.changes.push_back(Change::OpenCircuit { wait: SOON, failed: false });
+            }
         }
     }
 
@@ -739,6 +831,9 @@ impl Feed {
 
     /// Gives back what was leased and not started.
     fn release_ready(&mut self) {
+        if self.source.stop.is_cancelled() {
+            self.release_arrived();
+        }
         let ready: Vec<String> =
             self.lanes.iter().filter(|(_, lane)| lane.running.is_none()).map(|(key, _)| key.clone()).collect();
         self.ready.clear();
@@ -911,6 +1006,46 @@ impl Feed {
         for lane in self.lanes.values_mut() {
             self.open -= usize::from(lane.running.take().is_some());
         }
+    }
+}
+
+async fn take_over(outbox: &Outbox, worker: &str, jobs: Vec<Job>, lease: Duration) -> Result<Taken, DbErr> {
+    let asked_at = Instant::now();
+    let refs: Vec<LaneRef> = jobs.iter().map(|job| job.lane.lane.clone()).collect();
+    let mut taken: HashMap<String, ClaimedLane> = HashMap::with_capacity(refs.len());
+    for lane in outbox.take_over(worker, &refs, lease).await? {
+        taken.insert(lane.lane.key.clone(), lane);
+    }
+    let mut lanes = Vec::with_capacity(taken.len());
+    let mut others = Vec::new();
+    for job in jobs {
+        match taken.remove(&job.lane.lane.key) {
+            Some(ClaimedLane { lane, attempts, attempt_log, .. }) => {
+                lanes.push((ClaimedLane { lane, attempts, attempt_log, ..job.lane }, job.probe));
+            }
+            None => others.push(job),
+        }
+    }
+    let refs: Vec<LaneRef> = others.iter().map(|job| job.lane.lane.clone()).collect();
+    let held: HashSet<LaneRef> =
+        if refs.is_empty() { HashSet::new() } else { outbox.held(&refs).await?.into_iter().collect() };
+    let busy = others.into_iter().filter(|job| held.contains(&job.lane.lane)).collect();
+    Ok(Taken { lanes, busy, asked_at })
+}
+
+/// Completes when there may be a job from Redis.
+async fn arrived(transport: Option<&Transport>) {
+    match transport {
+        Some(transport) => transport.jobs.arrived().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Completes when Redis comes up or goes down.
+async fn health_changes(transport: Option<&Transport>) {
+    match transport {
+        Some(transport) => transport.health.wait_for(!transport.health.is_up()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ::redis::aio::ConnectionManager;
 use apalis::{
     layers::WorkerBuilderExt,
     prelude::{Monitor, WorkerBuilder},
@@ -13,6 +14,7 @@ use apalis::{
 use outbox_core::{Outcome, Publisher, Subscription};
 use outbox_seaorm::{Outbox, RegisterError, SchemaError};
 use sea_orm::DbBackend;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -21,9 +23,13 @@ use crate::{
     feed::{Counts, Source, Until},
     handlers::HandlersDestination,
     options::Options,
+    redis::{self, Health, Jobs, Queue, RELAY_LEASES, Redis, Transport},
     task::DeliveryTask,
     thread::FeedThread,
 };
+
+/// What clocks of several machines may differ by before one throws away another's jobs.
+const VOID_MARGIN: Duration = Duration::from_secs(60);
 
 /// How often a worker shows that it is alive.
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -42,6 +48,7 @@ pub struct Worker {
     outbox: Outbox,
     options: Options,
     subscriptions: Vec<(Subscription, Arc<dyn Destination>)>,
+    redis: Option<Redis>,
 }
 
 impl std::fmt::Debug for Worker {
@@ -70,6 +77,12 @@ pub enum StartError {
     /// The system has no thread left.
     #[error("the worker's thread could not be started")]
     Thread(#[from] std::io::Error),
+    /// The database did not answer.
+    #[error("the database did not answer")]
+    Database(#[from] sea_orm::DbErr),
+    /// The connection to Redis could not be set up; a server that is away is no error.
+    #[error("the connection to Redis could not be set up")]
+    Redis(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
 /// What [`Worker::run_once`] and [`Worker::drain`] did.
@@ -87,7 +100,7 @@ impl Worker {
     /// Starts without subscriptions.
     #[must_use]
     pub fn new(outbox: Outbox) -> Self {
-        Self { outbox, options: Options::DEFAULT, subscriptions: Vec::new() }
+        Self { outbox, options: Options::DEFAULT, subscriptions: Vec::new(), redis: None }
     }
 
     /// Adds a subscription whose events go to typed functions in this process.
@@ -185,6 +198,16 @@ impl Worker {
         self
     }
 
+    /// Delivers through Redis: this process moves due deliveries into Redis, and takes from Redis what it works on, as any
+    /// other process with the same subscriptions does. Without, processes share the work through the database alone.
+    ///
+    /// While Redis is away, this worker claims from the database. See [`Redis`] for what it needs.
+    #[must_use]
+    pub fn redis(mut self, redis: Redis) -> Self {
+        self.redis = Some(redis);
+        self
+    }
+
     /// Registers the subscriptions and delivers until `shutdown` completes.
     ///
     /// Then nothing new is begun, attempts under way have the grace time to end, and everything else is given back at
@@ -268,12 +291,27 @@ impl Worker {
             let _entered = thread.runtime().enter();
             self.outbox.with_own_store()
         };
+        let connection = {
+            let _entered = thread.runtime().enter();
+            self.redis.as_ref().map(Redis::connection).transpose().map_err(|error| StartError::Redis(error.into()))?
+        };
+        let (instance, health) = (self.outbox.instance().await?, Health::new());
         let stop = CancellationToken::new();
         let counts = Arc::new(Counts::default());
         let mut sources: Vec<Source> = Vec::new();
         for (subscription, destination) in self.subscriptions {
             let (concurrency, rate) = subscription.limits();
             let options = Options { concurrency: concurrency.unwrap_or(self.options.concurrency), ..self.options };
+            let transport = self.redis.as_ref().zip(connection.clone()).map(|(redis, connection)| {
+                let (name, limit) = (subscription.name(), redis.jobs_limit());
+                let void_after = options.lease * (2 * RELAY_LEASES) + VOID_MARGIN;
+                let batch = options.concurrency.clamp(1, 100);
+                Transport {
+                    health: health.clone(),
+                    queue: Queue::new(connection, &instance, name, limit, batch, void_after),
+                    jobs: Arc::new(Jobs::new(options.concurrency)),
+                }
+            });
             sources.push(Source {
                 outbox: store.clone(),
                 subscription: self.outbox.register(&subscription).await?,
@@ -290,9 +328,11 @@ impl Worker {
                 until: Until::Stopped,
                 counts: counts.clone(),
                 idle: CancellationToken::new(),
+                transport,
             });
         }
-        Ok(StartedWorker { store, worker, sources, stop, counts, thread })
+        let redis = connection.map(|connection| (connection, health));
+        Ok(StartedWorker { store, worker, sources, stop, counts, thread, redis })
     }
 }
 
@@ -305,6 +345,7 @@ pub struct StartedWorker {
     stop: CancellationToken,
     counts: Arc<Counts>,
     thread: FeedThread,
+    redis: Option<(ConnectionManager, Health)>,
 }
 
 impl std::fmt::Debug for StartedWorker {
@@ -324,14 +365,25 @@ impl StartedWorker {
     }
 
     pub(crate) async fn run(self, until: Until, shutdown: impl Future<Output = ()> + Send) -> Deliveries {
-        let Self { store, worker, mut sources, stop, counts, thread } = self;
+        let Self { store, worker, mut sources, stop, counts, thread, redis } = self;
         sources.iter_mut().for_each(|source| source.until = until);
         let names: Vec<String> = sources.iter().map(|source| source.name.to_string()).collect();
         let idle: Vec<CancellationToken> = sources.iter().map(|source| source.idle.clone()).collect();
         tracing::info!(worker = &*worker, subscriptions = ?names, "worker started");
+        let mut background = JoinSet::new();
+        if until == Until::Stopped
+            && let Some((connection, health)) = redis
+        {
+            background.spawn_on(redis::watch(health, connection), thread.runtime());
+            for source in &sources {
+                if let Some(transport) = source.transport.clone() {
+                    background.spawn_on(redis::run(source.clone(), transport), thread.runtime());
+                }
+            }
+        }
         let monitor = sources.into_iter().fold(Monitor::new(), register);
-        let upkeep = thread.runtime().spawn(upkeep(store.clone(), worker.clone(), names));
-        let listening = thread.runtime().spawn(listen(store.clone()));
+        background.spawn_on(upkeep(store.clone(), worker.clone(), names), thread.runtime());
+        background.spawn_on(listen(store.clone()), thread.runtime());
         // Feeds stop before apalis does: only they know what is under way and how long it may go on.
         let signal = async {
             tokio::select! {
@@ -345,8 +397,7 @@ impl StartedWorker {
         if let Err(error) = monitor.run_with_signal(signal).await {
             tracing::error!(%error, "a worker did not end cleanly");
         }
-        upkeep.abort();
-        listening.abort();
+        background.shutdown().await;
         let id = worker.clone();
         let last = thread.runtime().spawn(async move {
             if let Err(error) = store.forget_worker(&id).await {

@@ -5,7 +5,7 @@ use std::{
 
 use outbox_core::RecordedEvent;
 use sea_orm::{DatabaseTransaction, DbBackend, DbErr};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     Outbox,
@@ -17,7 +17,7 @@ use crate::{
 const PROBE_AGAIN: Duration = Duration::from_millis(100);
 
 /// A lease on a lane: the ordered queue of one key of one subscription.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LaneRef {
     /// The subscription.
     pub subscription: i32,
@@ -28,7 +28,7 @@ pub struct LaneRef {
 }
 
 /// A lane with the deliveries to work on, in their order.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ClaimedLane {
     /// The lease.
     pub lane: LaneRef,
@@ -44,7 +44,7 @@ pub struct ClaimedLane {
 }
 
 /// An event whose row cannot be read: somebody changed or deleted it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unreadable {
     /// Its position.
     pub position: i64,
@@ -201,18 +201,51 @@ impl Outbox {
         run: u32,
         lease: Duration,
     ) -> Result<Claim, DbErr> {
+        self.claim_counting(subscription, worker, lanes, run, lease, 1).await
+    }
+
+    /// As [`claim`](Self::claim), without counting an attempt: for a relay, which hands the lanes to workers that
+    /// [take them over](Self::take_over).
+    ///
+    /// # Errors
+    ///
+    /// As [`claim`](Self::claim).
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`claim`](Self::claim).
+    pub async fn claim_for_relay(
+        &self,
+        subscription: i32,
+        relay: &str,
+        lanes: u32,
+        run: u32,
+        lease: Duration,
+    ) -> Result<Claim, DbErr> {
+        self.claim_counting(subscription, relay, lanes, run, lease, 0).await
+    }
+
+    async fn claim_counting(
+        &self,
+        subscription: i32,
+        worker: &str,
+        lanes: u32,
+        run: u32,
+        lease: Duration,
+        attempt: i32,
+    ) -> Result<Claim, DbErr> {
         let Some(NextDue { after: Some(Duration::ZERO), circuit }) = self.next_due(subscription).await? else {
             return Ok(Claim::default());
         };
         let Some(failures) = circuit else {
-            let lanes = self.claim_lanes(subscription, worker, lanes, run, lease, false).await?;
+            let lanes = self.claim_lanes(subscription, worker, lanes, run, lease, (false, attempt)).await?;
             return Ok(Claim { lanes, probe: false });
         };
         let values = [subscription.into(), seconds(lease).into()];
         if self.execute(self.store(), self.sql().take_probe, values).await? == 0 {
             return Ok(Claim::default());
         }
-        let lanes = self.claim_lanes(subscription, worker, 1, 1, lease, true).await?;
+        let lanes = self.claim_lanes(subscription, worker, 1, 1, lease, (true, attempt)).await?;
         if lanes.is_empty() {
             // Somebody holds the lanes at this moment: nothing was found out.
             tracing::debug!(subscription, failures, "nothing to probe the destination with");
@@ -228,9 +261,10 @@ impl Outbox {
         lanes: u32,
         run: u32,
         lease: Duration,
-        probe: bool,
+        (probe, attempt): (bool, i32),
     ) -> Result<Vec<ClaimedLane>, DbErr> {
-        let values = [subscription.into(), lanes.into(), seconds(lease).into(), worker.into(), probe.into()];
+        let lease = seconds(lease).into();
+        let values = [subscription.into(), lanes.into(), lease, worker.into(), probe.into(), attempt.into()];
         let rows = self.query_all(self.store(), self.sql().claim, values).await?;
         if rows.is_empty() {
             return Ok(Vec::new());
@@ -360,6 +394,49 @@ impl Outbox {
         let settled = settle_in(self, &tx, reports).await?;
         tx.commit().await?;
         Ok(settled)
+    }
+
+    /// Takes over leases from a relay: each gets a new token, so nobody else can take it over again, a new end, and the
+    /// attempt is counted. Lanes that are missing in the answer were lost, or a commit holds them at this moment;
+    /// [`held`](Self::held) tells which. The runs of the answers are empty: they came with the relay's job.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails; the leases end when they would have ended.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves open whether the leases are taken over. Run it in a task of its own.
+    pub async fn take_over(
+        &self,
+        worker: &str,
+        lanes: &[LaneRef],
+        lease: Duration,
+    ) -> Result<Vec<ClaimedLane>, DbErr> {
+        let values = [leases(lanes)?.into(), seconds(lease).into(), worker.into()];
+        let rows = self.query_all(self.store(), self.sql().take_over, values).await?;
+        rows.iter()
+            .map(|row| {
+                let (subscription, key) = (row.try_get("", "subscription_id")?, row.try_get("", "key")?);
+                Ok(ClaimedLane {
+                    lane: LaneRef { subscription, key, token: row.try_get("", "lease_token")? },
+                    attempts: row.try_get::<i32>("", "attempts")?.unsigned_abs(),
+                    attempt_log: row.try_get("", "attempt_log")?,
+                    run: Vec::new(),
+                    unreadable: None,
+                })
+            })
+            .collect()
+    }
+
+    /// A name that no other outbox has, for what several of them share.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn instance(&self) -> Result<String, DbErr> {
+        let row = self.query_one(self.store_reader(), self.sql().instance, []).await?;
+        row.ok_or_else(|| DbErr::RecordNotFound("outbox_meta".to_owned()))?.try_get("", "instance")
     }
 
     /// Extends leases to `lease` from now and returns those that were extended. The others were taken over, or a commit

@@ -25,6 +25,8 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     generation: "select generation from outbox_meta",
 
+    instance: "select instance from outbox_meta",
+
     bump_generation: "update outbox_meta set generation = generation + 1",
 
     subscriptions: "select id, name, filter::text as filter, ordering::text as ordering
@@ -98,7 +100,7 @@ pub(crate) static POSTGRES: Sql = Sql {
     // The array makes the planner read the due lanes first, in the order of outbox_lanes_due, and lock only those.
     claim: "
         update outbox_lanes
-           set attempts = attempts + 1, lease_token = lease_token + 1, leased_by = $4,
+           set attempts = attempts + $6, lease_token = lease_token + 1, leased_by = $4,
                due_at = clock_timestamp() + $3 * interval '1 second'
          where subscription_id = $1
            and key = any (array(
@@ -107,7 +109,7 @@ pub(crate) static POSTGRES: Sql = Sql {
                   order by due_at, key limit $2 for update skip locked))
            and exists (select 1 from outbox_subscriptions
                         where id = $1 and paused_at is null and backfill_from is null and (circuit_until is null or $5))
-        returning key, lease_token, attempts, attempt_log::text as attempt_log",
+        returning key, lease_token, attempts + 1 - $6 as attempts, attempt_log::text as attempt_log",
 
     take_probe: "
         update outbox_subscriptions set circuit_until = clock_timestamp() + $2 * interval '1 second'
@@ -211,6 +213,19 @@ pub(crate) static POSTGRES: Sql = Sql {
                           where d.subscription_id = l.subscription_id and d.key = l.key order by position limit 1)
          where l.subscription_id = $1 and l.key in (select jsonb_array_elements_text($2::text::jsonb))
            and l.attempts = 0 and l.last_error is null",
+
+    take_over: "
+        update outbox_lanes l
+           set attempts = attempts + 1, lease_token = lease_token + 1, leased_by = $3,
+               due_at = clock_timestamp() + $2 * interval '1 second'
+         where (l.subscription_id, l.key) in (
+                 select l.subscription_id, l.key
+                   from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, token bigint)
+                   join outbox_lanes l on l.subscription_id = r.subscription and l.key = r.key
+                    and l.lease_token = r.token and l.leased_by is not null
+                  order by l.subscription_id, l.key
+                    for update of l skip locked)
+        returning l.subscription_id, l.key, l.lease_token, l.attempts, l.attempt_log::text as attempt_log",
 
     renew: "
         update outbox_lanes l

@@ -17,6 +17,7 @@ pub(crate) enum Flush {
 pub(crate) struct Sql {
     pub(crate) schema_version: &'static str,
     pub(crate) generation: &'static str,
+    pub(crate) instance: &'static str,
     pub(crate) bump_generation: &'static str,
     pub(crate) subscriptions: &'static str,
 
@@ -42,8 +43,8 @@ pub(crate) struct Sql {
     /// is paused. Asked before a claim, so that an idle poll takes no write lock. Index: outbox_lanes_due.
     pub(crate) next_due: &'static str,
 
-    /// $1 subscription, $2 lanes, $3 lease, $4 worker, $5 whether this is the probe of an open circuit. Index:
-    /// outbox_lanes_due.
+    /// $1 subscription, $2 lanes, $3 lease, $4 worker, $5 whether this is the probe of an open circuit, $6 attempts to count:
+    /// 1, or 0 for a relay, whose claim is no attempt. Index: outbox_lanes_due.
     pub(crate) claim: &'static str,
 
     /// $1 subscription, $2 seconds until another may probe if this one tells nothing. One caller wins.
@@ -83,6 +84,10 @@ pub(crate) struct Sql {
 
     /// $1 reports of lanes that are held.
     pub(crate) delete_empty_lanes: &'static str,
+
+    /// $1 lanes, $2 lease, $3 worker. Hands leases over with a new token and counts the attempt. Returns the lanes whose
+    /// lease was still held.
+    pub(crate) take_over: &'static str,
 
     /// $1 lanes, $2 lease. Returns the lanes whose lease was still held.
     pub(crate) renew: &'static str,

@@ -10,6 +10,8 @@ pub(crate) static SQLITE: Sql = Sql {
 
     generation: "select generation from outbox_meta",
 
+    instance: "select instance from outbox_meta",
+
     bump_generation: "update outbox_meta set generation = generation + 1",
 
     subscriptions: "select id, name, filter, ordering from outbox_subscriptions order by id",
@@ -60,7 +62,7 @@ pub(crate) static SQLITE: Sql = Sql {
 
     claim: "
     update outbox_lanes
-       set attempts = attempts + 1, lease_token = lease_token + 1, leased_by = $4,
+       set attempts = attempts + $6, lease_token = lease_token + 1, leased_by = $4,
            due_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', $3))
      where subscription_id = $1
        and key in (select key from outbox_lanes
@@ -68,7 +70,7 @@ pub(crate) static SQLITE: Sql = Sql {
                     order by due_at, key limit $2)
        and exists (select 1 from outbox_subscriptions
                     where id = $1 and paused_at is null and backfill_from is null and (circuit_until is null or $5))
-    returning key, lease_token, attempts, attempt_log",
+    returning key, lease_token, attempts + 1 - $6 as attempts, attempt_log",
 
     take_probe: "
     update outbox_subscriptions
@@ -157,6 +159,17 @@ pub(crate) static SQLITE: Sql = Sql {
     delete from outbox_lanes
      where pending <= 0 and held_at is null
        and (subscription_id, key) in (select value->>'subscription', value->>'key' from json_each($1))",
+
+    take_over: "
+    update outbox_lanes
+       set attempts = attempts + 1, lease_token = lease_token + 1, leased_by = $3,
+           due_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', $2))
+      from (select value->>'subscription' as subscription, value->>'key' as lane, value->>'token' as token
+              from json_each($1)) r
+     where outbox_lanes.subscription_id = r.subscription and outbox_lanes.key = r.lane
+       and outbox_lanes.lease_token = r.token and outbox_lanes.leased_by is not null
+    returning outbox_lanes.subscription_id, outbox_lanes.key, outbox_lanes.lease_token, outbox_lanes.attempts,
+              outbox_lanes.attempt_log",
 
     renew: "
     update outbox_lanes

@@ -2,7 +2,7 @@
 
 use std::{env, net::SocketAddr, num::NonZeroU64, str::FromStr, time::Duration};
 
-use outbox_apalis::{InvalidOption, Worker};
+use outbox_apalis::{InvalidOption, InvalidRedis, Redis, Worker};
 use outbox_core::{InvalidPolicy, RetryPolicy};
 
 #[derive(Debug)]
@@ -12,6 +12,7 @@ pub(crate) struct Config {
     pub(crate) ops_addr: SocketAddr,
     /// The token, and whether it was made up here and must be shown.
     pub(crate) ops_token: (String, bool),
+    redis: Option<Redis>,
     /// Where events are posted, and the secret they are signed with.
     pub(crate) webhook: Option<(String, String)>,
     lease: Option<Duration>,
@@ -27,8 +28,8 @@ pub(crate) struct Config {
 pub(crate) enum ConfigError {
     #[error("the environment variable {name} is {value:?}, but must be {expected}")]
     Value { name: &'static str, value: String, expected: &'static str },
-    #[error("REDIS_URL is set, but this version delivers without Redis; unset it")]
-    Redis,
+    #[error("REDIS_URL cannot be used")]
+    Redis(#[from] InvalidRedis),
     #[error("WEBHOOK_URL is set without WEBHOOK_SECRET; set it to whsec_ and 24 to 64 random bytes in base64")]
     WebhookSecret,
     #[error("the retry settings OUTBOX_MAX_ATTEMPTS, OUTBOX_BACKOFF_BASE_MS and OUTBOX_BACKOFF_MAX_MS do not fit")]
@@ -39,9 +40,7 @@ pub(crate) enum ConfigError {
 
 impl Config {
     pub(crate) fn from_env() -> Result<Self, ConfigError> {
-        if env::var_os("REDIS_URL").is_some() {
-            return Err(ConfigError::Redis);
-        }
+        let redis = env::var("REDIS_URL").ok().filter(|url| !url.is_empty());
         let webhook = match (env::var("WEBHOOK_URL"), env::var("WEBHOOK_SECRET")) {
             (Err(_), _) => None,
             (Ok(url), Ok(secret)) => Some((url, secret)),
@@ -61,6 +60,7 @@ impl Config {
             http_addr: read("HTTP_ADDR", address)?.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3000))),
             ops_addr: read("OPS_ADDR", address)?.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3001))),
             ops_token,
+            redis: redis.map(|url| Redis::new(&url)).transpose()?,
             webhook,
             lease: milliseconds("OUTBOX_LEASE_MS")?,
             poll: milliseconds("OUTBOX_POLL_MS")?,
@@ -84,6 +84,9 @@ impl Config {
     pub(crate) fn apply(&self, mut worker: Worker) -> Result<Worker, ConfigError> {
         if let Some(lease) = self.lease {
             worker = worker.lease(lease)?;
+        }
+        if let Some(redis) = &self.redis {
+            worker = worker.redis(redis.clone());
         }
         if let Some(poll) = self.poll {
             worker = worker.poll(poll)?;

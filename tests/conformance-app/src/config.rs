@@ -2,7 +2,7 @@
 
 use std::{env, net::SocketAddr, num::NonZeroU64, str::FromStr, time::Duration};
 
-use outbox_apalis::{InvalidOption, Worker};
+use outbox_apalis::{InvalidOption, InvalidRedis, Redis, Worker};
 use outbox_core::{AfterDeadLetter, InvalidPolicy, RetryPolicy};
 
 /// The lease of a worker that was not told another.
@@ -15,6 +15,7 @@ pub(crate) struct Config {
     pub(crate) ops_addr: SocketAddr,
     /// The token, and whether it was made up here and must be shown.
     pub(crate) ops_token: (String, bool),
+    pub(crate) redis: Option<Redis>,
     pub(crate) sink: Option<Sink>,
     pub(crate) retention: Option<u64>,
     pub(crate) after_dead_letter: AfterDeadLetter,
@@ -37,8 +38,8 @@ pub(crate) struct Sink {
 pub(crate) enum ConfigError {
     #[error("the environment variable {name} is {value:?}, but must be {expected}")]
     Value { name: &'static str, value: String, expected: &'static str },
-    #[error("REDIS_URL is set, but this version delivers without Redis; unset it")]
-    Redis,
+    #[error("REDIS_URL cannot be used")]
+    Redis(#[from] InvalidRedis),
     #[error("SINK_URL is set, but WEBHOOK_SECRET is not; set it to whsec_ and base64")]
     Secret,
     #[error("the retry settings OUTBOX_MAX_ATTEMPTS, OUTBOX_BACKOFF_BASE_MS and OUTBOX_BACKOFF_MAX_MS do not fit")]
@@ -49,9 +50,6 @@ pub(crate) enum ConfigError {
 
 impl Config {
     pub(crate) fn from_env() -> Result<Self, ConfigError> {
-        if text("REDIS_URL").is_some() {
-            return Err(ConfigError::Redis);
-        }
         let random_token = || {
             let digits = "abcdefghijkmnpqrstuvwxyz23456789".as_bytes();
             (0..24).map(|_| char::from(digits[fastrand::usize(..digits.len())])).collect::<String>()
@@ -67,6 +65,7 @@ impl Config {
             http_addr: read("HTTP_ADDR", address)?.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3000))),
             ops_addr: read("OPS_ADDR", address)?.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3001))),
             ops_token: text("OPS_TOKEN").map_or_else(|| (random_token(), true), |token| (token, false)),
+            redis: text("REDIS_URL").map(|url| Redis::new(&url)).transpose()?,
             sink: sink()?,
             retention: read("OUTBOX_RETENTION_MS", "a number of milliseconds")?,
             after_dead_letter: after_dead_letter()?,
@@ -95,6 +94,9 @@ impl Config {
 
     pub(crate) fn apply(&self, mut worker: Worker) -> Result<Worker, ConfigError> {
         worker = worker.lease(self.lease())?;
+        if let Some(redis) = &self.redis {
+            worker = worker.redis(redis.clone());
+        }
         if let Some(poll) = self.poll {
             worker = worker.poll(poll)?;
         }

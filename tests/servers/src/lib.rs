@@ -5,6 +5,7 @@
 //! cannot be installed, it fails with a sentence that says what to install.
 
 mod proxy;
+mod redis;
 
 use std::{
     fs,
@@ -17,6 +18,7 @@ use std::{
 };
 
 pub use proxy::{Fault, Proxy};
+pub use redis::Redis;
 
 /// Keeps the server as long as its standard input is open, then ends it and removes its folder, unless it was stopped
 /// on purpose.

@@ -218,7 +218,7 @@ async fn a_setting_that_cannot_be_followed_is_refused_with_a_sentence() {
         ("OUTBOX_RETENTION_MS", "a week", "OUTBOX_RETENTION_MS"),
         ("OUTBOX_LEASE_MS", "0", "OUTBOX_LEASE_MS"),
         ("DB_POOL", "0", "DB_POOL"),
-        ("REDIS_URL", "redis://localhost", "without Redis"),
+        ("REDIS_URL", "localhost", "redis://"),
         ("WEBHOOK_SECRET", "", "WEBHOOK_SECRET"),
         ("WEBHOOK_SECRET", "whsec_c2hvcnQ=", "webhook secret"),
         ("DATABASE_URL", "mysql://localhost/x", "sqlite://"),

@@ -1,0 +1,107 @@
+//! Deliveries over many machines: relays move claimed lanes into Redis, workers on any machine take them over.
+//!
+//! Redis makes it quick and wide, and is never trusted: a job is a lease that somebody else may pick up, the lease is in
+//! the database, and who picks it up gets a new token there. Whatever Redis loses, repeats or garbles, the lease ends and
+//! the lane is due again.
+
+mod consumer;
+mod health;
+mod job;
+mod queue;
+mod relay;
+
+use std::time::Duration;
+
+use apalis_redis::Client;
+use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+
+use crate::feed::Source;
+pub(crate) use consumer::consume;
+pub(crate) use health::{Health, watch};
+pub(crate) use job::{Job, Jobs};
+pub(crate) use queue::{Queue, sweep};
+pub(crate) use relay::{RELAY_LEASES, relay};
+
+/// How many jobs of one subscription wait in Redis at most. More would gain nothing: the rest waits in the database.
+const JOBS: usize = 1000;
+
+/// How long an answer may take.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+
+/// Where workers of many machines find their deliveries; see [`Worker::redis`](crate::Worker::redis).
+///
+/// Needs nothing of Redis but memory for the waiting jobs: at most [`jobs`](Self::jobs) a subscription, each with up to
+/// a hundred events. No persistence, no replication. Use `maxmemory-policy noeviction`: what Redis evicts is delivered,
+/// but only after its lease.
+#[derive(Clone, Debug)]
+pub struct Redis {
+    client: Client,
+    jobs: usize,
+}
+
+/// A Redis URL that makes no sense.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidRedis {
+    /// The URL is none, or of another kind.
+    #[error("the Redis URL is not of the form redis://USER:PASSWORD@HOST:PORT/DATABASE")]
+    Url(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// There would be no room for a job.
+    #[error("at least one job of a subscription must be allowed in Redis, and at most 5,000")]
+    Jobs,
+}
+
+impl Redis {
+    /// Uses the Redis server of this URL, `redis://…`. It is connected to later: a server that is away stops nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidRedis`] if the URL is none.
+    pub fn new(url: &str) -> Result<Self, InvalidRedis> {
+        let client = Client::open(url).map_err(|error| InvalidRedis::Url(error.into()))?;
+        Ok(Self { client, jobs: JOBS })
+    }
+
+    /// Sets how many jobs of one subscription wait in Redis at most. Defaults to 1,000.
+    ///
+    /// # Errors
+    ///
+    /// If it is 0, or more than 5,000: the scripts of apalis-redis fail for ever when 8,000 jobs wait.
+    pub fn jobs(mut self, jobs: usize) -> Result<Self, InvalidRedis> {
+        if !(1..=5000).contains(&jobs) {
+            return Err(InvalidRedis::Jobs);
+        }
+        self.jobs = jobs;
+        Ok(self)
+    }
+
+    /// A connection that is made when it is first used, and made again when it is lost.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub(crate) fn connection(&self) -> Result<ConnectionManager, redis::RedisError> {
+        let config = ConnectionManagerConfig::new()
+            .set_response_timeout(Some(ANSWER_WITHIN))
+            .set_connection_timeout(Some(ANSWER_WITHIN))
+            .set_number_of_retries(1);
+        ConnectionManager::new_lazy_with_config(self.client.clone(), config)
+    }
+
+    pub(crate) fn jobs_limit(&self) -> usize {
+        self.jobs
+    }
+}
+
+/// What a feed needs to get its lanes from Redis.
+#[derive(Clone, Debug)]
+pub(crate) struct Transport {
+    pub(crate) health: Health,
+    pub(crate) queue: Queue,
+    pub(crate) jobs: std::sync::Arc<Jobs>,
+}
+
+/// Keeps everything that Redis needs for one subscription going, until the future is dropped.
+pub(crate) async fn run(source: Source, transport: Transport) {
+    tokio::join!(relay(&source, &transport), consume(&source, &transport), sweep(&transport));
+}

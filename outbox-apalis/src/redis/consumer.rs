@@ -1,0 +1,55 @@
+use std::{sync::Arc, time::Duration};
+
+use apalis::{layers::WorkerBuilderExt, prelude::WorkerBuilder};
+use apalis_core::backend::ext::BackendExt;
+
+use super::{Job, Jobs, Transport};
+use crate::feed::Source;
+
+/// How often an idle worker asks Redis: what a delivery waits there at most.
+const ASK_EVERY: Duration = Duration::from_millis(25);
+
+/// Before an apalis worker that has ended is built again.
+const REBUILD: Duration = Duration::from_millis(100);
+const LONGEST_REBUILD: Duration = Duration::from_secs(5);
+
+/// Takes jobs out of Redis, with one apalis worker after another: whatever Redis does, a worker that ends is built
+/// again. Until the future is dropped.
+pub(crate) async fn consume(source: &Source, transport: &Transport) {
+    let mut wait = REBUILD;
+    loop {
+        transport.health.wait_for(true).await;
+        // Never a name twice: a worker that comes back under its old name is refused.
+        let name = format!("{}-{:08x}", source.worker, fastrand::u32(..));
+        let jobs = transport.jobs.clone();
+        let worker = WorkerBuilder::new(name.as_str())
+            .backend(transport.queue.storage().poll_with_interval(ASK_EVERY))
+            .concurrency(1)
+            .build(move |job: Job| hand_over(jobs.clone(), job));
+        let started = tokio::time::Instant::now();
+        let stop = source.stop.clone();
+        // When the worker stops, what it has fetched and not handed over goes back into Redis.
+        let stopping = async move {
+            stop.cancelled().await;
+            Ok::<_, apalis_core::error::WorkerError>(())
+        };
+        tokio::select! {
+            ended = worker.run_until(stopping) => {
+                tracing::debug!(subscription = &*source.name, ?ended, "a Redis worker ended");
+            }
+            () = transport.health.wait_for(false) => {}
+        }
+        transport.queue.forget(&name).await;
+        if source.stop.is_cancelled() {
+            return;
+        }
+        wait = if started.elapsed() > LONGEST_REBUILD { REBUILD } else { (wait * 2).min(LONGEST_REBUILD) };
+        tokio::time::sleep(wait).await;
+    }
+}
+
+/// The job is done for Redis when the feed has it: from then on the lease in the database counts.
+async fn hand_over(jobs: Arc<Jobs>, job: Job) -> Result<(), std::convert::Infallible> {
+    jobs.put(job).await;
+    Ok(())
+}

@@ -1,0 +1,130 @@
+use std::time::Duration;
+
+use outbox_seaorm::{ClaimedLane, LaneReport, Next};
+use tokio::time::sleep;
+
+use super::{Job, Transport};
+use crate::feed::Source;
+
+/// A relay's lease, in leases of a worker: the job waits in Redis for that long.
+pub(crate) const RELAY_LEASES: u32 = 2;
+
+/// How many lanes one push moves.
+const BATCH: usize = 100;
+
+/// While Redis holds as many jobs as it may, or another relay pushes.
+const FULL_WAIT: Duration = Duration::from_millis(10);
+
+/// Moves due lanes into Redis, until the future is dropped.
+pub(crate) async fn relay(source: &Source, transport: &Transport) {
+    let mut idle = source.poll / 8;
+    loop {
+        transport.health.wait_for(true).await;
+        if source.stop.is_cancelled() {
+            return;
+        }
+        // In a task of its own: a claim that was begun must end.
+        let moving = tokio::spawn({
+            let (source, transport) = (source.clone(), transport.clone());
+            async move { move_batch(&source, &transport).await }
+        });
+        let wait = match moving.await {
+            Ok(Moved::More) => {
+                idle = source.poll / 8;
+                continue;
+            }
+            Ok(Moved::Full) => {
+                sleep(FULL_WAIT).await;
+                continue;
+            }
+            Ok(Moved::All(next)) => next,
+            Ok(Moved::Failed) | Err(_) => Some(Duration::from_millis(100)),
+        };
+        let jitter = fastrand::f64().mul_add(0.2, 0.9);
+        let wait = wait.unwrap_or(Duration::MAX).max(FULL_WAIT).min(idle.mul_f64(jitter));
+        idle = (idle * 2).min(source.poll);
+        tokio::select! {
+            () = sleep(wait) => {}
+            () = source.outbox.woken(source.subscription) => idle = source.poll / 8,
+            () = transport.health.wait_for(false) => {}
+            () = source.stop.cancelled() => return,
+        }
+    }
+}
+
+enum Moved {
+    /// There may be more.
+    More,
+    /// All that was due; the next is due after this.
+    All(Option<Duration>),
+    /// There is no room in Redis, or it is another relay's turn.
+    Full,
+    /// The database or Redis did not do its part.
+    Failed,
+}
+
+async fn move_batch(source: &Source, transport: &Transport) -> Moved {
+    let queue = &transport.queue;
+    let turn = format!("{}-{:08x}", source.worker, fastrand::u32(..));
+    let room = async {
+        match queue.begin_turn(&turn).await? {
+            true => queue.room().await,
+            false => Ok(0),
+        }
+    };
+    let room = match room.await {
+        Ok(room) => room.min(BATCH),
+        Err(error) => {
+            tracing::warn!(subscription = &*source.name, %error, "Redis does not answer the relay");
+            transport.health.report_trouble();
+            return Moved::Failed;
+        }
+    };
+    let moved = if room == 0 { Moved::Full } else { claim_and_push(source, transport, room).await };
+    queue.end_turn(&turn).await;
+    moved
+}
+
+async fn claim_and_push(source: &Source, transport: &Transport, room: usize) -> Moved {
+    let Source { outbox, subscription, worker, options, .. } = source;
+    let (lanes, run) = (u32::try_from(room).unwrap_or(u32::MAX), u32::try_from(options.batch).unwrap_or(u32::MAX));
+    let lease = options.lease * RELAY_LEASES;
+    let claim = match outbox.claim_for_relay(*subscription, worker, lanes, run, lease).await {
+        Ok(claim) => claim,
+        Err(error) => {
+            tracing::warn!(subscription = &*source.name, %error, "cannot claim deliveries for Redis, trying again");
+            return Moved::Failed;
+        }
+    };
+    let (claimed, probe) = (claim.lanes, claim.probe);
+    if claimed.is_empty() {
+        let next = outbox.next_due(*subscription).await.ok().flatten().and_then(|next| next.after);
+        return Moved::All(next);
+    }
+    let full = claimed.len() == room;
+    let jobs = claimed.iter().map(|lane| Job { lane: lane.clone(), probe }).collect();
+    if let Err(error) = transport.queue.push(jobs).await {
+        tracing::warn!(subscription = &*source.name, error, "Redis did not take jobs; they are given back");
+        // Some may have arrived: their leases are over now, so nobody can take them over.
+        give_back(source, claimed, probe).await;
+        transport.health.report_trouble();
+        return Moved::Failed;
+    }
+    if full { Moved::More } else { Moved::All(Some(Duration::ZERO)) }
+}
+
+/// Ends leases of lanes that nobody has begun.
+pub(crate) async fn give_back(source: &Source, lanes: Vec<ClaimedLane>, probe: bool) {
+    let release = |lane: ClaimedLane| {
+        let next = Next::Release { attempts: lane.attempts.saturating_sub(1), log: lane.attempt_log };
+        LaneReport { lane: lane.lane, finished: Vec::new(), next }
+    };
+    let reports: Vec<LaneReport> = lanes.into_iter().map(release).collect();
+    let given_back = async {
+        source.outbox.settle(&reports).await?;
+        if probe { source.outbox.open_circuit(source.subscription, FULL_WAIT, false).await } else { Ok(()) }
+    };
+    if let Err(error) = given_back.await {
+        tracing::warn!(subscription = &*source.name, %error, "lanes could not be given back; their leases end by themselves");
+    }
+}
