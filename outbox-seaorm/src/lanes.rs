@@ -407,12 +407,7 @@ impl Outbox {
     /// # Cancel safety
     ///
     /// Dropping the future leaves open whether the leases are taken over. Run it in a task of its own.
-    pub async fn take_over(
-        &self,
-        worker: &str,
-        lanes: &[LaneRef],
-        lease: Duration,
-    ) -> Result<Vec<ClaimedLane>, DbErr> {
+    pub async fn take_over(&self, worker: &str, lanes: &[LaneRef], lease: Duration) -> Result<Vec<ClaimedLane>, DbErr> {
         let values = [leases(lanes)?.into(), seconds(lease).into(), worker.into()];
         let rows = self.query_all(self.store(), self.sql().take_over, values).await?;
         rows.iter()

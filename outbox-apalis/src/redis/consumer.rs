@@ -3,7 +3,7 @@ use std::{sync::Arc, time::Duration};
 use apalis::{layers::WorkerBuilderExt, prelude::WorkerBuilder};
 use apalis_core::backend::ext::BackendExt;
 
-use super::{Job, Jobs, Transport};
+use super::{Jobs, Transport, job::Readable};
 use crate::feed::Source;
 
 /// How often an idle worker asks Redis: what a delivery waits there at most.
@@ -11,7 +11,7 @@ const ASK_EVERY: Duration = Duration::from_millis(25);
 
 /// Before an apalis worker that has ended is built again.
 const REBUILD: Duration = Duration::from_millis(100);
-const LONGEST_REBUILD: Duration = Duration::from_secs(5);
+const LONGEST_REBUILD: Duration = Duration::from_secs(1);
 
 /// Takes jobs out of Redis, with one apalis worker after another: whatever Redis does, a worker that ends is built
 /// again. Until the future is dropped.
@@ -25,7 +25,7 @@ pub(crate) async fn consume(source: &Source, transport: &Transport) {
         let worker = WorkerBuilder::new(name.as_str())
             .backend(transport.queue.storage().poll_with_interval(ASK_EVERY))
             .concurrency(1)
-            .build(move |job: Job| hand_over(jobs.clone(), job));
+            .build(move |job: Readable| hand_over(jobs.clone(), job));
         let started = tokio::time::Instant::now();
         let stop = source.stop.clone();
         // When the worker stops, what it has fetched and not handed over goes back into Redis.
@@ -49,7 +49,10 @@ pub(crate) async fn consume(source: &Source, transport: &Transport) {
 }
 
 /// The job is done for Redis when the feed has it: from then on the lease in the database counts.
-async fn hand_over(jobs: Arc<Jobs>, job: Job) -> Result<(), std::convert::Infallible> {
-    jobs.put(job).await;
+async fn hand_over(jobs: Arc<Jobs>, Readable(job): Readable) -> Result<(), std::convert::Infallible> {
+    match job {
+        Some(job) => jobs.put(job).await,
+        None => tracing::warn!("a job was garbled in Redis; its deliveries are due again when its lease ends"),
+    }
     Ok(())
 }

@@ -3,6 +3,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
+use apalis_core::backend::codec::Codec;
 use outbox_seaorm::ClaimedLane;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, Semaphore};
@@ -13,6 +14,26 @@ pub(crate) struct Job {
     pub(crate) lane: ClaimedLane,
     /// It finds out whether a destination that was down is back.
     pub(crate) probe: bool,
+}
+
+/// A job as Redis has it; `None` if somebody garbled it there.
+pub(crate) struct Readable(pub(crate) Option<Job>);
+
+/// Reads whatever Redis answers: an error would end the apalis worker.
+#[derive(Clone, Debug)]
+pub(crate) struct JobCodec;
+
+impl Codec<Readable> for JobCodec {
+    type Error = serde_json::Error;
+    type Compact = Vec<u8>;
+
+    fn encode(&self, Readable(job): &Readable) -> Result<Vec<u8>, Self::Error> {
+        serde_json::to_vec(job)
+    }
+
+    fn decode(&self, text: &Vec<u8>) -> Result<Readable, Self::Error> {
+        Ok(Readable(serde_json::from_slice(text).unwrap_or_default()))
+    }
 }
 
 /// Jobs that came out of Redis and wait for the feed; a few, so that other workers get the others.

@@ -1,13 +1,19 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use apalis_core::{
-    backend::TaskSink,
+    backend::{
+        TaskSink,
+        ext::{BackendExt, with_codec::WithCodec},
+    },
     task::{Task, builder::TaskBuilder, task_id::TaskId},
 };
 use apalis_redis::{Config, RedisError, RedisStorage};
 use redis::aio::ConnectionManager;
 
-use super::{Job, Transport};
+use super::{
+    Job, Transport,
+    job::{JobCodec, Readable},
+};
 
 /// Between two sweeps of finished jobs, and of what crashes have left.
 const SWEEP_EVERY: Duration = Duration::from_millis(500);
@@ -61,8 +67,8 @@ impl Queue {
         Self { connection, config, limit, void_after }
     }
 
-    pub(crate) fn storage(&self) -> RedisStorage<Job> {
-        RedisStorage::new(self.connection.clone()).with_config(self.config.clone())
+    pub(crate) fn storage(&self) -> WithCodec<RedisStorage<Readable>, JobCodec> {
+        RedisStorage::new(self.connection.clone()).with_config(self.config.clone()).with_codec(JobCodec)
     }
 
     /// How many more jobs may be pushed.
@@ -95,8 +101,10 @@ impl Queue {
     /// Pushes jobs, all or none of those that arrive.
     pub(crate) async fn push(&self, jobs: Vec<Job>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let now = since_epoch().as_millis();
-        let tasks = jobs.into_iter().map(|job| -> Task<Job> {
-            TaskBuilder::new(job).task_id(TaskId::from_string(format!("{now:013}-{:016x}", fastrand::u64(..)))).build()
+        let tasks = jobs.into_iter().map(|job| -> Task<Readable> {
+            TaskBuilder::new(Readable(Some(job)))
+                .task_id(TaskId::from_string(format!("{now:013}-{:016x}", fastrand::u64(..))))
+                .build()
         });
         self.storage().push_all(futures_util::stream::iter(tasks)).await.map_err(|error| error.to_string().into())
     }

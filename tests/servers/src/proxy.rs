@@ -75,6 +75,12 @@ impl Proxy {
         server_url.replace(&server, &own)
     }
 
+    /// Where the proxy listens.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
     /// Changes what happens to all connections.
     pub fn set(&self, fault: Fault) {
         self.fault.send_replace(fault);

@@ -78,8 +78,8 @@ impl Redis {
     ///
     /// If `redis-cli` does not run.
     pub fn command(&self, args: &[&str]) -> String {
-        let output = Command::new("redis-cli")
-            .args(["-h", "127.0.0.1", "-t", "2", "-p", &self.port.to_string()])
+        let output = Command::new("timeout")
+            .args(["3", "redis-cli", "-h", "127.0.0.1", "-p", &self.port.to_string()])
             .args(args)
             .output()
             .expect("redis-cli runs");

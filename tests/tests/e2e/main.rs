@@ -3,5 +3,6 @@
 mod example;
 mod faults;
 mod postgres;
+mod redis;
 mod startup;
 mod truth;

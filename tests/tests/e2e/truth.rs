@@ -30,46 +30,46 @@ fn is_long() -> bool {
     std::env::var_os("OUTBOX_LONG_TESTS").is_some_and(|value| !value.is_empty() && value != "0")
 }
 
-fn sized<T>(short: T, long: T) -> T {
+pub(crate) fn sized<T>(short: T, long: T) -> T {
     if is_long() { long } else { short }
 }
 
 /// A database, a sink, a ledger, and the test's own connections.
-struct Range {
-    url: String,
-    sink: Sink,
+pub(crate) struct Range {
+    pub(crate) url: String,
+    pub(crate) sink: Sink,
     sink_url: String,
-    ledger: Ledger,
-    witness: Outbox,
+    pub(crate) ledger: Ledger,
+    pub(crate) witness: Outbox,
 }
 
 impl Range {
-    async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         Self::on(Postgres::shared()).await
     }
 
-    async fn on(server: &Postgres) -> Self {
+    pub(crate) async fn on(server: &Postgres) -> Self {
         let (url, sink) = (server.database(), Sink::default());
         let witness = Database::Postgres(format!("{url}?application_name={WITNESS}")).open().await;
         Self { url, sink_url: sink.start().await, sink, ledger: Ledger::default(), witness }
     }
 
-    async fn start(&self, mode: &str, settings: &[(&str, &str)]) -> Process {
+    pub(crate) async fn start(&self, mode: &str, settings: &[(&str, &str)]) -> Process {
         let own = [("DATABASE_URL", self.url.as_str()), ("SINK_URL", &self.sink_url), ("WEBHOOK_SECRET", SECRET)];
         let settings: Vec<_> = own.iter().chain(settings).copied().collect();
         Process::start("conformance-app", mode, &settings).await
     }
 
-    async fn execute(&self, sql: &str) {
+    pub(crate) async fn execute(&self, sql: &str) {
         self.witness.writer().execute_unprepared(sql).await.unwrap();
     }
 
-    async fn texts(&self, sql: &str) -> Vec<String> {
+    pub(crate) async fn texts(&self, sql: &str) -> Vec<String> {
         texts(&self.witness, sql).await
     }
 
     /// Everything arrives, and the ledger is clean.
-    async fn assert_clean(&self) {
+    pub(crate) async fn assert_clean(&self) {
         let report = self.ledger.audit(&self.witness, &self.sink, Duration::from_secs(30)).await;
         println!(
             "{} ops: {} confirmed, {} refused, {} unknown",
@@ -83,7 +83,7 @@ impl Range {
 
     /// No delivery was given up, and none to the sink, which takes everything, needed a second attempt. A transactional
     /// handler fails together with its database, and is tried again.
-    async fn assert_no_attempt_was_burnt(&self) {
+    pub(crate) async fn assert_no_attempt_was_burnt(&self) {
         self.assert_nothing_was_given_up().await;
         let burnt = "select d.position || ': ' || d.attempts from outbox_delivered d
                        join outbox_subscriptions s on s.id = d.subscription_id
@@ -91,7 +91,7 @@ impl Range {
         assert_eq!(self.texts(burnt).await, Vec::<String>::new());
     }
 
-    async fn assert_nothing_was_given_up(&self) {
+    pub(crate) async fn assert_nothing_was_given_up(&self) {
         assert_eq!(self.texts("select error from outbox_dead_letters").await, Vec::<String>::new());
     }
 }
