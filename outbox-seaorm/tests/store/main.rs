@@ -48,6 +48,8 @@ mod postgres {
 
     #[path = "postgres_only.rs"]
     mod only;
+    #[path = "postgres_plans.rs"]
+    mod plans;
 }
 
 #[allow(dead_code, reason = "only some of the statements are explained")]

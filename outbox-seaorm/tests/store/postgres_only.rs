@@ -1,1 +1,69 @@
-//! What only a server can do.
+//! What only a server can do: let many write at once, and end it for one of them.
+
+use outbox_core::Context;
+use outbox_seaorm::{CommitError, is_transient};
+use sea_orm::{ConnectionTrait, DbErr};
+
+use super::fixture::{LONG, Store, delivered_run, todo};
+
+#[tokio::test]
+async fn the_victim_of_a_deadlock_of_the_application_may_try_again() {
+    let store = Store::new().await;
+    store.execute("insert into notes values ('a'), ('b')").await;
+    let other = store.another_process().await;
+    let (unit, opposite) = (store.outbox.begin(Context::default()), other.begin(Context::default()));
+    let lock = |note: &str| format!("select text from notes where text = '{note}' for update");
+    unit.tx().execute_unprepared(&lock("a")).await.unwrap();
+    opposite.tx().execute_unprepared(&lock("b")).await.unwrap();
+    let (first, second) = (unit.tx(), opposite.tx());
+    let (lock_b, lock_a) = (lock("b"), lock("a"));
+    let results: [Result<_, DbErr>; 2] =
+        tokio::join!(first.execute_unprepared(&lock_b), second.execute_unprepared(&lock_a)).into();
+    let errors: Vec<&DbErr> = results.iter().filter_map(|result| result.as_ref().err()).collect();
+    assert_eq!(errors.len(), 1, "{errors:?}");
+    assert!(is_transient(errors[0]), "{errors:?}");
+    drop((first, second));
+    unit.rollback().await;
+    opposite.rollback().await;
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_flush_that_may_not_wait_for_a_lock_may_be_tried_again() {
+    let store = Store::new().await;
+    store.subscribe("s").await;
+    let other = store.another_process().await;
+    let holding = other.begin(Context::default());
+    holding.tx().execute_unprepared("lock table outbox_lanes in access exclusive mode").await.unwrap();
+    let unit = store.outbox.begin(Context::default());
+    unit.tx().execute_unprepared("set local lock_timeout = '20ms'").await.unwrap();
+    unit.tx().execute_unprepared("insert into notes values ('a')").await.unwrap();
+    unit.events().push(todo("1")).unwrap();
+    let error = unit.commit().await.unwrap_err();
+    assert!(matches!(error, CommitError::Flush(_)) && error.is_transient(), "{error:?}");
+    holding.rollback().await;
+    store.is_empty().await;
+}
+
+#[tokio::test]
+async fn a_session_that_is_ended_between_two_statements_commits_nothing_and_its_successor_works() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    let unit = store.outbox.begin(Context::default());
+    unit.tx().execute_unprepared("insert into notes values ('a')").await.unwrap();
+    unit.events().push(todo("1")).unwrap();
+    store
+        .rows(
+            "select pg_terminate_backend(pid) from pg_stat_activity
+                where datname = current_database() and state = 'idle in transaction'",
+        )
+        .await;
+    let error = unit.commit().await.unwrap_err();
+    assert!(matches!(error, CommitError::Flush(_)) && error.is_transient(), "{error:?}");
+    store.is_empty().await;
+    store.record_todos(&["2"]).await;
+    let lane = store.claim_one(id, LONG).await;
+    store.outbox.settle(&[delivered_run(&lane)]).await.unwrap();
+    assert_eq!(store.count("outbox_delivered").await, 1);
+    store.is_whole().await;
+}

@@ -1,0 +1,121 @@
+//! The statements as they stand in the store, explained by PostgreSQL with a long history: with the values at hand, and
+//! as the plan for all values that a prepared statement has after a while.
+//!
+//! 100,000 delivered rows and 50,000 dead letters; with `OUTBOX_LONG_TESTS=1` a million and 100,000.
+
+use super::fixture::Store;
+use crate::sql::Flush;
+
+#[allow(dead_code, reason = "only some of the statements are explained")]
+#[path = "../../src/postgres.rs"]
+mod statements;
+
+use statements::POSTGRES;
+
+/// A history, and 20,000 keys of two subscriptions that wait.
+async fn with_a_long_history() -> Store {
+    let store = Store::new().await;
+    for name in ["s", "t"] {
+        store.subscribe(name).await;
+    }
+    let is_long = std::env::var_os("OUTBOX_LONG_TESTS").is_some_and(|value| value == "1");
+    let (delivered, dead) = if is_long { (1_000_000, 100_000) } else { (100_000, 50_000) };
+    let waiting = 40_000;
+    for sql in [
+        format!(
+            "insert into outbox_events (event_id, event_type, schema_version, aggregate_type, aggregate_id, payload,
+                                        occurred_at, recorded_at)
+             select gen_random_uuid(), 'todo.created', 1, 'todo', (n % 20000)::text, '{{}}', now(),
+                    now() - ({delivered} - n) * interval '1 second'
+               from generate_series(1, {delivered} + {dead} + {waiting}) n"
+        ),
+        format!(
+            "insert into outbox_delivered (subscription_id, position, attempts, delivered_at)
+             select 1 + n % 2, n, 1, now() - ({delivered} - n) * interval '1 second' from generate_series(1, {delivered}) n"
+        ),
+        format!(
+            "insert into outbox_dead_letters (subscription_id, position, key, attempts, error, died_at)
+             select 1 + n % 2, {delivered} + n, 'todo/' || n % 20000, 6, 'no', now() - n * interval '1 second'
+               from generate_series(1, {dead}) n"
+        ),
+        format!(
+            "insert into outbox_deliveries (subscription_id, key, position, due_at)
+             select s, 'todo/' || n % 20000, {delivered} + {dead} + n, now() - interval '1 minute'
+               from generate_series(1, {waiting}) n, generate_series(1, 2) s"
+        ),
+        "insert into outbox_lanes (subscription_id, key, pending, due_at)
+         select subscription_id, key, count(*), min(due_at) from outbox_deliveries group by 1, 2"
+            .to_owned(),
+        "analyze".to_owned(),
+    ] {
+        store.execute(&sql).await;
+    }
+    store
+}
+
+/// The plan of a statement with these parameters, as `EXECUTE` takes them.
+async fn plan(store: &Store, mode: &str, sql: &str, parameters: &str) -> String {
+    store.rows(&format!("set plan_cache_mode = {mode}")).await;
+    store.rows(&format!("prepare explained as {sql}")).await;
+    let plan = store.column::<String>(&format!("explain execute explained({parameters})")).await.join("\n");
+    store.rows("deallocate explained").await;
+    plan
+}
+
+#[tokio::test]
+async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
+    let store = with_a_long_history().await;
+    let Flush::AtOnce(flush) = POSTGRES.flush else { panic!("one round trip") };
+    let event = r#"[{"id":"019361b4-0000-7000-8000-000000000000","event_type":"a","schema_version":1,"aggregate_type":"a","aggregate_id":"1","payload":"{}","occurred_at":"2026-01-01","wait":0}]"#;
+    let matches = r#"[{"event":0,"subscription":1,"key":"todo/1"}]"#;
+    let flushed = format!("'{event}', '{matches}', 3, null, null, null, null, null, null, null");
+    let lanes = r#"'[{"subscription":1,"key":"todo/1","token":1,"finished":1,"attempts":0,"next":"yield","wait":0}]'"#;
+    let finished = r#"'[{"subscription":1,"key":"todo/1","position":1,"attempts":1}]'"#;
+    let renewed = format!("{lanes}, 30");
+    let uuid = "'019361b4-0000-7000-8000-000000000000'";
+    let (due, lane) = ("using outbox_lanes_due on outbox_lanes", "using outbox_lanes_pkey on outbox_lanes");
+    let (delivery, event) =
+        ("using outbox_deliveries_pkey on outbox_deliveries", "using outbox_events_pkey on outbox_events");
+    let listed = "using outbox_deliveries_position on outbox_deliveries d";
+    let delivered = "Backward using outbox_delivered_pkey on outbox_delivered f";
+    let dead = "Backward using outbox_dead_letters_subscription_id_position_key on outbox_dead_letters f";
+    let mut wrong = Vec::new();
+    for (name, sql, parameters, indexes) in [
+        ("next due", POSTGRES.next_due, "1", &[due][..]),
+        ("claim", POSTGRES.claim, "1, 100, 30, 'w', false", &[due, lane]),
+        ("runs", POSTGRES.runs, r#"1, '["todo/1","todo/2"]', 100"#, &[delivery, event]),
+        ("flush", flush, &flushed, &[]),
+        ("held", POSTGRES.held, lanes, &[lane]),
+        ("lock held", POSTGRES.lock_held, lanes, &[lane]),
+        ("delete deliveries", POSTGRES.delete_deliveries, finished, &["Index Scan using outbox_deliveries_"]),
+        ("insert delivered", POSTGRES.insert_delivered, finished, &[]),
+        ("insert dead letters", POSTGRES.insert_dead_letters, finished, &[]),
+        ("advance lanes", POSTGRES.advance_lanes, lanes, &[lane, delivery]),
+        ("delete empty lanes", POSTGRES.delete_empty_lanes, lanes, &[lane]),
+        ("note attempt", POSTGRES.note_attempt, "1, 'todo/1', 1, '[]'", &[lane]),
+        ("renew", POSTGRES.renew, &renewed, &[lane]),
+        ("list unfinished", POSTGRES.list_unfinished, "1, false, 50, null", &[listed, event]),
+        ("list leased", POSTGRES.list_unfinished, "1, true, 50, null", &[event]),
+        ("list delivered", POSTGRES.list_delivered, "1, 50, null", &[delivered, event]),
+        ("list dead", POSTGRES.list_dead, "1, 50, null", &[dead, event]),
+        ("an event", POSTGRES.position_of, uuid, &["using outbox_events_event_id_key on outbox_events"]),
+        ("events of a backfill", POSTGRES.events_from, "1000, 500", &[event]),
+        ("positions of a backfill", POSTGRES.positions_known, "1, '[1,2,3]'", &[]),
+        ("beginning", POSTGRES.first_position_since, "now()::text", &[]),
+    ] {
+        for mode in ["force_custom_plan", "force_generic_plan"] {
+            let plan = plan(&store, mode, sql, parameters).await;
+            for index in indexes.iter().filter(|index| !plan.contains(**index)) {
+                wrong.push(format!("{name}, {mode}: not {index}\n{plan}"));
+            }
+            // Small tables are read as a whole, and nothing but the lanes says which are leased.
+            let mut small = vec!["outbox_meta", "outbox_subscriptions"];
+            small.extend((name == "list leased").then_some("outbox_lanes"));
+            let mut read_whole = plan.lines().filter(|step| step.contains("Seq Scan on outbox_"));
+            if read_whole.any(|step| !small.iter().any(|table| step.contains(table))) {
+                wrong.push(format!("{name}, {mode}: a whole table\n{plan}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+}
