@@ -6,6 +6,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use axum::{
@@ -29,6 +30,33 @@ pub const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 pub struct Sink {
     arrivals: Arc<Mutex<Vec<Arrival>>>,
     refused: Arc<AtomicUsize>,
+    mood: Arc<Mutex<Mood>>,
+    at_work: Arc<AtomicUsize>,
+    most_at_work: Arc<AtomicUsize>,
+}
+
+/// What becomes of an event that is signed.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum Mood {
+    /// It is taken at once.
+    #[default]
+    Take,
+    /// It is taken, or refused with 500 so many times in a hundred, after a while.
+    Fail {
+        /// How often.
+        percent: u8,
+        /// How long each takes.
+        after: Duration,
+    },
+    /// It is refused with this status.
+    Status(u16),
+    /// It arrives, and the answer, with this status, waits.
+    Answer {
+        /// The status.
+        status: u16,
+        /// How long it waits.
+        after: Duration,
+    },
 }
 
 /// An event as it came.
@@ -47,12 +75,32 @@ impl Sink {
     ///
     /// If no port is free.
     pub async fn start(&self) -> String {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        self.start_on(0).await
+    }
+
+    /// Listens on this port of this machine, and returns its URL.
+    ///
+    /// # Panics
+    ///
+    /// If the port is not free.
+    pub async fn start_on(&self, port: u16) -> String {
+        let listener = TcpListener::bind(("127.0.0.1", port)).await.expect("a free port");
         let url = format!("http://{}/sink", listener.local_addr().expect("a bound port"));
         let router = Router::new().route("/sink", post(take)).layer(DefaultBodyLimit::disable());
         let router = router.with_state(self.clone());
         tokio::spawn(async move { axum::serve(listener, router).await });
         url
+    }
+
+    /// Changes what becomes of events.
+    pub fn set(&self, mood: Mood) {
+        *self.mood.lock().unwrap_or_else(PoisonError::into_inner) = mood;
+    }
+
+    /// How many events were under way at the same time, at most.
+    #[must_use]
+    pub fn most_at_work(&self) -> usize {
+        self.most_at_work.load(Ordering::SeqCst)
     }
 
     /// All arrivals, repetitions included.
@@ -97,8 +145,30 @@ async fn take(State(sink): State<Sink>, headers: HeaderMap, body: Bytes) -> Stat
     let (id, timestamp) = (header("webhook-id"), header("webhook-timestamp"));
     match serde_json::from_slice::<Value>(&body) {
         Ok(event) if event["id"] == id && header("webhook-signature") == signature(id, timestamp, &body) => {
-            sink.lock().push(Arrival { event, body });
-            StatusCode::NO_CONTENT
+            let at_work = sink.at_work.fetch_add(1, Ordering::SeqCst) + 1;
+            sink.most_at_work.fetch_max(at_work, Ordering::SeqCst);
+            let mood = *sink.mood.lock().unwrap_or_else(PoisonError::into_inner);
+            let status = match mood {
+                Mood::Take => StatusCode::NO_CONTENT,
+                Mood::Status(status) => StatusCode::from_u16(status).expect("a status"),
+                Mood::Fail { percent, after } => {
+                    tokio::time::sleep(after).await;
+                    if fastrand::u8(..100) < percent {
+                        StatusCode::INTERNAL_SERVER_ERROR
+                    } else {
+                        StatusCode::NO_CONTENT
+                    }
+                }
+                Mood::Answer { status, .. } => StatusCode::from_u16(status).expect("a status"),
+            };
+            if status.is_success() || matches!(mood, Mood::Answer { .. }) {
+                sink.lock().push(Arrival { event, body });
+            }
+            if let Mood::Answer { after, .. } = mood {
+                tokio::time::sleep(after).await;
+            }
+            sink.at_work.fetch_sub(1, Ordering::SeqCst);
+            status
         }
         _ => {
             sink.refused.fetch_add(1, Ordering::SeqCst);

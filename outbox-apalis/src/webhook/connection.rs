@@ -108,8 +108,8 @@ pub(super) fn failed(error: &legacy::Error, origin: &str) -> DeliveryError {
     let cause = plain(&describe(error));
     match error.is_connect() {
         true => DeliveryError::unreachable(format!("no connection to {origin}: {cause}")),
-        // It may have the request, and may have died of it.
-        false => DeliveryError::retry(format!("no answer from {origin}: {cause}")),
+        // It may have the request, and may have died of it; or it accepts connections and dies of everything.
+        false => DeliveryError::unavailable(format!("no answer from {origin}: {cause}")),
     }
 }
 

@@ -74,7 +74,7 @@ async fn a_destination_that_cannot_be_reached_costs_no_attempts_and_is_only_prob
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_destination_in_trouble_counts_as_down_when_ten_keys_fail_in_a_row() {
+async fn a_destination_in_trouble_counts_as_down_when_five_keys_fail_in_a_row() {
     let fixture = Fixture::new().await;
     let destination = Destination::new(|_| Err(DeliveryError::unavailable("503")));
     let worker = fixture.worker().concurrency(4).unwrap();

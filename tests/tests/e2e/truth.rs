@@ -60,6 +60,12 @@ impl Range {
         Process::start("conformance-app", mode, &settings).await
     }
 
+    /// The port of the sink, for a proxy in front of it.
+    pub(crate) fn sink_port(&self) -> u16 {
+        let address = self.sink_url.trim_start_matches("http://127.0.0.1:");
+        address.split('/').next().and_then(|port| port.parse().ok()).expect("a port")
+    }
+
     pub(crate) async fn execute(&self, sql: &str) {
         self.witness.writer().execute_unprepared(sql).await.unwrap();
     }

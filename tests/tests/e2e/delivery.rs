@@ -1,0 +1,228 @@
+//! Workers are killed, stopped and asked to end, and destinations fail, under load; the ledger says what came of it.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use outbox_test_servers::{Fault, Proxy};
+use outbox_tests::{
+    Process, eventually,
+    ledger::{Answer, Load, op_body},
+    sink::Mood,
+};
+use reqwest::Client;
+use serde_json::json;
+
+use crate::truth::{Range, sized};
+
+const QUICK: &[(&str, &str)] = &[
+    ("OUTBOX_LEASE_MS", "1000"),
+    ("OUTBOX_POLL_MS", "50"),
+    ("OUTBOX_BACKOFF_BASE_MS", "50"),
+    ("OUTBOX_BACKOFF_MAX_MS", "500"),
+];
+
+/// The concurrency of a worker that was not told another.
+const CONCURRENCY: usize = 10;
+
+async fn post(url: &str, body: &serde_json::Value) {
+    let answer = Client::new().post(url).json(body).send().await.unwrap();
+    assert!(answer.status().is_success(), "{}", answer.status());
+}
+
+async fn workers(range: &Range, settings: &[(&str, &str)], count: usize) -> Vec<Process> {
+    let mut workers = Vec::new();
+    for _ in 0..count {
+        workers.push(range.start("worker", settings).await);
+    }
+    workers
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_that_are_killed_lose_nothing_and_repeat_at_most_what_they_had_under_way() {
+    let range = Range::new().await;
+    let api = range.start("serve", QUICK).await;
+    let mut workers = workers(&range, QUICK, 4).await;
+    range.ledger.send_to(&[&api.http]);
+    let load = range.ledger.load(&Load { clients: 4, keys: 200, ..Load::default() });
+    let kills = sized(6, 60);
+    for _ in 0..kills {
+        tokio::time::sleep(Duration::from_millis(800)).await;
+        workers.swap_remove(fastrand::usize(..workers.len())).kill().await;
+        workers.push(range.start("worker", QUICK).await);
+    }
+    range.ledger.clone().stop(load).await;
+    range.assert_clean().await;
+    range.assert_nothing_was_given_up().await;
+    let repeated = range.sink.arrivals().len() - range.sink.first_arrivals().len();
+    assert!(repeated <= kills * CONCURRENCY, "{repeated} arrivals too many");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn failures_and_kills_invert_no_key_while_many_are_under_way() {
+    let range = Range::new().await;
+    let settings: Vec<_> = QUICK.iter().copied().chain([("OUTBOX_MAX_ATTEMPTS", "100")]).collect();
+    let api = range.start("serve", &settings).await;
+    let mut workers = workers(&range, &settings, 4).await;
+    range.sink.set(Mood::Fail { percent: 20, after: Duration::from_millis(20) });
+    range.ledger.send_to(&[&api.http]);
+    let load = range.ledger.load(&Load { clients: 8, keys: 200, ..Load::default() });
+    for _ in 0..sized(3, 30) {
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        workers.swap_remove(fastrand::usize(..workers.len())).kill().await;
+        workers.push(range.start("worker", &settings).await);
+    }
+    range.ledger.clone().stop(load).await;
+    range.assert_clean().await;
+    range.assert_nothing_was_given_up().await;
+    assert!(range.sink.most_at_work() >= 20, "{} at most", range.sink.most_at_work());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_slept_past_its_lease_changes_nothing_when_it_wakes_up() {
+    let range = Range::new().await;
+    let api = range.start("serve", QUICK).await;
+    let mut workers = workers(&range, QUICK, 2).await;
+    for round in 0..sized(4, 30) {
+        // One worker is at it when it is stopped; its call is answered while it sleeps.
+        let (sleeper, other, started) = (&workers[0], &workers[1], Instant::now());
+        other.signal("STOP");
+        range
+            .sink
+            .set(Mood::Answer { status: if round % 2 == 0 { 204 } else { 500 }, after: Duration::from_millis(300) });
+        let before = range.sink.arrivals().len();
+        let op = format!("op{round}");
+        range.ledger.note(&op, 1, Answer::Ok);
+        post(&format!("{}/op", api.http), &op_body(&op, "k", 1, "ok")).await;
+        eventually(Duration::from_secs(5), "it arrives", || async { range.sink.arrivals().len() > before }).await;
+        sleeper.signal("STOP");
+        range.sink.set(Mood::Take);
+        other.signal("CONT");
+        let delivered = format!(
+            "select d.attempts::text from outbox_delivered d join outbox_subscriptions s on s.id = d.subscription_id
+               join outbox_events e on e.position = d.position where s.name = 'sink' and e.payload->>'op' = '{op}'"
+        );
+        eventually(Duration::from_secs(10), "the other worker delivers", || async {
+            range.texts(&delivered).await == ["2"]
+        })
+        .await;
+        sleeper.signal("CONT");
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(range.texts(&delivered).await, ["2"]);
+        workers.swap(0, 1);
+        println!("round {round}: {:?}", started.elapsed());
+    }
+    range.assert_clean().await;
+    range.assert_nothing_was_given_up().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn poison_of_every_kind_dies_alone() {
+    let range = Range::new().await;
+    let settings: Vec<_> = QUICK.iter().copied().chain([("OUTBOX_MAX_ATTEMPTS", "3")]).collect();
+    let api = range.start("serve", &settings).await;
+    let mut worker = range.start("worker", &settings).await;
+    range.ledger.send_to(&[&api.http]);
+    let load = range.ledger.load(&Load { clients: 2, keys: 50, ..Load::default() });
+    let kinds = ["error", "panic", "abort", "hang", "block", "permanent"];
+    for kind in kinds {
+        post(&format!("{}/poison", api.http), &json!({ "op": kind, "key": kind, "kind": kind })).await;
+    }
+    let dead = "select e.payload->>'kind' from outbox_dead_letters d join outbox_events e on e.position = d.position";
+    let (mut ended, started) = (0, Instant::now());
+    while range.texts(dead).await.len() < kinds.len() {
+        assert!(started.elapsed() < Duration::from_secs(60), "{:?}", range.texts(dead).await);
+        if !worker.is_running() {
+            ended += 1;
+            worker = range.start("worker", &settings).await;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    range.ledger.clone().stop(load).await;
+    range.assert_clean().await;
+    let mut died = range.texts(dead).await;
+    died.sort_unstable();
+    assert_eq!(died, ["abort", "block", "error", "hang", "panic", "permanent"]);
+    assert!(ended <= 3, "the process ended {ended} times");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_that_are_asked_to_end_repeat_nothing_and_leave_no_lease() {
+    let range = Range::new().await;
+    let settings: Vec<_> = QUICK.iter().copied().chain([("OUTBOX_SHUTDOWN_GRACE_MS", "2000")]).collect();
+    let api = range.start("serve", &settings).await;
+    let mut workers = workers(&range, &settings, 2).await;
+    range.ledger.send_to(&[&api.http]);
+    let load = range.ledger.load(&Load { clients: 2, keys: 50, ..Load::default() });
+    for _ in 0..sized(6, 30) {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let (status, _) = workers.remove(0).terminate(Duration::from_millis(3000)).await;
+        assert_eq!(status.code(), Some(0));
+        workers.push(range.start("worker", &settings).await);
+    }
+    range.ledger.clone().stop(load).await;
+    range.assert_clean().await;
+    range.assert_no_attempt_was_burnt().await;
+    assert_eq!(range.sink.arrivals().len(), range.sink.first_arrivals().len(), "nothing is repeated");
+    post(&format!("{}/poison", api.http), &json!({ "op": "hang", "key": "hang", "kind": "hang" })).await;
+    let leased = "select key from outbox_lanes where leased_by is not null";
+    eventually(Duration::from_secs(5), "a handler hangs", || async { !range.texts(leased).await.is_empty() }).await;
+    for worker in workers {
+        assert_eq!(worker.terminate(Duration::from_millis(4000)).await.0.code(), Some(0));
+    }
+    assert_eq!(range.texts(leased).await, Vec::<String>::new());
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Down {
+    PortClosed,
+    /// It accepts connections and closes them.
+    HangsUp,
+    Answers503,
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_destination_that_is_down_costs_no_attempts() {
+    for down in [Down::PortClosed, Down::HangsUp, Down::Answers503] {
+        let range = Range::new().await;
+        let proxy = Proxy::start(range.sink_port()).await;
+        let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = if down == Down::PortClosed { closed } else { proxy.port() };
+        let sink_url = format!("http://127.0.0.1:{port}/sink");
+        let mut settings: Vec<_> = QUICK.to_vec();
+        settings.push(("SINK_URL", sink_url.as_str()));
+        let api = range.start("serve", &settings).await;
+        match down {
+            Down::PortClosed => {}
+            Down::HangsUp => proxy.set(Fault::Refuse),
+            Down::Answers503 => range.sink.set(Mood::Status(503)),
+        }
+        let _workers = workers(&range, &settings, 2).await;
+        for op in 0..sized(30, 300) {
+            let op = format!("op{op}");
+            range.ledger.note(&op, 10, Answer::Ok);
+            post(&format!("{}/op", api.http), &op_body(&op, &op, 10, "ok")).await;
+        }
+        tokio::time::sleep(sized(Duration::from_secs(4), Duration::from_secs(120))).await;
+        let open = "select circuit_failures::text from outbox_subscriptions where circuit_until is not null";
+        assert_eq!(range.texts(open).await.len(), 1, "the circuit is open");
+        match down {
+            Down::PortClosed => drop(range.sink.start_on(closed).await),
+            Down::HangsUp => proxy.set(Fault::None),
+            Down::Answers503 => range.sink.set(Mood::Take),
+        }
+        range.assert_clean().await;
+        range.assert_nothing_was_given_up().await;
+        let attempts = "select d.attempts::text from outbox_delivered d
+                          join outbox_subscriptions s on s.id = d.subscription_id where s.name = 'sink'";
+        let mut spent: HashMap<String, usize> = HashMap::new();
+        for attempts in range.texts(attempts).await {
+            *spent.entry(attempts).or_default() += 1;
+        }
+        let more_than_one: usize = spent.iter().filter(|(attempts, _)| *attempts != "1").map(|(_, count)| count).sum();
+        // A destination that answers is down after five failures of different keys; until then they count.
+        let until_open = if down == Down::PortClosed { 0 } else { 2 * (5 + CONCURRENCY) };
+        assert!(more_than_one <= until_open, "{down:?}: {spent:?}");
+    }
+}
