@@ -68,7 +68,8 @@ async fn writers_and_workers_share_two_sessions_and_lose_nothing() {
             while direct.status().await.unwrap().subscriptions[0].delivered < 100 {
                 assert!(Instant::now() < deadline, "not everything was delivered");
                 for lane in outbox.claim(id, worker, 3, 10, LONG).await.unwrap().lanes {
-                    assert_eq!(outbox.renew(std::slice::from_ref(&lane.lane), LONG).await.unwrap().len(), 1);
+                    // A commit that holds the lane at this moment is over soon.
+                    while outbox.renew(std::slice::from_ref(&lane.lane), LONG).await.unwrap().is_empty() {}
                     while outbox.settle(&[delivered_run(&lane)]).await.unwrap() == [Settled::Busy] {}
                 }
                 tokio::time::sleep(Duration::from_millis(5)).await;
