@@ -29,7 +29,7 @@ use sea_orm_migration::{
     MigrationTrait, MigratorTrait,
     sea_orm::{
         ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, SqliteTransactionMode,
-        TransactionOptions, TransactionTrait,
+        TransactionOptions, TransactionTrait, sqlx::ConnectOptions as _,
     },
 };
 
@@ -115,10 +115,20 @@ async fn lock(db: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
         TransactionOptions { sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate), ..Default::default() };
     let transaction = db.begin_with_options(options).await?;
     if transaction.get_database_backend() == DbBackend::Postgres {
+        if is_pooled(db) {
+            // Statements of other clients that have used this session, under the names that sqlx is about to use.
+            transaction.execute_unprepared("deallocate all").await?;
+        }
         // Any constant does, as long as every version of this crate uses the same.
         transaction.execute_unprepared("select pg_advisory_xact_lock(8024719303)").await?;
     }
     Ok(transaction)
+}
+
+/// Whether a connection pooler may give each transaction another session: the URL says `statement-cache-capacity=0`.
+fn is_pooled(db: &DatabaseConnection) -> bool {
+    let url = db.get_postgres_connection_pool().connect_options().to_url_lossy();
+    url.query_pairs().any(|(name, value)| name == "statement-cache-capacity" && value == "0")
 }
 
 async fn refuse_newer<M: MigratorTrait>(transaction: &DatabaseTransaction) -> Result<(), MigrateError> {

@@ -5,7 +5,7 @@ use sea_orm::{
     sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous},
 };
 
-use crate::Outbox;
+use crate::{Outbox, pooler::Connections};
 
 /// How long a request waits for a connection, or for SQLite's write lock.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -44,27 +44,27 @@ pub enum ConnectError {
 #[derive(Clone, Debug)]
 pub(crate) struct Pools {
     /// For units of work.
-    pub(crate) writer: DatabaseConnection,
+    pub(crate) writer: Connections,
     /// For the application's own reading.
     pub(crate) reader: DatabaseConnection,
     /// For claims, settlements and renewals, so that requests that use up their pool hold up no lease.
-    pub(crate) store: DatabaseConnection,
+    pub(crate) store: Connections,
     /// For reading what dashboards show and whether anything is due.
-    pub(crate) store_reader: DatabaseConnection,
+    pub(crate) store_reader: Connections,
 }
 
 impl Pools {
     pub(crate) fn with_own_store(&self) -> Self {
-        let store = match self.store.get_database_backend() {
+        let store = match self.store.db.get_database_backend() {
             DbBackend::Postgres => {
-                let pool = self.store.get_postgres_connection_pool();
+                let pool = self.store.db.get_postgres_connection_pool();
                 let pool = pool
                     .options()
                     .clone()
                     .min_connections(0)
                     .max_connections(STORE_CONNECTIONS)
                     .connect_lazy_with((*pool.connect_options()).clone());
-                SqlxPostgresConnector::from_sqlx_postgres_pool(pool)
+                Connections::from(SqlxPostgresConnector::from_sqlx_postgres_pool(pool))
             }
             // Its connections have threads of their own.
             _ => return self.clone(),
@@ -98,8 +98,13 @@ impl Outbox {
             Some("postgres" | "postgresql") => {
                 let requests = postgres(url, connections).await.map_err(ConnectError::Server)?;
                 let store = postgres(url, STORE_CONNECTIONS).await.map_err(ConnectError::Server)?;
-                let pools =
-                    Pools { writer: requests.clone(), reader: requests, store: store.clone(), store_reader: store };
+                let store = Connections::from(store);
+                let pools = Pools {
+                    writer: requests.clone().into(),
+                    reader: requests,
+                    store: store.clone(),
+                    store_reader: store,
+                };
                 Ok(Self::with_pools(pools))
             }
             scheme => {

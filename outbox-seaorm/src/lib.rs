@@ -16,6 +16,7 @@ mod lanes;
 mod notify;
 mod outbox;
 mod outcome;
+mod pooler;
 mod postgres;
 mod sql;
 mod sqlite;

@@ -7,28 +7,39 @@
 use std::{
     collections::BTreeSet,
     convert::Infallible,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
-use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, Statement, sqlx::postgres::PgListener};
+use sea_orm::{ConnectionTrait, DbBackend, Statement, sqlx::postgres::PgListener};
 use tokio::{sync::Notify, task::AbortHandle};
 
-use crate::Outbox;
+use crate::{Outbox, pooler::Connections};
 
 const CHANNEL: &str = "outbox";
 
 /// The shortest time between two notifications.
 const COALESCE: Duration = Duration::from_millis(5);
 
+/// How long the notification to oneself may take.
+const ECHO: Duration = Duration::from_secs(10);
+
+/// When to look again whether notifications arrive.
+const LISTEN_AGAIN: Duration = Duration::from_secs(300);
+
 /// How long a lost connection rests before it is made anew.
 const RECONNECT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(crate) struct Notifier {
-    db: DatabaseConnection,
+    db: Connections,
     gathered: Arc<Gathered>,
     sender: OnceLock<AbortHandle>,
+    /// Whether the log has it that notifications do not arrive.
+    said: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -38,8 +49,8 @@ struct Gathered {
 }
 
 impl Notifier {
-    pub(crate) fn new(db: DatabaseConnection) -> Self {
-        Self { db, gathered: Arc::default(), sender: OnceLock::new() }
+    pub(crate) fn new(db: Connections) -> Self {
+        Self { db, gathered: Arc::default(), sender: OnceLock::new(), said: AtomicBool::new(false) }
     }
 
     pub(crate) fn notify(&self, subscriptions: &[i32]) {
@@ -72,7 +83,7 @@ impl Drop for Notifier {
     }
 }
 
-async fn send(db: &DatabaseConnection, subscriptions: BTreeSet<i32>) {
+async fn send(db: &Connections, subscriptions: BTreeSet<i32>) {
     let payload = subscriptions.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let notify = Statement::from_sql_and_values(
         DbBackend::Postgres,
@@ -95,7 +106,11 @@ impl Outbox {
         if self.backend() != DbBackend::Postgres {
             return std::future::pending().await;
         }
-        let pool = self.store().get_postgres_connection_pool().clone();
+        if self.store().pooled {
+            self.say_that_it_polls();
+            return std::future::pending().await;
+        }
+        let pool = self.store().db.get_postgres_connection_pool().clone();
         loop {
             let listened = async {
                 // A connection of its own, not one of the pool: it is held for good.
@@ -104,6 +119,11 @@ impl Outbox {
                 listener.listen(CHANNEL).await?;
                 // What was committed before the connection stood is found by a look.
                 self.wake_all_here();
+                // Behind a pooler LISTEN succeeds, and nothing ever comes: not even what this process sends itself.
+                send(self.store(), BTreeSet::new()).await;
+                if tokio::time::timeout(ECHO, listener.try_recv()).await.is_err() {
+                    return Ok(());
+                }
                 loop {
                     let Some(notification) = listener.try_recv().await? else {
                         self.wake_all_here();
@@ -113,10 +133,27 @@ impl Outbox {
                     self.wake_here(&ids);
                 }
             };
-            let result: Result<Infallible, sea_orm::sqlx::Error> = listened.await;
-            let Err(error) = result;
-            tracing::debug!(%error, "not listening for commits of other processes; polling finds them");
-            tokio::time::sleep(RECONNECT).await;
+            let result: Result<(), sea_orm::sqlx::Error> = listened.await;
+            match result {
+                Ok(()) => {
+                    self.say_that_it_polls();
+                    tokio::time::sleep(LISTEN_AGAIN).await;
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "not listening for commits of other processes; polling finds them");
+                    tokio::time::sleep(RECONNECT).await;
+                }
+            }
+        }
+    }
+
+    /// Says once that this process does not hear of the commits of others.
+    fn say_that_it_polls(&self) {
+        if !self.notifier().said.swap(true, Ordering::Relaxed) {
+            tracing::info!(
+                "notifications do not arrive through the connection pooler; commits of other processes are found by \
+                 polling"
+            );
         }
     }
 }

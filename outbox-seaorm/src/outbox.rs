@@ -9,7 +9,8 @@ use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, DbErr, QueryResult
 use tokio::sync::Notify;
 
 use crate::{
-    connect::Pools, notify::Notifier, postgres::POSTGRES, sql::Sql, sqlite::SQLITE, subscriptions::KnownSubscriptions,
+    connect::Pools, notify::Notifier, pooler::Connections, postgres::POSTGRES, sql::Sql, sqlite::SQLITE,
+    subscriptions::KnownSubscriptions,
 };
 
 const SCHEMA_VERSION: i32 = 1;
@@ -64,8 +65,8 @@ impl Outbox {
     /// Uses one pool for transactions and the worker's bookkeeping, and one for reading.
     #[must_use]
     pub fn with_connections(writer: DatabaseConnection, reader: DatabaseConnection) -> Self {
-        let (store, store_reader) = (writer.clone(), reader.clone());
-        Self::with_pools(Pools { writer, reader, store, store_reader })
+        let (writer, store_reader) = (Connections::from(writer), Connections::from(reader.clone()));
+        Self::with_pools(Pools { store: writer.clone(), writer, reader, store_reader })
     }
 
     pub(crate) fn with_pools(pools: Pools) -> Self {
@@ -117,7 +118,7 @@ impl Outbox {
     /// The connections for writing. On SQLite there is one: hold it shortly.
     #[must_use]
     pub fn writer(&self) -> &DatabaseConnection {
-        &self.pools.writer
+        &self.pools.writer.db
     }
 
     /// Makes sure that the tables exist and are not from a later version.
@@ -126,7 +127,7 @@ impl Outbox {
     ///
     /// [`SchemaError`], whose text says what to do.
     pub async fn check_schema(&self) -> Result<(), SchemaError> {
-        let row = self.query_one(self.reader(), self.sql().schema_version, []).await;
+        let row = self.query_one(self.store_reader(), self.sql().schema_version, []).await;
         let found = match row {
             Ok(Some(row)) => row.try_get("", "schema_version").map_err(SchemaError::Missing)?,
             Ok(None) => return Err(SchemaError::Missing(DbErr::RecordNotFound("outbox_meta".to_owned()))),
@@ -184,11 +185,19 @@ impl Outbox {
         *self.inner.known.write().unwrap_or_else(PoisonError::into_inner) = known;
     }
 
-    pub(crate) fn store(&self) -> &DatabaseConnection {
+    pub(crate) fn notifier(&self) -> &Notifier {
+        &self.inner.notifier
+    }
+
+    pub(crate) fn connections(&self) -> &Connections {
+        &self.pools.writer
+    }
+
+    pub(crate) fn store(&self) -> &Connections {
         &self.pools.store
     }
 
-    pub(crate) fn store_reader(&self) -> &DatabaseConnection {
+    pub(crate) fn store_reader(&self) -> &Connections {
         &self.pools.store_reader
     }
 

@@ -8,7 +8,6 @@ use crate::{
     Outbox,
     deliveries::recorded,
     flush::{DeliveryRow, insert_deliveries, json, timestamp},
-    tx::Shared,
 };
 
 /// How many old events one transaction of a backfill looks at.
@@ -269,6 +268,6 @@ impl Outbox {
 
     /// A transaction of the outbox' own. On SQLite it waits for the write lock first, so it never fails halfway.
     pub(crate) async fn begin_write(&self) -> Result<DatabaseTransaction, DbErr> {
-        Shared::begin(self.store()).await
+        self.store().begin().await
     }
 }

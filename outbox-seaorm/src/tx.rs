@@ -8,11 +8,10 @@ use std::{
 
 use async_trait::async_trait;
 use outbox_core::Events;
-use sea_orm::{
-    ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, ExecResult, QueryResult,
-    SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait,
-};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, ExecResult, QueryResult, Statement};
 use tokio::sync::{Mutex, MutexGuard};
+
+use crate::pooler::Connections;
 
 const CLOSED: &str = "the transaction has ended; use it before the response is ready and do not move it into a task";
 const FAILED: &str = "an earlier statement of this transaction failed, so nothing more can be done with it; wrap \
@@ -40,7 +39,7 @@ pub struct Tx {
 
 #[derive(Debug)]
 pub(crate) struct Shared {
-    pub(crate) writer: DatabaseConnection,
+    pub(crate) writer: Connections,
     pub(crate) events: Events,
     pub(crate) closed: AtomicBool,
     pub(crate) state: Mutex<State>,
@@ -54,23 +53,6 @@ pub(crate) struct State {
 }
 
 impl Shared {
-    /// Begins in a task of its own: on PostgreSQL, sqlx leaves a poisoned connection in the pool when the future of a
-    /// BEGIN is dropped halfway (0.9.0), and request futures are dropped whenever a client hangs up.
-    pub(crate) async fn begin(writer: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
-        let writer = writer.clone();
-        let begin = tokio::spawn(async move {
-            // IMMEDIATE: a deferred SQLite transaction that reads first can fail at its first write.
-            let options = TransactionOptions {
-                sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
-                ..TransactionOptions::default()
-            };
-            writer.begin_with_options(options).await
-        });
-        begin
-            .await
-            .map_err(|error| DbErr::Custom(format!("the task that begins a transaction ended early: {error}")))?
-    }
-
     /// Waits for the statement in progress and rolls back what is open.
     pub(crate) async fn abandon(&self) {
         self.closed.store(true, Ordering::SeqCst);
@@ -113,7 +95,7 @@ impl Tx {
         }
         state.failed = true;
         if state.transaction.is_none() {
-            state.transaction = Some(Shared::begin(&self.shared.writer).await?);
+            state.transaction = Some(self.shared.writer.begin().await?);
         }
         Ok(InProgress { state })
     }

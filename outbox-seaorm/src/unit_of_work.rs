@@ -142,7 +142,7 @@ pub fn is_transient(error: &DbErr) -> bool {
 impl UnitOfWork {
     pub(crate) fn new(outbox: Outbox, context: Context) -> Self {
         let shared = Shared {
-            writer: outbox.writer().clone(),
+            writer: outbox.connections().clone(),
             events: Events::new(outbox.push_limits(), context),
             closed: AtomicBool::new(false),
             state: Mutex::new(State::default()),
@@ -258,7 +258,7 @@ async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) ->
     let transaction = match state.transaction.take() {
         Some(transaction) => transaction,
         None if batch.events.is_empty() && report.is_none() => return Ok(Settled::Done),
-        None => Shared::begin(&shared.writer).await.map_err(CommitError::Begin)?,
+        None => shared.writer.begin().await.map_err(CommitError::Begin)?,
     };
     let written = write(outbox, &transaction, batch, report).await;
     let (woken, commit_id) = match written {

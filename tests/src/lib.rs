@@ -5,7 +5,7 @@ pub mod sink;
 
 use std::{
     future::Future,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command as StdCommand, ExitStatus, Stdio},
     sync::OnceLock,
     time::{Duration, Instant},
@@ -133,7 +133,22 @@ impl Process {
     ///
     /// If the line does not come within 20 s.
     pub async fn start(package: &'static str, mode: &str, settings: &[(&str, &str)]) -> Self {
-        let mut child = command(package, mode, settings).stdout(Stdio::piped()).spawn().expect("the program starts");
+        Self::started(command(package, mode, settings)).await
+    }
+
+    /// As [`start`](Self::start), with the log in a file.
+    ///
+    /// # Panics
+    ///
+    /// As [`start`](Self::start), or if there is no place for the file.
+    pub async fn start_with_log(package: &'static str, mode: &str, settings: &[(&str, &str)], log: &Path) -> Self {
+        let mut command = command(package, mode, settings);
+        command.stderr(std::fs::File::create(log).expect("a place for the log"));
+        Self::started(command).await
+    }
+
+    async fn started(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("the program starts");
         let mut lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
         let listening = async {
             loop {

@@ -50,6 +50,8 @@ mod postgres {
     mod only;
     #[path = "postgres_plans.rs"]
     mod plans;
+    #[path = "postgres_pooler.rs"]
+    mod pooler;
 }
 
 #[allow(dead_code, reason = "only some of the statements are explained")]

@@ -31,7 +31,7 @@ pub(crate) struct Place {
 }
 
 /// No test here stops the server, so nothing has to survive that.
-fn server() -> &'static Postgres {
+pub(crate) fn server() -> &'static Postgres {
     static SERVER: OnceLock<Postgres> = OnceLock::new();
     SERVER.get_or_init(|| Postgres::start(&["fsync=off", "max_connections=300"]))
 }

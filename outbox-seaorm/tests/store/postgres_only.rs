@@ -1,10 +1,12 @@
 //! What only a server can do: let many write at once, and end it for one of them.
 
+use std::time::Duration;
+
 use outbox_core::Context;
 use outbox_seaorm::{CommitError, is_transient};
 use sea_orm::{ConnectionTrait, DbErr};
 
-use super::fixture::{LONG, Store, delivered_run, todo};
+use super::fixture::{LONG, Store, delivered_run, record, todo};
 
 #[tokio::test]
 async fn the_victim_of_a_deadlock_of_the_application_may_try_again() {
@@ -65,5 +67,28 @@ async fn a_session_that_is_ended_between_two_statements_commits_nothing_and_its_
     let lane = store.claim_one(id, LONG).await;
     store.outbox.settle(&[delivered_run(&lane)]).await.unwrap();
     assert_eq!(store.count("outbox_delivered").await, 1);
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_commit_of_another_process_wakes_who_listens() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    let other = store.another_process().await;
+    let wake = || {
+        let outbox = store.outbox.clone();
+        tokio::spawn(async move { tokio::time::timeout(Duration::from_secs(20), outbox.woken(id)).await })
+    };
+    let looked = wake();
+    tokio::task::yield_now().await;
+    let outbox = store.outbox.clone();
+    let listening = tokio::spawn(async move { outbox.listen().await });
+    looked.await.unwrap().expect("who begins to listen looks once");
+    for _ in 0..3 {
+        let woken = wake();
+        record(&other, [todo("1")]).await;
+        woken.await.unwrap().expect("a commit of another process");
+    }
+    listening.abort();
     store.is_whole().await;
 }

@@ -82,7 +82,7 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
     let mut wrong = Vec::new();
     for (name, sql, parameters, indexes) in [
         ("next due", POSTGRES.next_due, "1", &[due][..]),
-        ("claim", POSTGRES.claim, "1, 100, 30, 'w', false", &[due, lane]),
+        ("claim", POSTGRES.claim, "1, 100, 30, 'w', false, 1", &[due, lane]),
         ("runs", POSTGRES.runs, r#"1, '["todo/1","todo/2"]', 100"#, &[delivery, event]),
         ("flush", flush, &flushed, &[]),
         ("held", POSTGRES.held, lanes, &[lane]),

@@ -4,6 +4,7 @@
 //! when the process is killed. A test that needs a server never passes without one: if the binaries are missing and
 //! cannot be installed, it fails with a sentence that says what to install.
 
+mod pgbouncer;
 mod proxy;
 mod redis;
 
@@ -17,6 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use pgbouncer::PgBouncer;
 pub use proxy::{Fault, Proxy};
 pub use redis::Redis;
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use outbox_seaorm::Outbox;
-use outbox_test_servers::Postgres;
+use outbox_test_servers::{PgBouncer, Postgres};
 use outbox_tests::{
     Database, Process, command, eventually,
     ledger::{Answer, Ledger, Load, WITNESS, op_body},
@@ -386,6 +386,38 @@ async fn an_api_that_is_killed_every_second_leaves_no_partial_op_and_loses_nothi
     range.assert_no_attempt_was_burnt().await;
     assert!(kills >= 4 && range.ledger.count(Answer::Ok) > 50, "{kills} kills");
     assert!(range.ledger.count(Answer::Unknown) > 0, "no request was cut off");
+}
+
+/// Few sessions behind a pooler, and each transaction gets any of them. Notifications do not get through.
+#[tokio::test]
+async fn api_and_worker_behind_a_transaction_pooler_keep_every_promise_and_say_once_that_they_poll() {
+    let range = Range::new().await;
+    let pooler = PgBouncer::start(Postgres::shared(), 3);
+    let url = format!("{}?statement-cache-capacity=0", pooler.url(&range.url));
+    let logs = tempfile::tempdir().unwrap();
+    let settings = [
+        ("DATABASE_URL", url.as_str()),
+        ("SINK_URL", &range.sink_url),
+        ("WEBHOOK_SECRET", SECRET),
+        ("OUTBOX_POLL_MS", "100"),
+        ("RUST_LOG", "info"),
+    ];
+    let mut processes = Vec::new();
+    for (name, mode) in [("api-1", "serve"), ("api-2", "serve"), ("worker-1", "worker"), ("worker-2", "worker")] {
+        processes.push(Process::start_with_log("conformance-app", mode, &settings, &logs.path().join(name)).await);
+    }
+    range.ledger.send_to(&[&processes[0].http, &processes[1].http]);
+    let load = range.ledger.load(&Load { sleeps: 0..5, rolled_back: 10, ..Load::default() });
+    tokio::time::sleep(sized(Duration::from_secs(4), Duration::from_secs(60))).await;
+    range.ledger.stop(load).await;
+    range.assert_clean().await;
+    range.assert_no_attempt_was_burnt().await;
+    assert!(range.ledger.count(Answer::Ok) > 20 && range.ledger.count(Answer::Unknown) == 0);
+    for name in ["worker-1", "worker-2"] {
+        let log = std::fs::read_to_string(logs.path().join(name)).unwrap();
+        assert_eq!(log.matches("found by polling").count(), 1, "{log}");
+        assert!(!log.contains("prepared statement"), "{log}");
+    }
 }
 
 /// Tables with their columns, indexes and constraints.

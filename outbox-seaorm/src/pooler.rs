@@ -1,0 +1,91 @@
+//! Connections behind a pooler that gives each transaction another session, such as PgBouncer in its mode
+//! `transaction`.
+//!
+//! sqlx prepares each statement under a name, in a round trip of its own before the one that runs it (0.9). Behind such
+//! a pooler another session may run it, and other clients have used the same names. So every statement is in a
+//! transaction, and each transaction begins by forgetting the names it finds.
+
+use async_trait::async_trait;
+use sea_orm::{
+    ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, ExecResult, QueryResult,
+    SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait, sqlx::ConnectOptions,
+};
+
+/// The connections of one pool.
+#[derive(Clone, Debug)]
+pub(crate) struct Connections {
+    pub(crate) db: DatabaseConnection,
+    /// Whether a session lasts for one transaction only: said by `statement-cache-capacity=0` in the URL.
+    pub(crate) pooled: bool,
+}
+
+impl From<DatabaseConnection> for Connections {
+    fn from(db: DatabaseConnection) -> Self {
+        let pooled = db.get_database_backend() == DbBackend::Postgres && {
+            let url = db.get_postgres_connection_pool().connect_options().to_url_lossy();
+            url.query_pairs().any(|(name, value)| name == "statement-cache-capacity" && value == "0")
+        };
+        Self { db, pooled }
+    }
+}
+
+impl Connections {
+    /// Begins in a task of its own: on PostgreSQL, sqlx leaves a poisoned connection in the pool when the future of a
+    /// BEGIN is dropped halfway (0.9.0), and request futures are dropped whenever a client hangs up.
+    pub(crate) async fn begin(&self) -> Result<DatabaseTransaction, DbErr> {
+        let Self { db, pooled } = self.clone();
+        let begin = tokio::spawn(async move {
+            // IMMEDIATE: a deferred SQLite transaction that reads first can fail at its first write.
+            let options = TransactionOptions {
+                sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
+                ..TransactionOptions::default()
+            };
+            let transaction = db.begin_with_options(options).await?;
+            if pooled {
+                transaction.execute_unprepared("deallocate all").await?;
+            }
+            Ok(transaction)
+        });
+        begin
+            .await
+            .map_err(|error| DbErr::Custom(format!("the task that begins a transaction ended early: {error}")))?
+    }
+}
+
+#[async_trait]
+impl ConnectionTrait for Connections {
+    fn get_database_backend(&self) -> DbBackend {
+        self.db.get_database_backend()
+    }
+
+    async fn execute_raw(&self, statement: Statement) -> Result<ExecResult, DbErr> {
+        if !self.pooled {
+            return self.db.execute_raw(statement).await;
+        }
+        let transaction = self.begin().await?;
+        let result = transaction.execute_raw(statement).await?;
+        transaction.commit().await.map(|()| result)
+    }
+
+    async fn execute_unprepared(&self, sql: &str) -> Result<ExecResult, DbErr> {
+        self.db.execute_unprepared(sql).await
+    }
+
+    async fn query_one_raw(&self, statement: Statement) -> Result<Option<QueryResult>, DbErr> {
+        if !self.pooled {
+            return self.db.query_one_raw(statement).await;
+        }
+        let transaction = self.begin().await?;
+        let row = transaction.query_one_raw(statement).await?;
+        transaction.commit().await.map(|()| row)
+    }
+
+    async fn query_all_raw(&self, statement: Statement) -> Result<Vec<QueryResult>, DbErr> {
+        if !self.pooled {
+            return self.db.query_all_raw(statement).await;
+        }
+        let transaction = self.begin().await?;
+        let rows = transaction.query_all_raw(statement).await?;
+        transaction.commit().await.map(|()| rows)
+    }
+}
