@@ -9,8 +9,8 @@ use std::{
 use async_trait::async_trait;
 use outbox_core::Events;
 use sea_orm::{
-    ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, ExecResult, QueryResult,
-    SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait,
+    ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, ExecResult, IsolationLevel,
+    QueryResult, SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait,
 };
 use tokio::sync::{Mutex, MutexGuard};
 
@@ -54,21 +54,21 @@ pub(crate) struct State {
 }
 
 impl Shared {
-    /// Begins in a task of its own: on PostgreSQL, sqlx leaves a poisoned connection in the pool when the future of a
-    /// BEGIN is dropped halfway (0.9.0), and request futures are dropped whenever a client hangs up.
+    /// For writing.
     pub(crate) async fn begin(writer: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
-        let writer = writer.clone();
-        let begin = tokio::spawn(async move {
-            // IMMEDIATE: a deferred SQLite transaction that reads first can fail at its first write.
-            let options = TransactionOptions {
-                sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
-                ..TransactionOptions::default()
-            };
-            writer.begin_with_options(options).await
-        });
-        begin
-            .await
-            .map_err(|error| DbErr::Custom(format!("the task that begins a transaction ended early: {error}")))?
+        // IMMEDIATE: a deferred SQLite transaction that reads first can fail at its first write.
+        let mode = Some(SqliteTransactionMode::Immediate);
+        begin(writer, TransactionOptions { sqlite_transaction_mode: mode, ..TransactionOptions::default() }).await
+    }
+
+    /// For reading several things as they are at one moment.
+    pub(crate) async fn begin_read(reader: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
+        let isolation_level = match reader.get_database_backend() {
+            DbBackend::Postgres => Some(IsolationLevel::RepeatableRead),
+            // Every SQLite transaction reads a snapshot.
+            _ => None,
+        };
+        begin(reader, TransactionOptions { isolation_level, ..TransactionOptions::default() }).await
     }
 
     /// Waits for the statement in progress and rolls back what is open.
@@ -83,6 +83,14 @@ impl Shared {
             }
         }
     }
+}
+
+/// Begins in a task of its own: on PostgreSQL, sqlx leaves a poisoned connection in the pool when the future of a BEGIN
+/// is dropped halfway (0.9.0), and request futures are dropped whenever a client hangs up.
+async fn begin(db: &DatabaseConnection, options: TransactionOptions) -> Result<DatabaseTransaction, DbErr> {
+    let db = db.clone();
+    let begin = tokio::spawn(async move { db.begin_with_options(options).await });
+    begin.await.map_err(|error| DbErr::Custom(format!("the task that begins a transaction ended early: {error}")))?
 }
 
 /// A statement in progress. The handle counts as failed until the statement's success is reported: an error and a
