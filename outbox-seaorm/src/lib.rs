@@ -16,6 +16,7 @@ mod events;
 mod flush;
 mod inbox;
 mod lanes;
+pub mod metrics;
 mod notify;
 mod outbox;
 mod outcome;
