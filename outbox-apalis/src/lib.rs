@@ -55,6 +55,8 @@ mod feed;
 mod handlers;
 mod lane;
 mod listing;
+#[allow(dead_code, reason = "the feed reports here")]
+mod metrics;
 mod options;
 mod redis;
 mod task;

@@ -12,7 +12,7 @@ use apalis::{
     prelude::{Monitor, WorkerBuilder},
 };
 use outbox_core::{Outcome, Publisher, Subscription};
-use outbox_seaorm::{Outbox, RegisterError, SchemaError};
+use outbox_seaorm::{Outbox, Purged, RegisterError, Retention, SchemaError};
 use sea_orm::DbBackend;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -37,6 +37,10 @@ const HEARTBEAT: Duration = Duration::from_secs(5);
 /// The longest lease, poll interval and grace.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
+/// How often what is old is taken away.
+const SHORTEST_PURGE: Duration = Duration::from_secs(1);
+const LONGEST_PURGE: Duration = Duration::from_secs(60);
+
 /// When a worker that was killed disappears from the dashboards.
 const FORGET_AFTER: Duration = Duration::from_secs(3600);
 
@@ -49,6 +53,7 @@ pub struct Worker {
     options: Options,
     subscriptions: Vec<(Subscription, Arc<dyn Destination>)>,
     redis: Option<Redis>,
+    retention: Retention,
 }
 
 impl std::fmt::Debug for Worker {
@@ -100,7 +105,13 @@ impl Worker {
     /// Starts without subscriptions.
     #[must_use]
     pub fn new(outbox: Outbox) -> Self {
-        Self { outbox, options: Options::DEFAULT, subscriptions: Vec::new(), redis: None }
+        Self {
+            outbox,
+            options: Options::DEFAULT,
+            subscriptions: Vec::new(),
+            redis: None,
+            retention: Retention::default(),
+        }
     }
 
     /// Adds a subscription whose events go to typed functions in this process.
@@ -205,6 +216,17 @@ impl Worker {
     #[must_use]
     pub fn redis(mut self, redis: Redis) -> Self {
         self.redis = Some(redis);
+        self
+    }
+
+    /// Sets how long delivered events are kept. Defaults to 7 days.
+    ///
+    /// While it runs, the worker takes away what is older, in small transactions in the background: every minute, or
+    /// after a tenth of the shortest time, but not more than once a second. Any number of workers may do that at once; let
+    /// all have the same retention, or the shortest counts. A crash in between leaves the rest for the next time.
+    #[must_use]
+    pub fn retention(mut self, retention: Retention) -> Self {
+        self.retention = retention;
         self
     }
 
@@ -332,7 +354,7 @@ impl Worker {
             });
         }
         let redis = connection.map(|connection| (connection, health));
-        Ok(StartedWorker { store, worker, sources, stop, counts, thread, redis })
+        Ok(StartedWorker { store, worker, sources, stop, counts, thread, redis, retention: self.retention })
     }
 }
 
@@ -346,6 +368,7 @@ pub struct StartedWorker {
     counts: Arc<Counts>,
     thread: FeedThread,
     redis: Option<(ConnectionManager, Health)>,
+    retention: Retention,
 }
 
 impl std::fmt::Debug for StartedWorker {
@@ -365,7 +388,7 @@ impl StartedWorker {
     }
 
     pub(crate) async fn run(self, until: Until, shutdown: impl Future<Output = ()> + Send) -> Deliveries {
-        let Self { store, worker, mut sources, stop, counts, thread, redis } = self;
+        let Self { store, worker, mut sources, stop, counts, thread, redis, retention } = self;
         sources.iter_mut().for_each(|source| source.until = until);
         let names: Vec<String> = sources.iter().map(|source| source.name.to_string()).collect();
         let idle: Vec<CancellationToken> = sources.iter().map(|source| source.idle.clone()).collect();
@@ -383,6 +406,7 @@ impl StartedWorker {
         }
         let monitor = sources.into_iter().fold(Monitor::new(), register);
         background.spawn_on(upkeep(store.clone(), worker.clone(), names), thread.runtime());
+        background.spawn_on(purging(store.clone(), retention), thread.runtime());
         background.spawn_on(listen(store.clone()), thread.runtime());
         // Feeds stop before apalis does: only they know what is under way and how long it may go on.
         let signal = async {
@@ -483,6 +507,20 @@ async fn upkeep(outbox: Outbox, worker: Arc<str>, names: Vec<String>) {
         };
         if let Err(error) = beat.await {
             tracing::debug!(%error, "heartbeat failed");
+        }
+    }
+}
+
+/// Takes away what is older than the retention, again and again.
+async fn purging(outbox: Outbox, retention: Retention) {
+    let interval = (retention.shortest() / 10).clamp(SHORTEST_PURGE, LONGEST_PURGE);
+    loop {
+        // Workers that start together do not purge together.
+        tokio::time::sleep(interval.mul_f64(fastrand::f64().mul_add(0.2, 0.9))).await;
+        match outbox.purge(&retention).await {
+            Ok(purged) if purged != Purged::default() => tracing::debug!(?purged, "took away what is old"),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "cannot take away what is old, trying again later"),
         }
     }
 }

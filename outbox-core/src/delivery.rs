@@ -121,7 +121,7 @@ impl DeliveryError {
         Self { reason: Reason::Permanent, ..Self::retry(message) }
     }
 
-    /// The destination has trouble that is not about this event: overloaded, in maintenance, too slow. When ten
+    /// The destination has trouble that is not about this event: overloaded, in maintenance, too slow. When five
     /// deliveries of different keys fail so in a row it counts as down, as with [`unreachable`](Self::unreachable).
     #[must_use]
     pub fn unavailable(message: impl Into<String>) -> Self {

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use sea_orm::{
-    ConnectOptions, Database, DatabaseConnection, DbBackend, DbErr, SqlxPostgresConnector,
+    ConnectOptions, Database, DatabaseConnection, DbBackend, DbErr, RuntimeErr, SqlxPostgresConnector, sqlx,
     sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous},
 };
 
@@ -32,6 +32,9 @@ pub enum ConnectError {
     /// A SQLite database in memory.
     #[error("a SQLite database in memory is another one for each connection; use a file, sqlite://FILE?mode=rwc")]
     InMemory,
+    /// The URL has a part that its driver does not know.
+    #[error("the database URL cannot be read; check its spelling, and what stands after a '?'")]
+    Url(#[source] DbErr),
     /// The database did not open.
     #[error("the database could not be opened; check that the file's folder exists and can be written")]
     Open(#[source] DbErr),
@@ -91,14 +94,13 @@ impl Outbox {
         match url.split_once(':').map(|(scheme, _)| scheme) {
             Some("sqlite") if url.contains(":memory:") || url.contains("mode=memory") => Err(ConnectError::InMemory),
             Some("sqlite") => {
-                let writer = sqlite(url, 1).await.map_err(ConnectError::Open)?;
-                let reader = sqlite(url, connections).await.map_err(ConnectError::Open)?;
+                let writer = sqlite(url, 1).await?;
+                let reader = sqlite(url, connections).await?;
                 Ok(Self::with_connections(writer, reader))
             }
             Some("postgres" | "postgresql") => {
-                let requests = postgres(url, connections).await.map_err(ConnectError::Server)?;
-                let store = postgres(url, STORE_CONNECTIONS).await.map_err(ConnectError::Server)?;
-                let store = Connections::from(store);
+                let requests = postgres(url, connections).await?;
+                let store = Connections::from(postgres(url, STORE_CONNECTIONS).await?);
                 let pools = Pools {
                     writer: requests.clone().into(),
                     reader: requests,
@@ -115,7 +117,18 @@ impl Outbox {
     }
 }
 
-async fn postgres(url: &str, connections: u32) -> Result<DatabaseConnection, DbErr> {
+fn refused(error: DbErr, otherwise: fn(DbErr) -> ConnectError) -> ConnectError {
+    match &error {
+        DbErr::Conn(RuntimeErr::SqlxError(cause)) if matches!(**cause, sqlx::Error::Configuration(_)) => {
+            ConnectError::Url(error)
+        }
+        // Its text is the whole URL, with the password.
+        DbErr::Conn(RuntimeErr::Internal(_)) => ConnectError::Url(DbErr::Custom("it cannot be parsed".to_owned())),
+        _ => otherwise(error),
+    }
+}
+
+async fn postgres(url: &str, connections: u32) -> Result<DatabaseConnection, ConnectError> {
     let mut options = ConnectOptions::new(url);
     options
         .max_connections(connections)
@@ -126,10 +139,10 @@ async fn postgres(url: &str, connections: u32) -> Result<DatabaseConnection, DbE
         .test_before_acquire(false)
         .test_before_acquire_if_idle_for(PING_AFTER)
         .sqlx_logging(false);
-    Database::connect(options).await
+    Database::connect(options).await.map_err(|error| refused(error, ConnectError::Server))
 }
 
-async fn sqlite(url: &str, connections: u32) -> Result<DatabaseConnection, DbErr> {
+async fn sqlite(url: &str, connections: u32) -> Result<DatabaseConnection, ConnectError> {
     let mut options = ConnectOptions::new(url);
     options
         .max_connections(connections)
@@ -143,5 +156,5 @@ async fn sqlite(url: &str, connections: u32) -> Result<DatabaseConnection, DbErr
                 .busy_timeout(ACQUIRE_TIMEOUT)
                 .foreign_keys(true)
         });
-    Database::connect(options).await
+    Database::connect(options).await.map_err(|error| refused(error, ConnectError::Open))
 }

@@ -1,6 +1,6 @@
 use chrono::{DateTime, Utc};
 use outbox_core::{Actor, RecordedEvent};
-use sea_orm::{DbErr, QueryResult, Value};
+use sea_orm::{ConnectionTrait, DbErr, QueryResult};
 use uuid::Uuid;
 
 use crate::Outbox;
@@ -45,7 +45,7 @@ pub struct DeliveryRecord {
 }
 
 impl Outbox {
-    /// Lists deliveries, newest event first: of one subscription or of all, in one state or in all.
+    /// Lists deliveries, newest event first: of one subscription or of all, in one state or in all. All as of one moment.
     ///
     /// # Errors
     ///
@@ -57,11 +57,12 @@ impl Outbox {
         offset: u32,
         limit: u32,
     ) -> Result<Vec<DeliveryRecord>, DbErr> {
+        let tx = self.begin_read().await?;
         let mut found = Vec::new();
-        for (id, name) in self.subscription_ids(subscription).await? {
+        for (id, name) in self.subscription_ids(&tx, subscription).await? {
             for each in DeliveryState::ALL {
                 if state.is_none_or(|state| state == each) {
-                    found.extend(self.list(id, &name, each, offset.saturating_add(limit), None).await?);
+                    found.extend(self.list(&tx, id, &name, each, offset.saturating_add(limit)).await?);
                 }
             }
         }
@@ -75,18 +76,22 @@ impl Outbox {
     ///
     /// If the database fails.
     pub async fn delivery(&self, subscription: &str, event: Uuid) -> Result<Option<DeliveryRecord>, DbErr> {
-        let Some(row) = self.query_one(self.store_reader(), self.sql().position_of, [event.into()]).await? else {
+        let Some(id) = self.subscription_id(subscription).await? else { return Ok(None) };
+        let Some(row) = self.query_one(self.store_reader(), self.sql().event_by_id, [event.into()]).await? else {
             return Ok(None);
         };
-        let position = row.try_get("", "position")?;
-        for (id, name) in self.subscription_ids(Some(subscription)).await? {
-            for state in DeliveryState::ALL {
-                if let Some(record) = self.list(id, &name, state, 1, Some(position)).await?.pop() {
-                    return Ok(Some(record));
-                }
-            }
-        }
-        Ok(None)
+        let standings = self.standings(row.try_get("", "position")?, Some(id)).await?;
+        let Some(delivery) = standings.into_iter().find_map(|standing| standing.delivery()) else { return Ok(None) };
+        Ok(Some(DeliveryRecord {
+            subscription: delivery.subscription,
+            event: recorded(&row)?,
+            state: delivery.state,
+            attempts: delivery.attempts,
+            due_at: delivery.due_at,
+            finished_at: delivery.finished_at,
+            leased_by: delivery.leased_by,
+            error: delivery.error,
+        }))
     }
 
     /// The finished deliveries of the last seven days, the oldest day first.
@@ -96,7 +101,7 @@ impl Outbox {
     /// If the database fails.
     pub async fn activity(&self, subscription: &str) -> Result<[u64; 7], DbErr> {
         let mut days = [0; 7];
-        for (id, _) in self.subscription_ids(Some(subscription)).await? {
+        if let Some(id) = self.subscription_id(subscription).await? {
             for row in self.query_all(self.store_reader(), self.sql().activity, [id.into()]).await? {
                 let days_ago: i64 = row.try_get("", "days_ago")?;
                 let deliveries: i64 = row.try_get("", "deliveries")?;
@@ -108,8 +113,17 @@ impl Outbox {
         Ok(days)
     }
 
-    async fn subscription_ids(&self, name: Option<&str>) -> Result<Vec<(i32, String)>, DbErr> {
-        let rows = self.query_all(self.store_reader(), self.sql().subscriptions, []).await?;
+    pub(crate) async fn subscription_id(&self, name: &str) -> Result<Option<i32>, DbErr> {
+        let ids = self.subscription_ids(self.store_reader(), Some(name)).await?;
+        Ok(ids.into_iter().next().map(|(id, _)| id))
+    }
+
+    async fn subscription_ids(
+        &self,
+        db: &impl ConnectionTrait,
+        name: Option<&str>,
+    ) -> Result<Vec<(i32, String)>, DbErr> {
+        let rows = self.query_all(db, self.sql().subscriptions, []).await?;
         let ids = rows.iter().map(|row| Ok((row.try_get("", "id")?, row.try_get::<String>("", "name")?)));
         let ids: Vec<(i32, String)> = ids.collect::<Result<_, DbErr>>()?;
         Ok(ids.into_iter().filter(|(_, each)| name.is_none_or(|name| name == each)).collect())
@@ -117,25 +131,21 @@ impl Outbox {
 
     async fn list(
         &self,
+        db: &impl ConnectionTrait,
         id: i32,
         name: &str,
         state: DeliveryState,
         limit: u32,
-        position: Option<i64>,
     ) -> Result<Vec<DeliveryRecord>, DbErr> {
-        let position = Value::BigInt(position);
-        let (db, leased) = (self.store_reader(), state == DeliveryState::Leased);
+        let leased = state == DeliveryState::Leased;
         let rows = match state {
             DeliveryState::Pending | DeliveryState::Leased => {
-                let values = [id.into(), leased.into(), limit.into(), position];
-                self.query_all(db, self.sql().list_unfinished, values).await?
+                self.query_all(db, self.sql().list_unfinished, [id.into(), leased.into(), limit.into()]).await?
             }
             DeliveryState::Delivered => {
-                self.query_all(db, self.sql().list_delivered, [id.into(), limit.into(), position]).await?
+                self.query_all(db, self.sql().list_delivered, [id.into(), limit.into()]).await?
             }
-            DeliveryState::Dead => {
-                self.query_all(db, self.sql().list_dead, [id.into(), limit.into(), position]).await?
-            }
+            DeliveryState::Dead => self.query_all(db, self.sql().list_dead, [id.into(), limit.into()]).await?,
         };
         rows.iter()
             .map(|row| {

@@ -7,31 +7,44 @@
 //! All SQL stands in one file per database (`src/sqlite.rs`, `src/postgres.rs`). Every time that is compared comes from the database's
 //! clock.
 
+mod audit;
 mod connect;
+mod dead_letters;
 mod deliveries;
 pub mod entity;
+mod events;
 mod flush;
 mod inbox;
 mod lanes;
+pub mod metrics;
 mod notify;
 mod outbox;
 mod outcome;
 mod pooler;
 mod postgres;
+mod replay;
+mod retention;
 mod sql;
 mod sqlite;
 mod status;
 mod subscriptions;
 mod tx;
 mod unit_of_work;
+mod why;
 mod workers;
 
+pub use audit::{AuditEntry, By};
 pub use connect::ConnectError;
+pub use dead_letters::{Changed, DeadEvent, DeadLetter, DeadLetterFilter};
 pub use deliveries::{DeliveryRecord, DeliveryState};
+pub use events::{DeliveryDetails, EventDetails, EventFilter, EventPage};
 pub use inbox::once;
 pub use lanes::{Claim, ClaimedLane, Finished, LaneRef, LaneReport, Next, NextDue, Settled, Unreadable};
 pub use outbox::{Outbox, SchemaError};
+pub use replay::Replay;
+pub use retention::{Purged, Retention};
 pub use status::{Status, SubscriptionStatus, WorkerStatus};
 pub use subscriptions::RegisterError;
 pub use tx::{SavepointError, Tx};
 pub use unit_of_work::{CommitError, TransactionError, TxSource, UnitOfWork, is_transient};
+pub use why::Why;

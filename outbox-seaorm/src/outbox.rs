@@ -4,8 +4,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError, RwLock},
 };
 
-use outbox_core::{Limits, check_name};
-use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, DbErr, QueryResult, Statement, Value};
+use outbox_core::Limits;
+use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, DbErr, QueryResult, RuntimeErr, Statement, Value, sqlx};
 use tokio::sync::Notify;
 
 use crate::{
@@ -42,6 +42,9 @@ pub enum SchemaError {
     /// The tables are missing.
     #[error("the database has no outbox tables; run the migrations first (see `outbox_migrations::up`)")]
     Missing(#[source] DbErr),
+    /// The database does not answer, or refuses.
+    #[error("the database does not answer; check that it runs and that this program may read its tables")]
+    Unanswered(#[source] DbErr),
     /// The tables are from a later version.
     #[error(
         "the outbox tables are from a newer version (schema {found}, this program knows {known}); start that version, \
@@ -98,12 +101,15 @@ impl Outbox {
     ///
     /// # Panics
     ///
-    /// If the prefix is not a name.
+    /// If the prefix has other characters than `a-z`, `0-9` and `_`, starts with a digit, or is longer than 32 characters.
     #[must_use]
     pub fn table_prefix(mut self, prefix: &str) -> Self {
+        let allowed = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'_';
         assert!(
-            check_name("table prefix", prefix).is_ok() && !prefix.contains(['.', '-']),
-            "a table prefix has 1 to 64 of the characters a-z, 0-9 and '_'"
+            (1..=32).contains(&prefix.len())
+                && prefix.bytes().all(allowed)
+                && !prefix.starts_with(|c: char| c.is_ascii_digit()),
+            "a table prefix has 1 to 32 of the characters a-z, 0-9 and '_' and starts with no digit"
         );
         self.prefix = (prefix != DEFAULT_PREFIX).then(|| Arc::from(prefix));
         self
@@ -131,7 +137,8 @@ impl Outbox {
         let found = match row {
             Ok(Some(row)) => row.try_get("", "schema_version").map_err(SchemaError::Missing)?,
             Ok(None) => return Err(SchemaError::Missing(DbErr::RecordNotFound("outbox_meta".to_owned()))),
-            Err(error) => return Err(SchemaError::Missing(error)),
+            Err(error) if is_missing_table(&error) => return Err(SchemaError::Missing(error)),
+            Err(error) => return Err(SchemaError::Unanswered(error)),
         };
         if found > SCHEMA_VERSION {
             return Err(SchemaError::Newer { found, known: SCHEMA_VERSION });
@@ -246,6 +253,18 @@ impl Outbox {
         values: [Value; N],
     ) -> Result<Vec<QueryResult>, DbErr> {
         db.query_all_raw(self.statement(sql, values)).await
+    }
+}
+
+fn is_missing_table(error: &DbErr) -> bool {
+    let (DbErr::Exec(RuntimeErr::SqlxError(error)) | DbErr::Query(RuntimeErr::SqlxError(error))) = error else {
+        return false;
+    };
+    match &**error {
+        sqlx::Error::Database(error) => {
+            error.code().as_deref() == Some("42P01") || error.message().starts_with("no such table")
+        }
+        _ => false,
     }
 }
 

@@ -7,8 +7,8 @@
 
 use async_trait::async_trait;
 use sea_orm::{
-    ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, ExecResult, QueryResult,
-    SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait, sqlx::ConnectOptions,
+    ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, ExecResult, IsolationLevel,
+    QueryResult, SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait, sqlx::ConnectOptions,
 };
 
 /// The connections of one pool.
@@ -30,16 +30,28 @@ impl From<DatabaseConnection> for Connections {
 }
 
 impl Connections {
+    /// For writing.
+    pub(crate) async fn begin(&self) -> Result<DatabaseTransaction, DbErr> {
+        // IMMEDIATE: a deferred SQLite transaction that reads first can fail at its first write.
+        let mode = Some(SqliteTransactionMode::Immediate);
+        self.begin_with(TransactionOptions { sqlite_transaction_mode: mode, ..TransactionOptions::default() }).await
+    }
+
+    /// For reading several things as they are at one moment.
+    pub(crate) async fn begin_read(&self) -> Result<DatabaseTransaction, DbErr> {
+        let isolation_level = match self.db.get_database_backend() {
+            DbBackend::Postgres => Some(IsolationLevel::RepeatableRead),
+            // Every SQLite transaction reads a snapshot.
+            _ => None,
+        };
+        self.begin_with(TransactionOptions { isolation_level, ..TransactionOptions::default() }).await
+    }
+
     /// Begins in a task of its own: on PostgreSQL, sqlx leaves a poisoned connection in the pool when the future of a
     /// BEGIN is dropped halfway (0.9.0), and request futures are dropped whenever a client hangs up.
-    pub(crate) async fn begin(&self) -> Result<DatabaseTransaction, DbErr> {
+    async fn begin_with(&self, options: TransactionOptions) -> Result<DatabaseTransaction, DbErr> {
         let Self { db, pooled } = self.clone();
         let begin = tokio::spawn(async move {
-            // IMMEDIATE: a deferred SQLite transaction that reads first can fail at its first write.
-            let options = TransactionOptions {
-                sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
-                ..TransactionOptions::default()
-            };
             let transaction = db.begin_with_options(options).await?;
             if pooled {
                 transaction.execute_unprepared("deallocate all").await?;

@@ -8,7 +8,7 @@
 //! with SKIP LOCKED: they never wait for a commit, no commit waits for them, and no request is the victim of a
 //! deadlock.
 
-use crate::sql::{Flush, Sql};
+use crate::sql::{Flush, ListEvents, Sql};
 
 /// The columns of the events `e` as the store reads them: JSON as text.
 macro_rules! event_columns {
@@ -17,6 +17,58 @@ macro_rules! event_columns {
          e.payload::text as payload, e.occurred_at, e.recorded_at, e.tenant, e.actor_kind, e.actor_id,
          e.correlation_id, e.causation_id, e.traceparent, e.tracestate, e.tags::text as tags, e.max_attempts,
          e.wait_seconds, e.not_before"
+    };
+}
+
+macro_rules! list_events {
+    ($of:literal) => {
+        concat!(
+            "select ",
+            event_columns!(),
+            " from outbox_events e where ",
+            $of,
+            " and ($1::text is null or e.event_type = $1) and ($2::text is null or e.aggregate_type = $2)
+              and ($3::text is null or e.aggregate_id = $3) and ($4::text is null or e.tenant = $4)
+              and ($5::text is null or e.actor_kind = $5) and ($6::text is null or e.recorded_at >= $6::timestamptz)
+              and ($7::text is null or e.recorded_at < $7::timestamptz) and ($8::bigint is null or e.position < $8)
+            order by e.position desc limit $9"
+        )
+    };
+}
+
+macro_rules! of_dead_letters {
+    () => {
+        " from outbox_dead_letters x
+          join outbox_subscriptions s on s.id = x.subscription_id
+          left join outbox_events e on e.position = x.position
+         where ($1::text is null or x.id in (select value::bigint from jsonb_array_elements_text($1::text::jsonb)))
+           and ($2::integer is null or x.subscription_id = $2) and ($3::text is null or e.event_type = $3)
+           and ($4::text is null or x.died_at >= $4::timestamptz)
+           and ($5::text is null or x.died_at < $5::timestamptz)"
+    };
+}
+
+/// Of an event `e` and the rules $1: when it is old, and that nobody needs it; neither a subscription that changes, nor a
+/// backfill. Times are of the statement, so that they can be looked up in an index.
+macro_rules! old {
+    () => {
+        " cross join lateral (
+               select statement_timestamp() - r.seconds * interval '1 second' as at
+                 from rows from (jsonb_to_recordset($1::text::jsonb) as (name text, prefix boolean, seconds float8))
+                      with ordinality as r(name, prefix, seconds, ordinality)
+                where e.event_type = r.name or r.prefix and starts_with(e.event_type, r.name)
+                order by r.ordinality limit 1) cutoff
+         where e.recorded_at <= cutoff.at
+           and not exists (
+               select 1 from outbox_subscriptions s
+                where s.backfill_from <= e.position
+                   or not pg_visible_in_snapshot(e.transaction_id, s.changed_in)
+                   or exists (select 1 from outbox_deliveries
+                               where subscription_id = s.id and position = e.position)
+                   or exists (select 1 from outbox_dead_letters
+                               where subscription_id = s.id and position = e.position)
+                   or exists (select 1 from outbox_delivered
+                               where subscription_id = s.id and position = e.position and delivered_at > cutoff.at))"
     };
 }
 
@@ -265,7 +317,7 @@ pub(crate) static POSTGRES: Sql = Sql {
                                                     and s.changed_at + interval '10 minutes'
          where s.id = $1 and s.changed_in is not null
            and not pg_visible_in_snapshot(e.transaction_id, s.changed_in)
-         order by e.position"
+         order by e.position for key share of e"
     ),
 
     // First the transactions that run now are noted, then they are waited for; two seconds more for a flush that had no
@@ -279,9 +331,9 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     forget_change: "update outbox_subscriptions set changed_in = null, settled_after = null where id = $1",
 
-    pause: "update outbox_subscriptions set paused_at = coalesce(paused_at, clock_timestamp()) where name = $1",
+    pause: "update outbox_subscriptions set paused_at = clock_timestamp() where name = $1 and paused_at is null",
 
-    resume: "update outbox_subscriptions set paused_at = null where name = $1",
+    resume: "update outbox_subscriptions set paused_at = null where name = $1 and paused_at is not null",
 
     remove: &[
         "delete from outbox_lanes where subscription_id = $1",
@@ -299,12 +351,6 @@ pub(crate) static POSTGRES: Sql = Sql {
     first_position_since: "
         select min(position) as position from outbox_events
          where recorded_at >= coalesce(nullif($1, '')::timestamptz, '-infinity')",
-
-    events_from: concat!(
-        "select ",
-        event_columns!(),
-        " from outbox_events e where e.position >= $1 order by e.position limit $2"
-    ),
 
     set_backfill: "update outbox_subscriptions set backfill_from = $2 where id = $1",
 
@@ -335,19 +381,25 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     status: "
         select s.name, s.paused_at is not null as paused,
-               (select coalesce(sum(pending), 0)::bigint from outbox_lanes where subscription_id = s.id) as pending,
-               (select count(*) from outbox_lanes
-                 where subscription_id = s.id and leased_by is not null and due_at > clock_timestamp()) as leased,
-               (select count(*) from outbox_delivered where subscription_id = s.id) as delivered,
+               case when s.circuit_until is null then 'closed' when s.circuit_until > clock_timestamp() then 'open'
+                    else 'half-open' end as circuit,
+               coalesce(l.pending, 0)::bigint as pending, coalesce(l.leased, 0) as leased,
+               (select count(*) from (select 1 from outbox_delivered
+                                       where subscription_id = s.id limit $1) f) as delivered,
                (select count(*) from outbox_dead_letters where subscription_id = s.id) as dead,
                (select greatest(0, extract(epoch from clock_timestamp() - recorded_at))::float8 from outbox_events
                  where position = (select min(position) from outbox_deliveries where subscription_id = s.id)
                ) as oldest_pending_age_seconds,
-               coalesce((select last_error from outbox_lanes
-                          where subscription_id = s.id and last_error is not null order by due_at desc limit 1),
+               coalesce(l.last_error,
                         (select error from outbox_dead_letters
                           where subscription_id = s.id order by id desc limit 1)) as last_error
-          from outbox_subscriptions s order by s.name",
+          from outbox_subscriptions s
+          left join (select subscription_id, sum(pending) as pending,
+                            count(*) filter (where leased_by is not null and due_at > clock_timestamp()) as leased,
+                            (array_agg(last_error order by due_at desc)
+                               filter (where last_error is not null))[1] as last_error
+                       from outbox_lanes group by subscription_id) l on l.subscription_id = s.id
+         order by s.name",
 
     activity: "
         select ((now() at time zone 'UTC')::date - (delivered_at at time zone 'UTC')::date)::bigint as days_ago,
@@ -358,14 +410,15 @@ pub(crate) static POSTGRES: Sql = Sql {
          group by 1",
 
     list_unfinished: concat!(
-        "select l.attempts as lane_attempts, l.due_at as lane_due_at, l.leased_by, l.last_error, d.due_at,
+        "select l.attempts as lane_attempts, nullif(l.due_at, 'infinity') as lane_due_at, l.leased_by, l.last_error,
+                d.due_at,
                 d.position = (select min(position) from outbox_deliveries h
                                where h.subscription_id = d.subscription_id and h.key = d.key) as head, ",
         event_columns!(),
         " from outbox_deliveries d
           join outbox_lanes l on l.subscription_id = d.subscription_id and l.key = d.key
           join outbox_events e on e.position = d.position
-         where d.subscription_id = $1 and ($4::bigint is null or d.position = $4)
+         where d.subscription_id = $1
            and $2 = (l.leased_by is not null and l.due_at > clock_timestamp()
                      and d.position = (select min(position) from outbox_deliveries h
                                         where h.subscription_id = d.subscription_id and h.key = d.key))
@@ -376,17 +429,177 @@ pub(crate) static POSTGRES: Sql = Sql {
         "select f.attempts, f.delivered_at as finished_at, null::text as error, ",
         event_columns!(),
         " from outbox_delivered f join outbox_events e on e.position = f.position
-         where f.subscription_id = $1 and ($3::bigint is null or f.position = $3)
-         order by f.position desc limit $2"
+         where f.subscription_id = $1 order by f.position desc limit $2"
     ),
 
     list_dead: concat!(
         "select f.attempts, f.died_at as finished_at, f.error, ",
         event_columns!(),
         " from outbox_dead_letters f join outbox_events e on e.position = f.position
-         where f.subscription_id = $1 and ($3::bigint is null or f.position = $3)
-         order by f.position desc limit $2"
+         where f.subscription_id = $1 order by f.position desc limit $2"
     ),
 
-    position_of: "select position from outbox_events where event_id = $1",
+    list_events: ListEvents {
+        of_aggregate: list_events!("e.aggregate_type = $2 and e.aggregate_id = $3"),
+        of_type: list_events!("e.event_type = $1"),
+        of_tenant: list_events!("e.tenant = $4"),
+        of_all: list_events!("true"),
+    },
+
+    event_by_id: concat!("select ", event_columns!(), " from outbox_events e where e.event_id = $1"),
+
+    standing: "
+        select s.id, s.name, s.filter::text as filter, s.created_at, s.paused_at, s.circuit_until, s.backfill_from,
+               clock_timestamp() as now,
+               d.key, d.due_at, l.attempts as lane_attempts, l.leased_by, l.last_error, l.attempt_log::text as lane_log,
+               nullif(l.due_at, 'infinity') as lane_due_at,
+               h.position as head, (select event_id from outbox_events where position = h.position) as head_event,
+               l.held_at, (select event_id from outbox_events where position = l.held_at) as held_event,
+               (select id from outbox_dead_letters where subscription_id = s.id and position = l.held_at) as held_by,
+               f.attempts as delivered_attempts, f.attempt_log::text as delivered_log, f.delivered_at,
+               x.id as dead_letter, x.attempts as dead_attempts, x.attempt_log::text as dead_log, x.error, x.died_at
+          from outbox_subscriptions s
+          left join outbox_deliveries d on d.subscription_id = s.id and d.position = $1
+          left join outbox_lanes l on l.subscription_id = s.id and l.key = d.key
+          left join lateral (select min(position) as position from outbox_deliveries
+                              where subscription_id = d.subscription_id and key = d.key) h on true
+          left join outbox_delivered f on f.subscription_id = s.id and f.position = $1
+          left join outbox_dead_letters x on x.subscription_id = s.id and x.position = $1
+         where $2::integer is null or s.id = $2
+         order by s.name",
+
+    list_dead_letters: concat!(
+        "select x.id, s.name, x.position, x.attempts, x.error, x.attempt_log::text as attempt_log, x.died_at,
+                e.event_id, e.event_type, e.aggregate_type, e.aggregate_id",
+        of_dead_letters!(),
+        " and ($6::bigint is null or x.id < $6) order by x.id desc limit $7"
+    ),
+
+    count_dead_letters: concat!("select count(*) as matched", of_dead_letters!()),
+
+    next_dead_letters: concat!(
+        "select x.id, x.subscription_id",
+        of_dead_letters!(),
+        " and x.id > $6 and x.id <= $7 order by x.id limit $8"
+    ),
+
+    last_dead_letter: "select max(id) as last from outbox_dead_letters",
+
+    lock_subscriptions: "
+        select id from outbox_subscriptions
+         where id in (select value::integer from jsonb_array_elements_text($1::text::jsonb)) order by id for update",
+
+    take_dead_letters: "
+        delete from outbox_dead_letters x
+         where id in (select value::bigint from jsonb_array_elements_text($1::text::jsonb))
+           and (not $2 or exists (select 1 from outbox_events e where e.position = x.position))
+        returning subscription_id, key, position",
+
+    lock_lanes: "
+        select 1 from outbox_lanes
+         where (subscription_id, key) in (
+                 select subscription, key from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text))
+         order by subscription_id, key for update",
+
+    release_lanes: "
+        update outbox_lanes l
+           set held_at = null,
+               due_at = coalesce((select d.due_at from outbox_deliveries d
+                                   where d.subscription_id = l.subscription_id and d.key = l.key
+                                   order by position limit 1), l.due_at)
+          from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, position bigint)
+         where l.subscription_id = r.subscription and l.key = r.key and l.held_at = r.position",
+
+    restart_lanes: "
+        update outbox_lanes l
+           set attempts = 0, attempt_log = null, last_error = null,
+               due_at = (select d.due_at from outbox_deliveries d
+                          where d.subscription_id = l.subscription_id and d.key = l.key order by position limit 1)
+          from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, position bigint)
+         where l.subscription_id = r.subscription and l.key = r.key and l.leased_by is null and l.held_at is null
+           and r.position = (select min(position) from outbox_deliveries d
+                              where d.subscription_id = l.subscription_id and d.key = l.key)",
+
+    last_position: "select max(position) as last from outbox_events",
+
+    next_positions: "
+        select position from outbox_events
+         where position > $1 and position <= $2 and ($3::text is null or event_type = $3) order by position limit $4",
+
+    positions_of: "
+        select position from outbox_events
+         where event_id in (select value::uuid from jsonb_array_elements_text($1::text::jsonb)) order by position",
+
+    lock_events: concat!(
+        "select ",
+        event_columns!(),
+        " from outbox_events e
+         where e.position in (select value::bigint from jsonb_array_elements_text($1::text::jsonb))
+         order by e.position for key share of e"
+    ),
+
+    positions_unfinished: "
+        select position from outbox_deliveries
+         where subscription_id = $1
+           and position in (select value::bigint from jsonb_array_elements_text($2::text::jsonb))",
+
+    take_delivered: "
+        delete from outbox_delivered
+         where subscription_id = $1
+           and position in (select value::bigint from jsonb_array_elements_text($2::text::jsonb))",
+
+    take_dead_letters_at: "
+        delete from outbox_dead_letters
+         where subscription_id = $1
+           and position in (select value::bigint from jsonb_array_elements_text($2::text::jsonb))
+        returning key, position",
+
+    insert_audit: "
+        insert into outbox_audit (actor, action, target, details) values ($1, $2, $3, $4::text::jsonb) returning id",
+
+    update_audit: "update outbox_audit set details = $2::text::jsonb where id = $1",
+
+    list_audit: "
+        select id, at, actor, action, target, details::text as details from outbox_audit order by id desc limit $1",
+
+    old_events: concat!(
+        "select e.position, e.recorded_at::text as recorded_at from outbox_events e",
+        old!(),
+        " and e.recorded_at >= coalesce(nullif($3, '')::timestamptz, '-infinity')
+          and e.recorded_at <= statement_timestamp() - $2 * interval '1 second'
+        order by e.recorded_at limit $4 for update of e skip locked"
+    ),
+
+    still_old: concat!(
+        "select e.position from jsonb_array_elements_text($2::text::jsonb) p(position)
+           join outbox_events e on e.position = p.position::bigint",
+        old!()
+    ),
+
+    // The payload as the text it is: not all JSON can be `jsonb`.
+    archive_events: concat!(
+        "insert into outbox_archive (position, event_id, event)
+         select r.position, r.event_id, to_jsonb(r) from (select ",
+        event_columns!(),
+        " from outbox_events e
+           where e.position in (select value::bigint from jsonb_array_elements_text($1::text::jsonb))) r
+         on conflict do nothing"
+    ),
+
+    purge_delivered: "
+        delete from outbox_delivered f
+         using jsonb_array_elements_text($1::text::jsonb) p(position) cross join outbox_subscriptions s
+         where f.subscription_id = s.id and f.position = p.position::bigint",
+
+    purge_events: "
+        delete from outbox_events
+         where position in (select value::bigint from jsonb_array_elements_text($1::text::jsonb))",
+
+    purge_inbox: "
+        delete from outbox_inbox
+         where (consumer, event_id) in (
+                 select consumer, event_id from outbox_inbox i
+                  where handled_at <= statement_timestamp() - $1 * interval '1 second'
+                    and not exists (select 1 from outbox_events e where e.event_id = i.event_id)
+                  order by handled_at limit $2 for update skip locked)",
 };

@@ -12,6 +12,17 @@ pub(crate) enum Flush {
     InSteps { insert_events: &'static str },
 }
 
+/// A page of events in one order of parameters, by what is found through an index: $1 event type, $2 aggregate type, $3
+/// aggregate id, $4 tenant, $5 kind of the actor, $6 and $7 from when to before when they were stored, $8 the position
+/// they come before, each null for any; $9 number.
+#[derive(Debug)]
+pub(crate) struct ListEvents {
+    pub(crate) of_aggregate: &'static str,
+    pub(crate) of_type: &'static str,
+    pub(crate) of_tenant: &'static str,
+    pub(crate) of_all: &'static str,
+}
+
 /// The statements of one database.
 #[derive(Debug)]
 pub(crate) struct Sql {
@@ -114,10 +125,10 @@ pub(crate) struct Sql {
     /// $1 subscription.
     pub(crate) forget_change: &'static str,
 
-    /// $1 name.
+    /// $1 name, of one that is not paused.
     pub(crate) pause: &'static str,
 
-    /// $1 name.
+    /// $1 name, of one that is paused.
     pub(crate) resume: &'static str,
 
     /// $1 subscription; one after another.
@@ -128,9 +139,6 @@ pub(crate) struct Sql {
 
     /// The first position at or after time $1. Index: outbox_events_recorded.
     pub(crate) first_position_since: &'static str,
-
-    /// $1 first position, $2 number.
-    pub(crate) events_from: &'static str,
 
     /// $1 subscription, $2 first position; null ends the backfill.
     pub(crate) set_backfill: &'static str,
@@ -150,20 +158,97 @@ pub(crate) struct Sql {
     /// $1 worker.
     pub(crate) forget_worker: &'static str,
     pub(crate) workers: &'static str,
+
+    /// $1 where to stop counting what is delivered.
     pub(crate) status: &'static str,
 
     /// $1 subscription: finished deliveries of each of the last seven days, `days_ago` 0 for today.
     pub(crate) activity: &'static str,
 
-    /// $1 subscription, $2 whether leased, $3 number, $4 position of one event or null. A lease is on a lane's head.
+    /// $1 subscription, $2 whether leased, $3 number. A lease is on a lane's head.
     pub(crate) list_unfinished: &'static str,
 
-    /// $1 subscription, $2 number, $3 position of one event or null.
+    /// $1 subscription, $2 number.
     pub(crate) list_delivered: &'static str,
 
-    /// $1 subscription, $2 number, $3 position of one event or null.
+    /// $1 subscription, $2 number.
     pub(crate) list_dead: &'static str,
 
+    pub(crate) list_events: ListEvents,
+
     /// $1 event id.
-    pub(crate) position_of: &'static str,
+    pub(crate) event_by_id: &'static str,
+
+    /// $1 position, $2 subscription or null. Of each subscription all that says where this event stands, as of one moment.
+    pub(crate) standing: &'static str,
+
+    /// $1 ids, $2 subscription, $3 event type, $4 and $5 from when to before when they died, each null for any; $6 the id
+    /// they come before or null, $7 number.
+    pub(crate) list_dead_letters: &'static str,
+
+    /// $1 … $5 as above.
+    pub(crate) count_dead_letters: &'static str,
+
+    /// $1 … $5 as above, $6 the id they come after, $7 the last id, $8 number.
+    pub(crate) next_dead_letters: &'static str,
+    pub(crate) last_dead_letter: &'static str,
+
+    /// $1 subscriptions. Held until the transaction ends: one replay, backfill or removal of a subscription at a time.
+    pub(crate) lock_subscriptions: &'static str,
+
+    /// $1 ids, $2 whether only those whose event is there.
+    pub(crate) take_dead_letters: &'static str,
+
+    /// $1 deliveries. In the order of the flush.
+    pub(crate) lock_lanes: &'static str,
+
+    /// $1 deliveries: lanes that one of them held up are due with what comes next.
+    pub(crate) release_lanes: &'static str,
+
+    /// $1 deliveries: where one of them is the head now, attempts start again, at once. Leases are left alone.
+    pub(crate) restart_lanes: &'static str,
+
+    pub(crate) last_position: &'static str,
+
+    /// $1 position they come after, $2 last position, $3 event type or null, $4 number.
+    pub(crate) next_positions: &'static str,
+
+    /// $1 event ids.
+    pub(crate) positions_of: &'static str,
+
+    /// $1 positions. What retention waits for.
+    pub(crate) lock_events: &'static str,
+
+    /// $1 subscription, $2 positions.
+    pub(crate) positions_unfinished: &'static str,
+
+    /// $1 subscription, $2 positions.
+    pub(crate) take_delivered: &'static str,
+
+    /// $1 subscription, $2 positions.
+    pub(crate) take_dead_letters_at: &'static str,
+
+    /// $1 actor, $2 action, $3 target, $4 details.
+    pub(crate) insert_audit: &'static str,
+
+    /// $1 id, $2 details.
+    pub(crate) update_audit: &'static str,
+
+    /// $1 number.
+    pub(crate) list_audit: &'static str,
+
+    /// $1 rules, the first that fits an event counts; $2 the shortest time of a rule; $3 the time they are not older than;
+    /// $4 number. Events that nobody needs any more, the oldest first. Index: outbox_events_recorded.
+    pub(crate) old_events: &'static str,
+
+    /// $1 rules, $2 positions: those that still are old, as of now, when they are locked.
+    pub(crate) still_old: &'static str,
+
+    /// $1 positions; so do the next two.
+    pub(crate) archive_events: &'static str,
+    pub(crate) purge_delivered: &'static str,
+    pub(crate) purge_events: &'static str,
+
+    /// $1 seconds, $2 number. What belongs to events that are still here stays: they may be delivered again.
+    pub(crate) purge_inbox: &'static str,
 }

@@ -3,7 +3,57 @@
 //! A write transaction excludes all others, so nothing here needs row locks; what must be atomic is in one transaction.
 //! `strftime('%Y-%m-%dT%H:%M:%fZ', 'now', …)` is the database's clock in the tables' format.
 
-use crate::sql::{Flush, Sql};
+use crate::sql::{Flush, ListEvents, Sql};
+
+macro_rules! list_events {
+    ($of:literal) => {
+        concat!(
+            "select e.* from outbox_events e where ",
+            $of,
+            " and ($1 is null or e.event_type = $1) and ($2 is null or e.aggregate_type = $2)
+              and ($3 is null or e.aggregate_id = $3) and ($4 is null or e.tenant = $4)
+              and ($5 is null or e.actor_kind = $5) and ($6 is null or e.recorded_at >= $6)
+              and ($7 is null or e.recorded_at < $7) and ($8 is null or e.position < $8)
+            order by e.position desc limit $9"
+        )
+    };
+}
+
+macro_rules! of_dead_letters {
+    () => {
+        " from outbox_dead_letters x
+          join outbox_subscriptions s on s.id = x.subscription_id
+          left join outbox_events e on e.position = x.position
+         where ($1 is null or x.id in (select value from json_each($1))) and ($2 is null or x.subscription_id = $2)
+           and ($3 is null or e.event_type = $3) and ($4 is null or x.died_at >= $4) and ($5 is null or x.died_at < $5)"
+    };
+}
+
+/// Of an event `e` and the rules $1: when it is old, and that nobody needs it.
+macro_rules! old {
+    () => {
+        " where e.recorded_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('-%.3f seconds', (
+                   select value->>'seconds' from json_each($1)
+                    where e.event_type = value->>'name'
+                       or value->>'prefix' and substr(e.event_type, 1, length(value->>'name')) = value->>'name'
+                    order by key limit 1)))
+           and not exists (
+               select 1 from outbox_subscriptions s
+                where s.backfill_from <= e.position
+                   or exists (select 1 from outbox_deliveries
+                               where subscription_id = s.id and position = e.position)
+                   or exists (select 1 from outbox_dead_letters
+                               where subscription_id = s.id and position = e.position)
+                   or exists (select 1 from outbox_delivered
+                               where subscription_id = s.id and position = e.position
+                                 and delivered_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('-%.3f seconds', (
+                                     select value->>'seconds' from json_each($1)
+                                      where e.event_type = value->>'name'
+                                         or value->>'prefix'
+                                            and substr(e.event_type, 1, length(value->>'name')) = value->>'name'
+                                      order by key limit 1)))))"
+    };
+}
 
 pub(crate) static SQLITE: Sql = Sql {
     schema_version: "select schema_version from outbox_meta",
@@ -198,10 +248,10 @@ pub(crate) static SQLITE: Sql = Sql {
 
     forget_change: "select $1 is not null",
 
-    pause: "update outbox_subscriptions
-               set paused_at = coalesce(paused_at, strftime('%Y-%m-%dT%H:%M:%fZ', 'now')) where name = $1",
+    pause: "update outbox_subscriptions set paused_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now')
+             where name = $1 and paused_at is null",
 
-    resume: "update outbox_subscriptions set paused_at = null where name = $1",
+    resume: "update outbox_subscriptions set paused_at = null where name = $1 and paused_at is not null",
 
     remove: &[
         "delete from outbox_lanes where subscription_id = $1",
@@ -215,9 +265,6 @@ pub(crate) static SQLITE: Sql = Sql {
 
     first_position_since: "
     select min(position) as position from outbox_events where recorded_at >= $1",
-
-    events_from: "
-    select * from outbox_events where position >= $1 order by position limit $2",
 
     set_backfill: "update outbox_subscriptions set backfill_from = $2 where id = $1",
 
@@ -250,20 +297,26 @@ pub(crate) static SQLITE: Sql = Sql {
 
     status: "
     select s.name, s.paused_at is not null as paused,
-           (select coalesce(sum(pending), 0) from outbox_lanes where subscription_id = s.id) as pending,
-           (select count(*) from outbox_lanes
-             where subscription_id = s.id and leased_by is not null
-               and due_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now')) as leased,
-           (select count(*) from outbox_delivered where subscription_id = s.id) as delivered,
+           case when s.circuit_until is null then 'closed'
+                when s.circuit_until > strftime('%Y-%m-%dT%H:%M:%fZ', 'now') then 'open'
+                else 'half-open' end as circuit,
+           coalesce(l.pending, 0) as pending, coalesce(l.leased, 0) as leased,
+           (select count(*) from (select 1 from outbox_delivered where subscription_id = s.id limit $1)) as delivered,
            (select count(*) from outbox_dead_letters where subscription_id = s.id) as dead,
            (select max(0.0, (julianday('now') - julianday(recorded_at)) * 86400) from outbox_events
              where position = (select min(position) from outbox_deliveries where subscription_id = s.id)
            ) as oldest_pending_age_seconds,
-           coalesce((select last_error from outbox_lanes
-                      where subscription_id = s.id and last_error is not null order by due_at desc limit 1),
+           coalesce(x.last_error,
                     (select error from outbox_dead_letters
                       where subscription_id = s.id order by id desc limit 1)) as last_error
-      from outbox_subscriptions s order by s.name",
+      from outbox_subscriptions s
+      left join (select subscription_id, sum(pending) as pending,
+                        sum(leased_by is not null and due_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now')) as leased
+                   from outbox_lanes group by subscription_id) l on l.subscription_id = s.id
+      left join (select subscription_id, max(due_at), last_error
+                   from outbox_lanes where last_error is not null group by subscription_id) x
+        on x.subscription_id = s.id
+     order by s.name",
 
     activity: "
     select cast(julianday('now', 'start of day') - julianday(substr(delivered_at, 1, 10)) as integer) as days_ago,
@@ -273,14 +326,15 @@ pub(crate) static SQLITE: Sql = Sql {
      group by 1",
 
     list_unfinished: "
-    select l.attempts as lane_attempts, l.due_at as lane_due_at, l.leased_by, l.last_error, d.due_at,
+    select l.attempts as lane_attempts, nullif(l.due_at, '9999-12-31T23:59:59.999Z') as lane_due_at, l.leased_by,
+           l.last_error, d.due_at,
            d.position = (select min(position) from outbox_deliveries h
                           where h.subscription_id = d.subscription_id and h.key = d.key) as head,
            e.*
       from outbox_deliveries d
       join outbox_lanes l on l.subscription_id = d.subscription_id and l.key = d.key
       join outbox_events e on e.position = d.position
-     where d.subscription_id = $1 and ($4 is null or d.position = $4)
+     where d.subscription_id = $1
        and $2 = (l.leased_by is not null and l.due_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now')
                  and d.position = (select min(position) from outbox_deliveries h
                                     where h.subscription_id = d.subscription_id and h.key = d.key))
@@ -289,14 +343,162 @@ pub(crate) static SQLITE: Sql = Sql {
     list_delivered: "
     select f.attempts, f.delivered_at as finished_at, null as error, e.*
       from outbox_delivered f join outbox_events e on e.position = f.position
-     where f.subscription_id = $1 and ($3 is null or f.position = $3)
-     order by f.position desc limit $2",
+     where f.subscription_id = $1 order by f.position desc limit $2",
 
     list_dead: "
     select f.attempts, f.died_at as finished_at, f.error, e.*
       from outbox_dead_letters f join outbox_events e on e.position = f.position
-     where f.subscription_id = $1 and ($3 is null or f.position = $3)
-     order by f.position desc limit $2",
+     where f.subscription_id = $1 order by f.position desc limit $2",
 
-    position_of: "select position from outbox_events where event_id = $1",
+    list_events: ListEvents {
+        of_aggregate: list_events!("e.aggregate_type = $2 and e.aggregate_id = $3"),
+        of_type: list_events!("e.event_type = $1"),
+        of_tenant: list_events!("e.tenant = $4"),
+        of_all: list_events!("true"),
+    },
+
+    event_by_id: "select * from outbox_events where event_id = $1",
+
+    standing: "
+    select s.id, s.name, s.filter, s.created_at, s.paused_at, s.circuit_until, s.backfill_from,
+           strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as now,
+           d.key, d.due_at, l.attempts as lane_attempts, l.leased_by, l.last_error, l.attempt_log as lane_log,
+           nullif(l.due_at, '9999-12-31T23:59:59.999Z') as lane_due_at,
+           (select min(position) from outbox_deliveries where subscription_id = d.subscription_id and key = d.key) as head,
+           (select event_id from outbox_events
+             where position = (select min(position) from outbox_deliveries
+                                where subscription_id = d.subscription_id and key = d.key)) as head_event,
+           l.held_at, (select event_id from outbox_events where position = l.held_at) as held_event,
+           (select id from outbox_dead_letters where subscription_id = s.id and position = l.held_at) as held_by,
+           f.attempts as delivered_attempts, f.attempt_log as delivered_log, f.delivered_at,
+           x.id as dead_letter, x.attempts as dead_attempts, x.attempt_log as dead_log, x.error, x.died_at
+      from outbox_subscriptions s
+      left join outbox_deliveries d on d.subscription_id = s.id and d.position = $1
+      left join outbox_lanes l on l.subscription_id = s.id and l.key = d.key
+      left join outbox_delivered f on f.subscription_id = s.id and f.position = $1
+      left join outbox_dead_letters x on x.subscription_id = s.id and x.position = $1
+     where $2 is null or s.id = $2
+     order by s.name",
+
+    list_dead_letters: concat!(
+        "select x.id, s.name, x.position, x.attempts, x.error, x.attempt_log, x.died_at, e.event_id, e.event_type,
+                e.aggregate_type, e.aggregate_id",
+        of_dead_letters!(),
+        " and ($6 is null or x.id < $6) order by x.id desc limit $7"
+    ),
+
+    count_dead_letters: concat!("select count(*) as matched", of_dead_letters!()),
+
+    next_dead_letters: concat!(
+        "select x.id, x.subscription_id",
+        of_dead_letters!(),
+        " and x.id > $6 and x.id <= $7 order by x.id limit $8"
+    ),
+
+    last_dead_letter: "select max(id) as last from outbox_dead_letters",
+
+    // The write transaction holds all locks there are.
+    lock_subscriptions: "select id from outbox_subscriptions where id in (select value from json_each($1))",
+
+    take_dead_letters: "
+    delete from outbox_dead_letters
+     where id in (select value from json_each($1))
+       and (not $2 or exists (select 1 from outbox_events where position = outbox_dead_letters.position))
+    returning subscription_id, key, position",
+
+    lock_lanes: "select $1 is null",
+
+    release_lanes: "
+    update outbox_lanes
+       set held_at = null,
+           due_at = coalesce((select d.due_at from outbox_deliveries d
+                               where d.subscription_id = outbox_lanes.subscription_id and d.key = outbox_lanes.key
+                               order by position limit 1), due_at)
+     where (subscription_id, key) in (select value->>'subscription', value->>'key' from json_each($1))
+       and exists (select 1 from json_each($1)
+                    where value->>'subscription' = subscription_id and value->>'key' = outbox_lanes.key
+                      and value->>'position' = held_at)",
+
+    restart_lanes: "
+    update outbox_lanes
+       set attempts = 0, attempt_log = null, last_error = null,
+           due_at = (select d.due_at from outbox_deliveries d
+                      where d.subscription_id = outbox_lanes.subscription_id and d.key = outbox_lanes.key
+                      order by position limit 1)
+     where (subscription_id, key) in (select value->>'subscription', value->>'key' from json_each($1))
+       and leased_by is null and held_at is null
+       and exists (select 1 from json_each($1)
+                    where value->>'subscription' = subscription_id and value->>'key' = outbox_lanes.key
+                      and value->>'position' = (select min(position) from outbox_deliveries d
+                                                 where d.subscription_id = outbox_lanes.subscription_id
+                                                   and d.key = outbox_lanes.key))",
+
+    last_position: "select max(position) as last from outbox_events",
+
+    next_positions: "
+    select position from outbox_events
+     where position > $1 and position <= $2 and ($3 is null or event_type = $3) order by position limit $4",
+
+    positions_of: "
+    select position from outbox_events where event_id in (select unhex(value) from json_each($1)) order by position",
+
+    lock_events: "
+    select * from outbox_events where position in (select value from json_each($1)) order by position",
+
+    positions_unfinished: "
+    select position from outbox_deliveries
+     where subscription_id = $1 and position in (select value from json_each($2))",
+
+    take_delivered: "
+    delete from outbox_delivered where subscription_id = $1 and position in (select value from json_each($2))",
+
+    take_dead_letters_at: "
+    delete from outbox_dead_letters
+     where subscription_id = $1 and position in (select value from json_each($2))
+    returning key, position",
+
+    insert_audit: "
+    insert into outbox_audit (actor, action, target, details) values ($1, $2, $3, $4) returning id",
+
+    update_audit: "update outbox_audit set details = $2 where id = $1",
+
+    list_audit: "select id, at, actor, action, target, details from outbox_audit order by id desc limit $1",
+
+    old_events: concat!(
+        "select e.position, e.recorded_at as recorded_at from outbox_events e",
+        old!(),
+        " and e.recorded_at >= $3
+            and e.recorded_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('-%.3f seconds', $2))
+          order by e.recorded_at limit $4"
+    ),
+
+    still_old: "select value as position from json_each($2) where $1 is not null",
+
+    archive_events: "
+    insert into outbox_archive (position, event_id, event)
+    select position, event_id, json_object(
+           'position', position, 'event_id', lower(hex(event_id)), 'event_type', cast(event_type as text),
+           'schema_version', schema_version, 'aggregate_type', cast(aggregate_type as text),
+           'aggregate_id', cast(aggregate_id as text), 'payload', cast(payload as text), 'occurred_at', occurred_at,
+           'recorded_at', recorded_at, 'tenant', tenant, 'actor_kind', actor_kind, 'actor_id', actor_id,
+           'correlation_id', correlation_id, 'causation_id', causation_id, 'traceparent', traceparent,
+           'tracestate', tracestate, 'tags', cast(tags as text), 'max_attempts', max_attempts,
+           'wait_seconds', wait_seconds, 'not_before', not_before)
+      from outbox_events where position in (select value from json_each($1))
+    on conflict do nothing",
+
+    purge_delivered: "
+    delete from outbox_delivered
+     where (subscription_id, position) in (
+           select s.id, p.value from json_each($1) p cross join outbox_subscriptions s)",
+
+    purge_events: "delete from outbox_events where position in (select value from json_each($1))",
+
+    purge_inbox: "
+    delete from outbox_inbox
+     where (consumer, event_id) in (
+           select consumer, event_id from outbox_inbox i
+            where handled_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('-%.3f seconds', $1))
+              and not exists (select 1 from outbox_events e where e.event_id = i.event_id)
+            order by handled_at limit $2)",
 };

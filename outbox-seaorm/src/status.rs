@@ -4,6 +4,9 @@ use serde::Serialize;
 
 use crate::Outbox;
 
+/// How far deliveries in the history are counted: a dashboard asks every few seconds.
+const COUNTED: i64 = 1_000_000;
+
 /// What operators look at first.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {
@@ -22,7 +25,7 @@ pub struct SubscriptionStatus {
     pub pending: i64,
     /// Keys that a worker holds at this moment.
     pub leased: i64,
-    /// Deliveries in the history.
+    /// Deliveries in the history, counted up to a million: that many means that many or more.
     pub delivered: i64,
     /// Dead letters.
     pub dead: i64,
@@ -30,6 +33,8 @@ pub struct SubscriptionStatus {
     pub oldest_pending_age_seconds: Option<f64>,
     /// Whether an operator has paused it.
     pub paused: bool,
+    /// Whether the destination is thought to be up (`closed`), down (`open`), or about to be tried (`half-open`).
+    pub circuit: String,
     /// The last error of a delivery that is being retried, else that of the newest dead letter.
     pub last_error: Option<String>,
 }
@@ -56,7 +61,7 @@ impl Outbox {
     ///
     /// If the database fails.
     pub async fn status(&self) -> Result<Status, DbErr> {
-        let rows = self.query_all(self.store_reader(), self.sql().status, []).await?;
+        let rows = self.query_all(self.store_reader(), self.sql().status, [COUNTED.into()]).await?;
         let subscriptions = rows
             .iter()
             .map(|row| {
@@ -68,6 +73,7 @@ impl Outbox {
                     dead: row.try_get("", "dead")?,
                     oldest_pending_age_seconds: row.try_get("", "oldest_pending_age_seconds")?,
                     paused: row.try_get("", "paused")?,
+                    circuit: row.try_get("", "circuit")?,
                     last_error: row.try_get("", "last_error")?,
                 })
             })

@@ -5,7 +5,7 @@ use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, QueryResult, Value};
 use serde::de::DeserializeOwned;
 
 use crate::{
-    Outbox,
+    By, Outbox,
     deliveries::recorded,
     flush::{DeliveryRow, insert_deliveries, json, timestamp},
 };
@@ -48,7 +48,7 @@ impl KnownSubscriptions {
     }
 }
 
-fn parsed<T: DeserializeOwned>(row: &QueryResult, column: &str) -> Result<T, DbErr> {
+pub(crate) fn parsed<T: DeserializeOwned>(row: &QueryResult, column: &str) -> Result<T, DbErr> {
     serde_json::from_str(&row.try_get::<String>("", column)?).map_err(|error| DbErr::Json(error.to_string()))
 }
 
@@ -143,11 +143,12 @@ impl Outbox {
         let row = self.query_one(&tx, self.sql().subscription_by_name, [subscription.name().into()]).await?;
         let from = row.map_or(Ok(None), |row| row.try_get::<Option<i64>>("", "backfill_from"))?;
         let Some(from) = from else { return Ok(true) };
-        let rows = self.query_all(&tx, self.sql().events_from, [from.into(), BACKFILL_BATCH.into()]).await?;
+        let positions = self.next_positions(&tx, from - 1, i64::MAX, None, BACKFILL_BATCH).await?;
+        // Retention may have taken some in between: what is locked is there.
+        let rows = self.query_all(&tx, self.sql().lock_events, [json(&positions)?.into()]).await?;
         let events = rows.iter().map(recorded).collect::<Result<Vec<_>, _>>()?;
         let (filter, ordering) = (subscription.filter(), subscription.key_choice());
         self.add_missing(&tx, id, filter, ordering, &events).await?;
-        let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
         let next = positions.last().map(|last| last + 1);
         self.execute(&tx, self.sql().set_backfill, [id.into(), Value::BigInt(next)]).await?;
         tx.commit().await?;
@@ -230,8 +231,26 @@ impl Outbox {
     /// # Errors
     ///
     /// If the database fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves open whether it is stored.
     pub async fn pause(&self, name: &str) -> Result<bool, DbErr> {
-        Ok(self.execute(self.store(), self.sql().pause, [name.into()]).await? == 1)
+        Ok(self.pause_as(name, None).await?.is_some())
+    }
+
+    /// As [`pause`](Self::pause), by an operator: leaves an [audit entry](crate::AuditEntry). Whether that changed
+    /// anything; `None` if there is no such subscription.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails; nothing is changed then.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves open whether it is stored.
+    pub async fn pause_as(&self, name: &str, by: impl Into<Option<&By>>) -> Result<Option<bool>, DbErr> {
+        self.change(name, "pause", self.sql().pause, by.into()).await
     }
 
     /// Goes on with the delivery of a subscription. False if there is no such subscription.
@@ -239,10 +258,45 @@ impl Outbox {
     /// # Errors
     ///
     /// If the database fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves open whether it is stored.
     pub async fn resume(&self, name: &str) -> Result<bool, DbErr> {
-        let resumed = self.execute(self.store(), self.sql().resume, [name.into()]).await? == 1;
-        self.wake_all_here();
-        Ok(resumed)
+        Ok(self.resume_as(name, None).await?.is_some())
+    }
+
+    /// As [`resume`](Self::resume), by an operator; see [`pause_as`](Self::pause_as).
+    ///
+    /// # Errors
+    ///
+    /// If the database fails; nothing is changed then.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves open whether it is stored.
+    pub async fn resume_as(&self, name: &str, by: impl Into<Option<&By>>) -> Result<Option<bool>, DbErr> {
+        self.change(name, "resume", self.sql().resume, by.into()).await
+    }
+
+    async fn change(
+        &self,
+        name: &str,
+        action: &'static str,
+        sql: &'static str,
+        by: Option<&By>,
+    ) -> Result<Option<bool>, DbErr> {
+        let tx = self.begin_write().await?;
+        let Some(row) = self.query_one(&tx, self.sql().subscription_by_name, [name.into()]).await? else {
+            return Ok(None);
+        };
+        let changed = self.execute(&tx, sql, [name.into()]).await? == 1;
+        if let Some(by) = by {
+            self.audit(&tx, by, action, name, &serde_json::json!({ "changed": u8::from(changed) })).await?;
+        }
+        tx.commit().await?;
+        self.wake(&[row.try_get("", "id")?]);
+        Ok(Some(changed))
     }
 
     /// Removes a subscription with its unfinished deliveries, its history and its dead letters; the events stay. False
@@ -252,7 +306,24 @@ impl Outbox {
     /// # Errors
     ///
     /// If the database fails; nothing is removed then.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves open whether it is removed.
     pub async fn remove(&self, name: &str) -> Result<bool, DbErr> {
+        self.remove_as(name, None).await
+    }
+
+    /// As [`remove`](Self::remove), by an operator: leaves an [audit entry](crate::AuditEntry).
+    ///
+    /// # Errors
+    ///
+    /// If the database fails; nothing is removed then.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves open whether it is removed.
+    pub async fn remove_as(&self, name: &str, by: impl Into<Option<&By>>) -> Result<bool, DbErr> {
         let tx = self.begin_write().await?;
         let Some(row) = self.query_one(&tx, self.sql().subscription_by_name, [name.into()]).await? else {
             return Ok(false);
@@ -262,6 +333,9 @@ impl Outbox {
             self.execute(&tx, statement, [id.into()]).await?;
         }
         self.execute(&tx, self.sql().bump_generation, []).await?;
+        if let Some(by) = by.into() {
+            self.audit(&tx, by, "remove", name, &serde_json::json!({})).await?;
+        }
         tx.commit().await?;
         Ok(true)
     }
@@ -269,5 +343,10 @@ impl Outbox {
     /// A transaction of the outbox' own. On SQLite it waits for the write lock first, so it never fails halfway.
     pub(crate) async fn begin_write(&self) -> Result<DatabaseTransaction, DbErr> {
         self.store().begin().await
+    }
+
+    /// A transaction that only reads, all of it as of one moment.
+    pub(crate) async fn begin_read(&self) -> Result<DatabaseTransaction, DbErr> {
+        self.store_reader().begin_read().await
     }
 }

@@ -12,6 +12,7 @@ use crate::{
     LaneReport, Outbox, Settled,
     flush::{self, Flushed},
     lanes,
+    metrics::Recorded,
     outcome::{self, CommitId, Outcome},
     tx::{Shared, State, Tx},
 };
@@ -260,6 +261,7 @@ async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) ->
         None if batch.events.is_empty() && report.is_none() => return Ok(Settled::Done),
         None => shared.writer.begin().await.map_err(CommitError::Begin)?,
     };
+    let recorded = Recorded::of(&batch);
     let written = write(outbox, &transaction, batch, report).await;
     let (woken, commit_id) = match written {
         Ok(Written::Done(woken, commit_id)) => (woken, commit_id),
@@ -280,6 +282,7 @@ async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) ->
             Outcome::Unknown => return Err(CommitError::Unknown(error)),
         }
     }
+    recorded.count();
     outbox.wake(&woken);
     Ok(Settled::Done)
 }

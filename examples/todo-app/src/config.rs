@@ -4,6 +4,7 @@ use std::{env, net::SocketAddr, num::NonZeroU64, str::FromStr, time::Duration};
 
 use outbox_apalis::{InvalidOption, InvalidRedis, Redis, Worker};
 use outbox_core::{InvalidPolicy, RetryPolicy};
+use outbox_seaorm::Retention;
 
 #[derive(Debug)]
 pub(crate) struct Config {
@@ -21,6 +22,7 @@ pub(crate) struct Config {
     backoff_base: Option<Duration>,
     backoff_max: Option<Duration>,
     concurrency: Option<usize>,
+    retention: Option<Duration>,
     pub(crate) grace: Duration,
 }
 
@@ -68,6 +70,7 @@ impl Config {
             backoff_base: milliseconds("OUTBOX_BACKOFF_BASE_MS")?,
             backoff_max: milliseconds("OUTBOX_BACKOFF_MAX_MS")?,
             concurrency: read("OUTBOX_CONCURRENCY", "a number from 1")?,
+            retention: read("OUTBOX_RETENTION_MS", "a number of milliseconds")?.map(Duration::from_millis),
             grace: milliseconds("OUTBOX_SHUTDOWN_GRACE_MS")?.unwrap_or(Duration::from_secs(10)),
         })
     }
@@ -93,6 +96,9 @@ impl Config {
         }
         if let Some(concurrency) = self.concurrency {
             worker = worker.concurrency(concurrency)?;
+        }
+        if let Some(retention) = self.retention {
+            worker = worker.retention(Retention::default().keep(retention));
         }
         Ok(worker.shutdown_grace(self.grace))
     }

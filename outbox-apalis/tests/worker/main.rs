@@ -12,6 +12,7 @@ mod lease;
 mod once;
 mod order;
 mod outage;
+mod retention;
 mod share;
 mod shutdown;
 mod start;

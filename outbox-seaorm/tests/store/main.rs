@@ -17,6 +17,7 @@ mod sqlite {
     mod connect;
     mod fixture;
     mod flush;
+    mod operate;
     mod random;
     mod register;
     mod savepoint;
@@ -39,6 +40,7 @@ mod postgres {
     mod connect;
     mod fixture;
     mod flush;
+    mod operate;
     mod random;
     mod register;
     mod savepoint;

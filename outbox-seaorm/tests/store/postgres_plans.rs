@@ -98,8 +98,7 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
         ("list leased", POSTGRES.list_unfinished, "1, true, 50, null", &[event]),
         ("list delivered", POSTGRES.list_delivered, "1, 50, null", &[delivered, event]),
         ("list dead", POSTGRES.list_dead, "1, 50, null", &[dead, event]),
-        ("an event", POSTGRES.position_of, uuid, &["using outbox_events_event_id_key on outbox_events"]),
-        ("events of a backfill", POSTGRES.events_from, "1000, 500", &[event]),
+        ("an event", POSTGRES.event_by_id, uuid, &["using outbox_events_event_id_key on outbox_events"]),
         ("positions of a backfill", POSTGRES.positions_known, "1, '[1,2,3]'", &[]),
         ("beginning", POSTGRES.first_position_since, "now()::text", &[]),
     ] {

@@ -4,6 +4,7 @@ use std::{env, net::SocketAddr, num::NonZeroU64, str::FromStr, time::Duration};
 
 use outbox_apalis::{InvalidOption, InvalidRedis, Redis, Worker};
 use outbox_core::{AfterDeadLetter, InvalidPolicy, RetryPolicy};
+use outbox_seaorm::Retention;
 
 /// The lease of a worker that was not told another.
 const DEFAULT_LEASE: Duration = Duration::from_secs(30);
@@ -17,7 +18,7 @@ pub(crate) struct Config {
     pub(crate) ops_token: (String, bool),
     pub(crate) redis: Option<Redis>,
     pub(crate) sink: Option<Sink>,
-    pub(crate) retention: Option<u64>,
+    retention: Option<Duration>,
     pub(crate) after_dead_letter: AfterDeadLetter,
     lease: Option<Duration>,
     poll: Option<Duration>,
@@ -67,7 +68,7 @@ impl Config {
             ops_token: text("OPS_TOKEN").map_or_else(|| (random_token(), true), |token| (token, false)),
             redis: text("REDIS_URL").map(|url| Redis::new(&url)).transpose()?,
             sink: sink()?,
-            retention: read("OUTBOX_RETENTION_MS", "a number of milliseconds")?,
+            retention: read("OUTBOX_RETENTION_MS", "a number of milliseconds")?.map(Duration::from_millis),
             after_dead_letter: after_dead_letter()?,
             lease: milliseconds("OUTBOX_LEASE_MS")?,
             poll: milliseconds("OUTBOX_POLL_MS")?,
@@ -102,6 +103,9 @@ impl Config {
         }
         if let Some(concurrency) = self.concurrency {
             worker = worker.concurrency(concurrency)?;
+        }
+        if let Some(retention) = self.retention {
+            worker = worker.retention(Retention::default().keep(retention));
         }
         Ok(worker.shutdown_grace(self.grace))
     }

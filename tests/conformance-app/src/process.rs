@@ -85,9 +85,6 @@ async fn run(command: Command) -> Result<(), Box<dyn Error>> {
         println!("the database is up to date");
         return Ok(());
     }
-    if config.retention.is_some() {
-        tracing::warn!("OUTBOX_RETENTION_MS is set, but this version keeps the whole history");
-    }
     let (serves, works) = (command != Command::Worker, command != Command::Serve);
     let http = if serves { Some(listen("HTTP_ADDR", config.http_addr).await?) } else { None };
     let ops = if works { Some(listen("OPS_ADDR", config.ops_addr).await?) } else { None };
