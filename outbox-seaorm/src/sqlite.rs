@@ -3,7 +3,7 @@
 //! A write transaction excludes all others, so nothing here needs row locks; what must be atomic is in one transaction.
 //! `strftime('%Y-%m-%dT%H:%M:%fZ', 'now', …)` is the database's clock in the tables' format.
 
-use crate::sql::{Flush, Sql};
+use crate::sql::{Flush, Settle, SettleSteps, Sql};
 
 pub(crate) static SQLITE: Sql = Sql {
     schema_version: "select schema_version from outbox_meta",
@@ -101,16 +101,11 @@ pub(crate) static SQLITE: Sql = Sql {
       join outbox_lanes l on l.subscription_id = r.value->>'subscription' and l.key = r.value->>'key'
        and l.lease_token = r.value->>'token' and l.leased_by is not null",
 
-    // The write transaction holds all locks there are.
-    lock_held: "
-    select r.key as report from json_each($1) r
-      join outbox_lanes l on l.subscription_id = r.value->>'subscription' and l.key = r.value->>'key'
-       and l.lease_token = r.value->>'token' and l.leased_by is not null",
-
     note_attempt: "
         update outbox_lanes set attempt_log = $4
          where subscription_id = $1 and key = $2 and lease_token = $3 and leased_by is not null",
 
+    settle: Settle::InSteps(SettleSteps {
     delete_deliveries: "
     delete from outbox_deliveries
      where (subscription_id, key, position) in (
@@ -159,6 +154,7 @@ pub(crate) static SQLITE: Sql = Sql {
     delete from outbox_lanes
      where pending <= 0 and held_at is null
        and (subscription_id, key) in (select value->>'subscription', value->>'key' from json_each($1))",
+    }),
 
     take_over: "
     update outbox_lanes
