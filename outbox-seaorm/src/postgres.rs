@@ -133,7 +133,7 @@ pub(crate) static POSTGRES: Sql = Sql {
          cross join lateral (
                select key, position, due_at from outbox_deliveries
                 where subscription_id = $1 and key = lane.key order by position limit $3) d
-          left join outbox_events e on e.position = d.position
+          left join lateral (select * from outbox_events e where e.position = d.position offset 0) e on true
          order by d.position"
     ),
 
@@ -141,8 +141,10 @@ pub(crate) static POSTGRES: Sql = Sql {
         select (r.ordinality - 1)::bigint as report
           from rows from (jsonb_to_recordset($1::text::jsonb) as (subscription integer, key text, token bigint))
                with ordinality as r(subscription, key, token, ordinality)
-          join outbox_lanes l on l.subscription_id = r.subscription and l.key = r.key
-           and l.lease_token = r.token and l.leased_by is not null",
+         cross join lateral (
+               select from outbox_lanes l
+                where l.subscription_id = r.subscription and l.key = r.key
+                  and l.lease_token = r.token and l.leased_by is not null offset 0) l",
 
     note_attempt: "
         update outbox_lanes set attempt_log = $4::text::jsonb
@@ -242,28 +244,36 @@ pub(crate) static POSTGRES: Sql = Sql {
            and l.attempts = 0 and l.last_error is null",
 
     take_over: "
+        with held as materialized (
+                select l.subscription_id, l.key
+                  from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, token bigint)
+                 cross join lateral (
+                       select l.subscription_id, l.key from outbox_lanes l
+                        where l.subscription_id = r.subscription and l.key = r.key
+                          and l.lease_token = r.token and l.leased_by is not null
+                          for update skip locked) l)
         update outbox_lanes l
            set attempts = attempts + 1, lease_token = lease_token + 1, leased_by = $3,
                due_at = clock_timestamp() + $2 * interval '1 second'
-         where (l.subscription_id, l.key) in (
-                 select l.subscription_id, l.key
-                   from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, token bigint)
-                   join outbox_lanes l on l.subscription_id = r.subscription and l.key = r.key
-                    and l.lease_token = r.token and l.leased_by is not null
-                  order by l.subscription_id, l.key
-                    for update of l skip locked)
+          from held
+         where l.subscription_id = held.subscription_id and l.key = held.key
+           and l.key = any (array(select key from held))
         returning l.subscription_id, l.key, l.lease_token, l.attempts, l.attempt_log::text as attempt_log",
 
     renew: "
+        with held as materialized (
+                select l.subscription_id, l.key
+                  from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, token bigint)
+                 cross join lateral (
+                       select l.subscription_id, l.key from outbox_lanes l
+                        where l.subscription_id = r.subscription and l.key = r.key
+                          and l.lease_token = r.token and l.leased_by is not null
+                          for update skip locked) l)
         update outbox_lanes l
            set due_at = clock_timestamp() + $2 * interval '1 second'
-         where (l.subscription_id, l.key) in (
-                 select l.subscription_id, l.key
-                   from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, token bigint)
-                   join outbox_lanes l on l.subscription_id = r.subscription and l.key = r.key
-                    and l.lease_token = r.token and l.leased_by is not null
-                  order by l.subscription_id, l.key
-                    for update of l skip locked)
+          from held
+         where l.subscription_id = held.subscription_id and l.key = held.key
+           and l.key = any (array(select key from held))
         returning l.subscription_id, l.key, l.lease_token",
 
     subscription_by_name: "
