@@ -1,26 +1,31 @@
-//! `cargo run --release -p benches -- drain`: each measurement beside its baseline, in the same run and interleaved,
-//! because only the ratio of two figures from the same minute means anything.
+//! `cargo run --release -p benches -- write`: each figure beside its baseline, in the same run and interleaved, because
+//! only the ratio of two figures from the same minute means anything. docs/performance.md has the goals and what came
+//! of them.
 
-use std::{
-    error::Error,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::{Duration, Instant},
-};
+mod backlog;
+mod bad_day;
+mod bare;
+mod child;
+mod database;
+mod drain;
+mod events;
+mod http;
+mod idle;
+mod latency;
+mod measure;
+mod ordered;
+mod shop;
+mod sink;
+mod write;
 
 use clap::{Parser, Subcommand};
-use outbox_apalis::Worker;
-use outbox_core::{Context, Delivery, DeliveryError, NewEvent, Publisher, Subscription};
-use outbox_seaorm::{Finished, LaneReport, Next, Outbox};
-use sea_orm_migration::{MigrationTrait, MigratorTrait};
-use serde_json::json;
-use tempfile::TempDir;
-use tokio::sync::Notify;
+use tokio::sync::OnceCell;
+use tracing_subscriber::EnvFilter;
 
-const SUBSCRIPTION: &str = "sink";
-const LEASE: Duration = Duration::from_secs(60);
+use crate::{
+    database::Server,
+    measure::{Result, report},
+};
 
 /// Measures the outbox.
 #[derive(Parser)]
@@ -28,135 +33,79 @@ struct Cli {
     /// How often each side is measured.
     #[arg(long, global = true, default_value_t = 5)]
     rounds: usize,
-    /// Prints one JSON object for each scenario instead of a table.
+    /// A share of the usual sizes and times, for a quick look.
+    #[arg(long, global = true, default_value_t = 1.0)]
+    scale: f64,
+    /// A PostgreSQL server where databases may be created; a private one is started otherwise.
+    #[arg(long, global = true)]
+    database_url: Option<String>,
+    /// Prints one JSON object for each goal instead of a table.
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
     scenario: Scenario,
 }
 
-#[derive(Clone, Copy, Subcommand)]
+#[derive(Subcommand)]
 enum Scenario {
-    /// From a backlog to delivered, with a destination that does nothing, on SQLite: the worker with its defaults
-    /// beside a loop that only claims and settles batches of 100.
-    Drain {
-        /// How many events wait, each of its own aggregate.
-        #[arg(long, default_value_t = 2000)]
-        events: usize,
-    },
+    /// Requests with events, against a handler that writes its outbox by hand: W1, W2, W3; S1 on SQLite.
+    Write,
+    /// A backlog through the worker, against bare SQL: D1, D1b, D2.
+    Drain,
+    /// Commit to delivery: L1, L2.
+    Latency,
+    /// Large backlogs, a large history, an old snapshot: B1 to B4.
+    Backlog,
+    /// One hot key: D3.
+    Ordered,
+    /// A worker with nothing to do, and one with much: I1, M1.
+    Idle,
+    /// Failures, a slow destination, a crash of the server.
+    BadDay,
+    /// The worker process of other scenarios.
+    #[command(hide = true)]
+    Worker(child::Options),
 }
 
-struct Migrator;
+/// What all scenarios share.
+struct Setup {
+    rounds: usize,
+    scale: f64,
+    url: Option<String>,
+    server: OnceCell<Server>,
+}
 
-impl MigratorTrait for Migrator {
-    fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        outbox_migrations::all()
+impl Setup {
+    fn scaled(&self, size: usize) -> usize {
+        // Whole tenths, for the scenarios that compare them.
+        ((size as f64 * self.scale / 10.0).round() as usize * 10).max(10)
+    }
+
+    async fn server(&self) -> Result<&Server> {
+        self.server.get_or_try_init(|| Server::start(self.url.as_deref())).await
     }
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn Error>> {
+async fn main() -> Result<()> {
     let cli = Cli::parse();
-    let Scenario::Drain { events } = cli.scenario;
-    let mut pairs = Vec::with_capacity(cli.rounds);
-    for round in 1..=cli.rounds.max(1) {
-        let (_directory, outbox) = backlog(events).await?;
-        let baseline = rate(events, bare_loop(&outbox, events).await?);
-        let (_directory, outbox) = backlog(events).await?;
-        let ours = rate(events, worker(&outbox, events).await?);
-        eprintln!("round {round} of {}: {ours:.0}/s beside {baseline:.0}/s", cli.rounds);
-        pairs.push((ours, baseline));
-    }
-    report(&cli, &pairs);
-    Ok(())
-}
-
-/// A database with this many events waiting.
-async fn backlog(events: usize) -> Result<(TempDir, Outbox), Box<dyn Error>> {
-    let directory = tempfile::tempdir()?;
-    let outbox = Outbox::connect(&format!("sqlite://{}/bench.db?mode=rwc", directory.path().display()), 2).await?;
-    outbox_migrations::up::<Migrator>(outbox.writer()).await?;
-    outbox.register(&Subscription::new(SUBSCRIPTION)?).await?;
-    let unit = outbox.begin(Context::default());
-    for n in 0..events {
-        let payload = json!({ "n": n, "text": "x".repeat(150) });
-        unit.events().push(NewEvent::dynamic("bench.happened", "bench", n.to_string(), &payload)?)?;
-    }
-    unit.commit().await?;
-    Ok((directory, outbox))
-}
-
-async fn bare_loop(outbox: &Outbox, events: usize) -> Result<Duration, Box<dyn Error>> {
-    let subscription = outbox.register(&Subscription::new(SUBSCRIPTION)?).await?;
-    let started = Instant::now();
-    let mut delivered = 0;
-    while delivered < events {
-        let lanes = outbox.claim(subscription, "bare", 100, 100, LEASE).await?.lanes;
-        let reports: Vec<LaneReport> = lanes
-            .into_iter()
-            .map(|lane| {
-                let finished = lane.run.iter().map(|event| event.position);
-                let finished = finished.map(|position| Finished { position, attempts: 1, log: None, error: None });
-                LaneReport { lane: lane.lane, finished: finished.collect(), next: Next::Yield }
-            })
-            .collect();
-        delivered += reports.iter().map(|report| report.finished.len()).sum::<usize>();
-        outbox.settle(&reports).await?;
-    }
-    Ok(started.elapsed())
-}
-
-#[derive(Clone, Default)]
-struct Nothing {
-    delivered: Arc<AtomicUsize>,
-    expected: usize,
-    done: Arc<Notify>,
-}
-
-impl Publisher for Nothing {
-    async fn publish(&self, _: &Delivery) -> Result<(), DeliveryError> {
-        if self.delivered.fetch_add(1, Ordering::Relaxed) + 1 == self.expected {
-            self.done.notify_one();
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error,apalis=off")))
+        .with_writer(std::io::stderr)
+        .init();
+    let setup = Setup { rounds: cli.rounds.max(1), scale: cli.scale, url: cli.database_url, server: OnceCell::new() };
+    let (name, measured) = match &cli.scenario {
+        Scenario::Write => ("write", write::run(&setup).await?),
+        Scenario::Drain => ("drain", drain::run(&setup).await?),
+        Scenario::Latency => ("latency", latency::run(&setup).await?),
+        Scenario::Backlog => ("backlog", backlog::run(&setup).await?),
+        Scenario::Ordered => ("ordered", ordered::run(&setup).await?),
+        Scenario::Idle => ("idle", idle::run(&setup).await?),
+        Scenario::BadDay => ("bad-day", bad_day::run(&setup).await?),
+        Scenario::Worker(options) => {
+            return child::run(setup.url.as_deref().unwrap_or_default(), options).await;
         }
-        Ok(())
-    }
-}
-
-async fn worker(outbox: &Outbox, events: usize) -> Result<Duration, Box<dyn Error>> {
-    let destination = Nothing { expected: events, ..Nothing::default() };
-    let done = destination.done.clone();
-    let worker = Worker::new(outbox.clone()).publisher(Subscription::new(SUBSCRIPTION)?, destination).start().await?;
-    let started = Instant::now();
-    // Ends when everything is also acknowledged.
-    worker.run_until(async move { done.notified().await }).await;
-    Ok(started.elapsed())
-}
-
-fn rate(events: usize, took: Duration) -> f64 {
-    events as f64 / took.as_secs_f64()
-}
-
-fn report(cli: &Cli, pairs: &[(f64, f64)]) {
-    let median = |values: &mut Vec<f64>| {
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
     };
-    let mut ratios: Vec<f64> = pairs.iter().map(|(ours, baseline)| ours / baseline).collect();
-    let ratio = median(&mut ratios);
-    let ours = median(&mut pairs.iter().map(|pair| pair.0).collect());
-    let baseline = median(&mut pairs.iter().map(|pair| pair.1).collect());
-    let (min, max) = (ratios[0], ratios[ratios.len() - 1]);
-    if cli.json {
-        let line = json!({
-            "scenario": "drain", "goal": null, "ours": ours, "baseline": baseline, "ratio": ratio, "ratio_min": min,
-            "ratio_max": max, "rounds": pairs.len(), "unit": "events/s",
-        });
-        println!("{line}");
-    } else {
-        println!("scenario  ours        baseline    ratio (min-max)");
-        println!(
-            "drain     {ours:<7.0}/s   {baseline:<7.0}/s   {ratio:.2} ({min:.2}-{max:.2}), {} rounds",
-            pairs.len()
-        );
-    }
+    report(name, &measured, cli.json);
+    Ok(())
 }

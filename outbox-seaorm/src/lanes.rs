@@ -4,13 +4,14 @@ use std::{
 };
 
 use outbox_core::RecordedEvent;
-use sea_orm::{DatabaseTransaction, DbBackend, DbErr};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Outbox,
     deliveries::recorded,
     flush::{json, seconds},
+    sql::{Settle, SettleSteps},
 };
 
 /// When to try again what a probe could not even begin.
@@ -142,6 +143,16 @@ pub enum Settled {
 struct FinishedRow<'a> {
     subscription: i32,
     key: &'a str,
+    position: i64,
+    attempts: u32,
+    log: Option<&'a str>,
+    error: Option<&'a str>,
+}
+
+/// A finished delivery and the index of its lease.
+#[derive(Serialize)]
+struct LeasedRow<'a> {
+    lease: usize,
     position: i64,
     attempts: u32,
     log: Option<&'a str>,
@@ -390,6 +401,9 @@ impl Outbox {
     ///
     /// Dropping the future leaves open whether the reports are stored. Run it in a task of its own.
     pub async fn settle(&self, reports: &[LaneReport]) -> Result<Vec<Settled>, DbErr> {
+        if let Settle::AtOnce(sql) = self.sql().settle {
+            return settle_at_once(self, self.store(), reports, sql).await;
+        }
         let tx = self.begin_write().await?;
         let settled = settle_in(self, &tx, reports).await?;
         tx.commit().await?;
@@ -501,19 +515,61 @@ pub(crate) async fn settle_in(
     tx: &DatabaseTransaction,
     reports: &[LaneReport],
 ) -> Result<Vec<Settled>, DbErr> {
+    match &outbox.sql().settle {
+        Settle::AtOnce(sql) => settle_at_once(outbox, tx, reports, sql).await,
+        Settle::InSteps(steps) => settle_in_steps(outbox, tx, reports, steps).await,
+    }
+}
+
+async fn settle_at_once(
+    outbox: &Outbox,
+    db: &impl ConnectionTrait,
+    reports: &[LaneReport],
+    sql: &'static str,
+) -> Result<Vec<Settled>, DbErr> {
+    let mut leases: Vec<LaneRow<'_>> = Vec::with_capacity(reports.len());
+    let mut indexes: HashMap<&LaneRef, usize> = HashMap::with_capacity(reports.len());
+    let mut finished = Vec::with_capacity(reports.len());
+    let mut lease_of = Vec::with_capacity(reports.len());
+    for report in reports {
+        let index = *indexes.entry(&report.lane).or_insert(leases.len());
+        // A lane advances once, to where its last report says, however many there are of it.
+        match leases.get_mut(index) {
+            Some(lease) => *lease = LaneRow::from(report),
+            None => leases.push(LaneRow::from(report)),
+        }
+        lease_of.push(index);
+        finished.extend(report.finished.iter().map(|delivery| LeasedRow {
+            lease: index,
+            position: delivery.position,
+            attempts: delivery.attempts,
+            log: delivery.log.as_deref(),
+            error: delivery.error.as_deref(),
+        }));
+    }
+    let mut settled = vec![Settled::Superseded; leases.len()];
+    for row in outbox.query_all(db, sql, [json(&leases)?.into(), json(&finished)?.into()]).await? {
+        let lease: i64 = row.try_get("", "lease")?;
+        if let Some(settled) = usize::try_from(lease).ok().and_then(|lease| settled.get_mut(lease)) {
+            *settled = if row.try_get("", "done")? { Settled::Done } else { Settled::Busy };
+        }
+    }
+    Ok(lease_of.into_iter().map(|lease| settled[lease]).collect())
+}
+
+/// Where nobody else can write while this does: what is held is as good as locked.
+async fn settle_in_steps(
+    outbox: &Outbox,
+    tx: &DatabaseTransaction,
+    reports: &[LaneReport],
+    steps: &SettleSteps,
+) -> Result<Vec<Settled>, DbErr> {
     let lanes: Vec<LaneRow<'_>> = reports.iter().map(LaneRow::from).collect();
     let mut settled = vec![Settled::Superseded; reports.len()];
-    let lane_rows = json(&lanes)?;
-    for (sql, found) in [(outbox.sql().held, Settled::Busy), (outbox.sql().lock_held, Settled::Done)] {
-        // Where nobody else can write, what is held is locked.
-        if outbox.backend() == DbBackend::Sqlite && found == Settled::Busy {
-            continue;
-        }
-        for row in outbox.query_all(tx, sql, [lane_rows.as_str().into()]).await? {
-            let report: i64 = row.try_get("", "report")?;
-            if let Some(settled) = usize::try_from(report).ok().and_then(|report| settled.get_mut(report)) {
-                *settled = found;
-            }
+    for row in outbox.query_all(tx, outbox.sql().held, [json(&lanes)?.into()]).await? {
+        let report: i64 = row.try_get("", "report")?;
+        if let Some(settled) = usize::try_from(report).ok().and_then(|report| settled.get_mut(report)) {
+            *settled = Settled::Done;
         }
     }
     let held = |index: &usize| settled[*index] == Settled::Done;
@@ -531,7 +587,7 @@ pub(crate) async fn settle_in(
             })
         })
         .collect();
-    let moved = finish(outbox, tx, finished).await?;
+    let moved = finish(outbox, tx, finished, steps).await?;
     // A lane advances once, to where its last report says, however many there are of it.
     let mut advanced: HashMap<(i32, &str), LaneRow<'_>> = HashMap::with_capacity(lanes.len());
     for (_, lane) in lanes.into_iter().enumerate().filter(|(index, _)| held(index)) {
@@ -544,7 +600,7 @@ pub(crate) async fn settle_in(
     }
     if !advanced.is_empty() {
         let advanced = json(&advanced.values().collect::<Vec<_>>())?;
-        outbox.execute(tx, outbox.sql().advance_lanes, [advanced.as_str().into()]).await?;
+        outbox.execute(tx, steps.advance_lanes, [advanced.as_str().into()]).await?;
         outbox.execute(tx, outbox.sql().delete_empty_lanes, [advanced.into()]).await?;
     }
     Ok(settled)
@@ -556,11 +612,12 @@ async fn finish(
     outbox: &Outbox,
     tx: &DatabaseTransaction,
     mut finished: Vec<FinishedRow<'_>>,
+    steps: &SettleSteps,
 ) -> Result<Vec<(i32, String)>, DbErr> {
     if finished.is_empty() {
         return Ok(Vec::new());
     }
-    let deleted = outbox.query_all(tx, outbox.sql().delete_deliveries, [json(&finished)?.into()]).await?;
+    let deleted = outbox.query_all(tx, steps.delete_deliveries, [json(&finished)?.into()]).await?;
     let gone = deleted
         .iter()
         .map(|row| Ok((row.try_get("", "subscription_id")?, row.try_get("", "position")?)))
@@ -568,9 +625,9 @@ async fn finish(
     finished.retain(|delivery| gone.contains(&(delivery.subscription, delivery.position)));
     let dead = finished.iter().any(|delivery| delivery.error.is_some());
     let finished = json(&finished)?;
-    outbox.execute(tx, outbox.sql().insert_delivered, [finished.as_str().into()]).await?;
+    outbox.execute(tx, steps.insert_delivered, [finished.as_str().into()]).await?;
     if dead {
-        outbox.execute(tx, outbox.sql().insert_dead_letters, [finished.into()]).await?;
+        outbox.execute(tx, steps.insert_dead_letters, [finished.into()]).await?;
     }
     deleted.iter().map(|row| Ok((row.try_get("", "subscription_id")?, row.try_get("", "key")?))).collect()
 }

@@ -8,7 +8,7 @@
 //! with SKIP LOCKED: they never wait for a commit, no commit waits for them, and no request is the victim of a
 //! deadlock.
 
-use crate::sql::{Flush, ListEvents, Sql};
+use crate::sql::{Flush, ListEvents, Settle, Sql};
 
 /// The columns of the events `e` as the store reads them: JSON as text.
 macro_rules! event_columns {
@@ -185,7 +185,7 @@ pub(crate) static POSTGRES: Sql = Sql {
          cross join lateral (
                select key, position, due_at from outbox_deliveries
                 where subscription_id = $1 and key = lane.key order by position limit $3) d
-          left join outbox_events e on e.position = d.position
+          left join lateral (select * from outbox_events e where e.position = d.position offset 0) e on true
          order by d.position"
     ),
 
@@ -193,71 +193,100 @@ pub(crate) static POSTGRES: Sql = Sql {
         select (r.ordinality - 1)::bigint as report
           from rows from (jsonb_to_recordset($1::text::jsonb) as (subscription integer, key text, token bigint))
                with ordinality as r(subscription, key, token, ordinality)
-          join outbox_lanes l on l.subscription_id = r.subscription and l.key = r.key
-           and l.lease_token = r.token and l.leased_by is not null",
-
-    lock_held: "
-        select (r.ordinality - 1)::bigint as report
-          from rows from (jsonb_to_recordset($1::text::jsonb) as (subscription integer, key text, token bigint))
-               with ordinality as r(subscription, key, token, ordinality)
-          join outbox_lanes l on l.subscription_id = r.subscription and l.key = r.key
-           and l.lease_token = r.token and l.leased_by is not null
-         order by l.subscription_id, l.key
-           for update of l skip locked",
+         cross join lateral (
+               select from outbox_lanes l
+                where l.subscription_id = r.subscription and l.key = r.key
+                  and l.lease_token = r.token and l.leased_by is not null offset 0) l",
 
     note_attempt: "
         update outbox_lanes set attempt_log = $4::text::jsonb
          where subscription_id = $1 and key = $2 and lease_token = $3 and leased_by is not null",
 
-    delete_deliveries: "
-        delete from outbox_deliveries d
-         using jsonb_to_recordset($1::text::jsonb) as f(subscription integer, key text, position bigint)
-         where d.subscription_id = f.subscription and d.key = f.key and d.position = f.position
-        returning d.subscription_id, d.key, d.position",
-
-    insert_delivered: "
-        insert into outbox_delivered (subscription_id, position, attempts, attempt_log, delivered_at)
-        select subscription, position, attempts, log::jsonb, clock_timestamp()
-          from jsonb_to_recordset($1::text::jsonb) as f(
-                 subscription integer, position bigint, attempts integer, log text, error text)
-         where error is null
-        on conflict (subscription_id, position) do update
-           set attempts = excluded.attempts, attempt_log = excluded.attempt_log, delivered_at = excluded.delivered_at",
-
-    insert_dead_letters: "
-        insert into outbox_dead_letters (subscription_id, position, key, attempts, error, attempt_log, died_at)
-        select subscription, position, key, attempts, error, log::jsonb, clock_timestamp()
-          from jsonb_to_recordset($1::text::jsonb) as f(
-                 subscription integer, position bigint, key text, attempts integer, log text, error text)
-         where error is not null
-        on conflict (subscription_id, position) do update
-           set attempts = excluded.attempts, error = excluded.error, attempt_log = excluded.attempt_log,
-               died_at = excluded.died_at",
-
-    advance_lanes: "
-        update outbox_lanes l
-           set pending = l.pending - r.finished,
-               attempts = r.attempts,
-               leased_by = case r.next when 'keep' then l.leased_by end,
-               due_at = case r.next
-                   when 'keep' then l.due_at
-                   when 'retry' then clock_timestamp() + r.wait * interval '1 second'
-                   when 'hold' then 'infinity'
-                   else coalesce((select d.due_at from outbox_deliveries d
-                                   where d.subscription_id = r.subscription and d.key = r.key
-                                   order by position limit 1), clock_timestamp()) end,
-               last_error = case r.next when 'release' then l.last_error else r.error end,
-               attempt_log = r.log::jsonb,
-               held_at = r.held_at
-          from jsonb_to_recordset($1::text::jsonb) as r(
-                 subscription integer, key text, finished integer, attempts integer, next text, wait float8,
-                 error text, log text, held_at bigint)
-         where l.subscription_id = r.subscription and l.key = r.key",
-
-    delete_empty_lanes: "
-        delete from outbox_lanes l
-         using jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text)
-         where l.subscription_id = r.subscription and l.key = r.key and l.pending <= 0 and l.held_at is null",
+    // One round trip. Everything depends on `held`, so the lanes are locked before anything of them changes, and `pending`
+    // is that of the locked row. What the statement reads besides is from before the locks: a delivery that a commit has
+    // added in between is counted in `pending`, and if it is not seen as the lane's next one, the lane is due at once. The
+    // sub-selects hold the planner to the primary keys: as plain joins it compares every lease with every lane.
+    settle: Settle::AtOnce(
+        "with lease as materialized (
+                select r.*, r.ordinality - 1 as n
+                  from rows from (jsonb_to_recordset($1::text::jsonb) as (
+                         subscription integer, key text, token bigint, next text, attempts integer, wait float8,
+                         error text, log text, held_at bigint)) with ordinality as r),
+              leased as materialized (
+                select lease.n
+                  from lease cross join lateral (
+                       select from outbox_lanes l
+                        where l.subscription_id = lease.subscription and l.key = lease.key
+                          and l.lease_token = lease.token and l.leased_by is not null offset 0) l),
+              held as materialized (
+                select lease.*, l.pending
+                  from lease cross join lateral (
+                       select pending from outbox_lanes l
+                        where l.subscription_id = lease.subscription and l.key = lease.key
+                          and l.lease_token = lease.token and l.leased_by is not null
+                          for update skip locked) l),
+              finished as materialized (
+                select f.*, held.subscription, held.key, d.ctid as place
+                  from jsonb_to_recordset($2::text::jsonb) as f(
+                         lease bigint, position bigint, attempts integer, log text, error text)
+                  join held on held.n = f.lease
+                 cross join lateral (
+                       select ctid from outbox_deliveries d
+                        where d.subscription_id = held.subscription and d.key = held.key and d.position = f.position
+                       offset 0) d),
+              moved as (
+                delete from outbox_deliveries d using finished f where d.ctid = f.place
+                returning f.lease, f.subscription, f.key, f.position, f.attempts, f.log, f.error),
+              delivered as (
+                insert into outbox_delivered (subscription_id, position, attempts, attempt_log, delivered_at)
+                select subscription, position, attempts, log::jsonb, clock_timestamp() from moved where error is null
+                on conflict (subscription_id, position) do update
+                   set attempts = excluded.attempts, attempt_log = excluded.attempt_log,
+                       delivered_at = excluded.delivered_at),
+              dead as (
+                insert into outbox_dead_letters (subscription_id, position, key, attempts, error, attempt_log, died_at)
+                select subscription, position, key, attempts, error, log::jsonb, clock_timestamp()
+                  from moved where error is not null
+                on conflict (subscription_id, position) do update
+                   set attempts = excluded.attempts, error = excluded.error, attempt_log = excluded.attempt_log,
+                       died_at = excluded.died_at),
+              ended as materialized (
+                select held.*, coalesce(m.number, 0) as moved, coalesce(m.last, 0) as last,
+                       held.pending <= coalesce(m.number, 0) and held.held_at is null as empty
+                  from held
+                  left join (select lease, count(*) as number, max(position) as last from moved group by lease) m
+                    on m.lease = held.n),
+              emptied as (
+                delete from outbox_lanes l using ended
+                 where ended.empty and l.subscription_id = ended.subscription and l.key = ended.key
+                   and l.key = any (array(select key from ended where empty))),
+              advanced as (
+                update outbox_lanes l
+                   set pending = l.pending - ended.moved,
+                       attempts = ended.attempts,
+                       leased_by = case ended.next when 'keep' then l.leased_by end,
+                       due_at = case ended.next
+                           when 'keep' then l.due_at
+                           when 'retry' then clock_timestamp() + ended.wait * interval '1 second'
+                           when 'hold' then 'infinity'
+                           else coalesce(
+                               -- Unless one came late before those that are over: the claim finds out when it is due.
+                               case when ended.moved = (
+                                    select count(*) from outbox_deliveries d
+                                     where d.subscription_id = ended.subscription and d.key = ended.key
+                                       and d.position <= ended.last)
+                               then (select d.due_at from outbox_deliveries d
+                                      where d.subscription_id = ended.subscription and d.key = ended.key
+                                        and d.position > ended.last order by position limit 1) end,
+                               clock_timestamp()) end,
+                       last_error = case ended.next when 'release' then l.last_error else ended.error end,
+                       attempt_log = ended.log::jsonb,
+                       held_at = ended.held_at
+                  from ended
+                 where not ended.empty and l.subscription_id = ended.subscription and l.key = ended.key
+                   and l.key = any (array(select key from ended where not empty)))
+         select leased.n::bigint as lease, held.n is not null as done from leased left join held on held.n = leased.n",
+    ),
 
     due_with_head: "
         update outbox_lanes l
@@ -267,28 +296,36 @@ pub(crate) static POSTGRES: Sql = Sql {
            and l.attempts = 0 and l.last_error is null",
 
     take_over: "
+        with held as materialized (
+                select l.subscription_id, l.key
+                  from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, token bigint)
+                 cross join lateral (
+                       select l.subscription_id, l.key from outbox_lanes l
+                        where l.subscription_id = r.subscription and l.key = r.key
+                          and l.lease_token = r.token and l.leased_by is not null
+                          for update skip locked) l)
         update outbox_lanes l
            set attempts = attempts + 1, lease_token = lease_token + 1, leased_by = $3,
                due_at = clock_timestamp() + $2 * interval '1 second'
-         where (l.subscription_id, l.key) in (
-                 select l.subscription_id, l.key
-                   from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, token bigint)
-                   join outbox_lanes l on l.subscription_id = r.subscription and l.key = r.key
-                    and l.lease_token = r.token and l.leased_by is not null
-                  order by l.subscription_id, l.key
-                    for update of l skip locked)
+          from held
+         where l.subscription_id = held.subscription_id and l.key = held.key
+           and l.key = any (array(select key from held))
         returning l.subscription_id, l.key, l.lease_token, l.attempts, l.attempt_log::text as attempt_log",
 
     renew: "
+        with held as materialized (
+                select l.subscription_id, l.key
+                  from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, token bigint)
+                 cross join lateral (
+                       select l.subscription_id, l.key from outbox_lanes l
+                        where l.subscription_id = r.subscription and l.key = r.key
+                          and l.lease_token = r.token and l.leased_by is not null
+                          for update skip locked) l)
         update outbox_lanes l
            set due_at = clock_timestamp() + $2 * interval '1 second'
-         where (l.subscription_id, l.key) in (
-                 select l.subscription_id, l.key
-                   from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, token bigint)
-                   join outbox_lanes l on l.subscription_id = r.subscription and l.key = r.key
-                    and l.lease_token = r.token and l.leased_by is not null
-                  order by l.subscription_id, l.key
-                    for update of l skip locked)
+          from held
+         where l.subscription_id = held.subscription_id and l.key = held.key
+           and l.key = any (array(select key from held))
         returning l.subscription_id, l.key, l.lease_token",
 
     subscription_by_name: "
@@ -500,6 +537,11 @@ pub(crate) static POSTGRES: Sql = Sql {
          where (subscription_id, key) in (
                  select subscription, key from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text))
          order by subscription_id, key for update",
+
+    delete_empty_lanes: "
+        delete from outbox_lanes l
+         using jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text)
+         where l.subscription_id = r.subscription and l.key = r.key and l.pending <= 0 and l.held_at is null",
 
     release_lanes: "
         update outbox_lanes l

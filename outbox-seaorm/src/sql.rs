@@ -23,6 +23,32 @@ pub(crate) struct ListEvents {
     pub(crate) of_all: &'static str,
 }
 
+/// How a database stores reports.
+#[derive(Debug)]
+pub(crate) enum Settle {
+    /// In one round trip. $1 leases, each with what comes next in its lane; $2 finished deliveries, each with the index of
+    /// its lease. Returns the index of each lease that is held, and `done`: false if a commit holds the lane at this
+    /// moment. A delivery that is gone already is not moved and not subtracted from its lane.
+    AtOnce(&'static str),
+    /// Statement by statement, where a statement costs no round trip.
+    InSteps(SettleSteps),
+}
+
+#[derive(Debug)]
+pub(crate) struct SettleSteps {
+    /// $1 finished deliveries. Returns those that were still there: a report that is stored twice counts once.
+    pub(crate) delete_deliveries: &'static str,
+
+    /// $1 finished deliveries. A replayed delivery replaces its history.
+    pub(crate) insert_delivered: &'static str,
+
+    /// $1 finished deliveries.
+    pub(crate) insert_dead_letters: &'static str,
+
+    /// $1 reports of lanes that are held.
+    pub(crate) advance_lanes: &'static str,
+}
+
 /// The statements of one database.
 #[derive(Debug)]
 pub(crate) struct Sql {
@@ -74,27 +100,12 @@ pub(crate) struct Sql {
     /// $1 reports. The lanes whose lease is still held: neither taken over nor ended by its holder.
     pub(crate) held: &'static str,
 
-    /// As `held`, and locks the rows; lanes that a commit holds at this moment are left out.
-    pub(crate) lock_held: &'static str,
-
     /// $1 subscription, $2 key, $3 token, $4 log: of a lane whose lease is held.
     pub(crate) note_attempt: &'static str,
 
-    /// $1 finished deliveries. Returns those that were still there: a report that is stored twice counts once.
-    pub(crate) delete_deliveries: &'static str,
-
-    /// $1 finished deliveries. A replayed delivery replaces its history.
-    pub(crate) insert_delivered: &'static str,
-
-    /// $1 finished deliveries.
-    pub(crate) insert_dead_letters: &'static str,
-
-    /// $1 reports of lanes that are held. After `keep` the lease goes on; after `retry` the head waits; after `yield` and
-    /// `release` the lane is due with its next delivery; after `hold` it is not due until an operator decides.
-    pub(crate) advance_lanes: &'static str,
-
-    /// $1 reports of lanes that are held.
-    pub(crate) delete_empty_lanes: &'static str,
+    /// After `keep` the lease goes on; after `retry` the head waits; after `yield` and `release` the lane is due with its
+    /// next delivery; after `hold` it is not due until an operator decides. A lane without deliveries is deleted.
+    pub(crate) settle: Settle,
 
     /// $1 lanes, $2 lease, $3 worker. Hands leases over with a new token and counts the attempt. Returns the lanes whose
     /// lease was still held.
@@ -204,6 +215,9 @@ pub(crate) struct Sql {
 
     /// $1 deliveries: lanes that one of them held up are due with what comes next.
     pub(crate) release_lanes: &'static str,
+
+    /// $1 lanes. Deletes those that have nothing left and are not held.
+    pub(crate) delete_empty_lanes: &'static str,
 
     /// $1 deliveries: where one of them is the head now, attempts start again, at once. Leases are left alone.
     pub(crate) restart_lanes: &'static str,

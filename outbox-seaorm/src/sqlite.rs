@@ -3,7 +3,7 @@
 //! A write transaction excludes all others, so nothing here needs row locks; what must be atomic is in one transaction.
 //! `strftime('%Y-%m-%dT%H:%M:%fZ', 'now', …)` is the database's clock in the tables' format.
 
-use crate::sql::{Flush, ListEvents, Sql};
+use crate::sql::{Flush, ListEvents, Settle, SettleSteps, Sql};
 
 macro_rules! list_events {
     ($of:literal) => {
@@ -151,16 +151,11 @@ pub(crate) static SQLITE: Sql = Sql {
       join outbox_lanes l on l.subscription_id = r.value->>'subscription' and l.key = r.value->>'key'
        and l.lease_token = r.value->>'token' and l.leased_by is not null",
 
-    // The write transaction holds all locks there are.
-    lock_held: "
-    select r.key as report from json_each($1) r
-      join outbox_lanes l on l.subscription_id = r.value->>'subscription' and l.key = r.value->>'key'
-       and l.lease_token = r.value->>'token' and l.leased_by is not null",
-
     note_attempt: "
         update outbox_lanes set attempt_log = $4
          where subscription_id = $1 and key = $2 and lease_token = $3 and leased_by is not null",
 
+    settle: Settle::InSteps(SettleSteps {
     delete_deliveries: "
     delete from outbox_deliveries
      where (subscription_id, key, position) in (
@@ -204,6 +199,7 @@ pub(crate) static SQLITE: Sql = Sql {
                    value->>'error' as error, value->>'log' as log, value->>'held_at' as held_at
               from json_each($1)) r
      where outbox_lanes.subscription_id = r.subscription and outbox_lanes.key = r.lane",
+    }),
 
     delete_empty_lanes: "
     delete from outbox_lanes

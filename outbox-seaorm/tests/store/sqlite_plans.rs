@@ -8,7 +8,7 @@ use super::fixture::Store;
 #[path = "../../src/sqlite.rs"]
 mod sqlite;
 
-use crate::sql::Flush;
+use crate::sql::{Flush, Settle};
 use sqlite::SQLITE;
 
 async fn plan(store: &Store, sql: &str) -> String {
@@ -41,17 +41,19 @@ async fn runs_are_read_from_the_primary_key_of_the_deliveries() {
 #[tokio::test]
 async fn flush_and_settle_touch_only_their_own_lanes_and_deliveries() {
     let store = Store::new().await;
-    let Flush::InSteps { insert_events } = SQLITE.flush else { panic!("a statement costs no round trip here") };
+    let (Flush::InSteps { insert_events }, Settle::InSteps(settle)) = (&SQLITE.flush, &SQLITE.settle) else {
+        panic!("a statement costs no round trip here")
+    };
     for sql in [
         insert_events,
         SQLITE.insert_deliveries,
         SQLITE.upsert_lanes,
         SQLITE.due_with_head,
         SQLITE.held,
-        SQLITE.delete_deliveries,
-        SQLITE.insert_delivered,
-        SQLITE.insert_dead_letters,
-        SQLITE.advance_lanes,
+        settle.delete_deliveries,
+        settle.insert_delivered,
+        settle.insert_dead_letters,
+        settle.advance_lanes,
         SQLITE.delete_empty_lanes,
         SQLITE.renew,
     ] {

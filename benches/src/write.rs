@@ -1,0 +1,149 @@
+//! The request side: W1, W2, W3 on PostgreSQL, S1 on SQLite.
+
+use std::time::Duration;
+
+use outbox_core::Subscription;
+use outbox_seaorm::Outbox;
+use sea_orm::{
+    ConnectOptions, DatabaseConnection,
+    sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous},
+};
+use tokio::task::JoinHandle;
+
+use crate::{
+    Setup, bare,
+    database::{Database, migrate},
+    events::{Happened, SUBSCRIPTION},
+    http::{Load, Served, load},
+    measure::{Measurement, Result, progress},
+    shop,
+};
+
+const CLIENTS: usize = 16;
+const TIME: Duration = Duration::from_secs(3);
+
+pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
+    let mut w1 = Measurement::ratio("W1", "one event: layer ÷ by hand", "requests/s", 0.95, 1.1);
+    let mut no_event = Measurement::shown("W0", "no event: layer ÷ by hand with event", "requests/s");
+    let mut w2 = Measurement::ratio("W2", "10 events ÷ one event in a request", "requests/s", 0.8, 0.9);
+    let mut w3 = Measurement::ratio("W3", "with a worker in the process ÷ without any", "requests/s", 0.95, 1.0);
+    let mut w3b = Measurement::shown("W3b", "with a worker ÷ with a bare SQL consumer", "requests/s");
+    let mut latency = Measurement::shown("W1 p99", "one event: layer ÷ by hand", "ms");
+    let mut s1 = Measurement::at_most("S1", "SQLite, 16 connections, p99: layer ÷ by hand", "ms", 25.0, 15.0);
+    let time = TIME.mul_f64(setup.scale.min(1.0));
+    let template = setup.server().await?.empty().await?;
+    {
+        let outbox = template.outbox().await?;
+        shop::create_tables(outbox.writer(), shop::POSTGRES).await?;
+        outbox.register(&Subscription::new(SUBSCRIPTION)?).await?;
+    }
+    for round in 0..setup.rounds {
+        let by_hand = side(setup, &template, "/", time, Consumer::None).await?;
+        let one = side(setup, &template, "/1", time, Consumer::None).await?;
+        let ten = side(setup, &template, "/10", time, Consumer::None).await?;
+        let zero = side(setup, &template, "/0", time, Consumer::None).await?;
+        let with_worker = side(setup, &template, "/1", time, Consumer::Worker).await?;
+        let with_bare = side(setup, &template, "/1", time, Consumer::Bare).await?;
+        progress(&format!(
+            "write {} of {}: by hand {:.0}/s (p50 {:.1} ms), layer {:.0}/s, ten {:.0}/s, none {:.0}/s, with worker {:.0}/s",
+            round + 1,
+            setup.rounds,
+            by_hand.per_second,
+            by_hand.p50,
+            one.per_second,
+            ten.per_second,
+            zero.per_second,
+            with_worker.per_second,
+        ));
+        w1.add(one.per_second, by_hand.per_second);
+        latency.add(one.p99, by_hand.p99);
+        no_event.add(zero.per_second, by_hand.per_second);
+        w2.add(ten.per_second, one.per_second);
+        w3.add(with_worker.per_second, one.per_second);
+        w3b.add(with_worker.per_second, with_bare.per_second);
+        let (ours, by_hand) = sqlite(time).await?;
+        s1.add(ours.p99, by_hand.p99);
+    }
+    template.drop().await?;
+    Ok(vec![w1, latency, no_event, w2, w3, w3b, s1])
+}
+
+/// Who delivers meanwhile.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Consumer {
+    None,
+    Worker,
+    Bare,
+}
+
+async fn side(setup: &Setup, template: &Database, path: &str, time: Duration, consumer: Consumer) -> Result<Load> {
+    let database = setup.server().await?.copy(template).await?;
+    let outbox = database.outbox().await?;
+    let consumer = match consumer {
+        Consumer::None => None,
+        Consumer::Worker => Some(worker(&outbox).await?),
+        Consumer::Bare => Some(bare_consumer(&database).await?),
+    };
+    let router = if path == "/" { shop::by_hand(outbox.writer()) } else { shop::with_layer(&outbox) };
+    let served = Served::start(router).await?;
+    // Connections, statements and pages are warm before anything is measured.
+    load(&served, path, CLIENTS, time / 10).await?;
+    let load = load(&served, path, CLIENTS, time).await;
+    if let Some(consumer) = consumer {
+        consumer.abort();
+    }
+    drop((served, outbox));
+    database.drop().await?;
+    load
+}
+
+async fn worker(outbox: &Outbox) -> Result<JoinHandle<()>> {
+    let handlers = outbox_apalis::Handlers::new().on(|_: Happened, _| std::future::ready(Ok(())));
+    let worker = outbox_apalis::Worker::new(outbox.clone()).handlers(Subscription::new(SUBSCRIPTION)?, handlers);
+    let worker = worker.start().await?;
+    Ok(tokio::spawn(worker.run_until(std::future::pending())))
+}
+
+/// Delivers what has come in every few milliseconds.
+async fn bare_consumer(database: &Database) -> Result<JoinHandle<()>> {
+    let pool = bare::pool(database).await?;
+    let subscription = bare::subscription(&pool).await?;
+    Ok(tokio::spawn(async move {
+        while let Ok(delivered) = bare::lanes_once(&pool, subscription).await {
+            if delivered < 100 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    }))
+}
+
+/// Ours and by hand, in one file each.
+async fn sqlite(time: Duration) -> Result<(Load, Load)> {
+    let mut loads = Vec::new();
+    for path in ["/1", "/"] {
+        let directory = tempfile::tempdir()?;
+        let url = format!("sqlite://{}?mode=rwc", directory.path().join("bench.db").display());
+        let (writer, reader) = (sqlite_pool(&url, 1).await?, sqlite_pool(&url, 4).await?);
+        let outbox = Outbox::with_connections(writer.clone(), reader);
+        migrate(&writer).await?;
+        shop::create_tables(&writer, shop::SQLITE).await?;
+        outbox.register(&Subscription::new(SUBSCRIPTION)?).await?;
+        let served =
+            Served::start(if path == "/" { shop::by_hand(&writer) } else { shop::with_layer(&outbox) }).await?;
+        load(&served, path, CLIENTS, time / 10).await?;
+        loads.push(load(&served, path, CLIENTS, time).await?);
+    }
+    let by_hand = loads.pop().ok_or("no load")?;
+    Ok((loads.pop().ok_or("no load")?, by_hand))
+}
+
+async fn sqlite_pool(url: &str, connections: u32) -> Result<DatabaseConnection> {
+    let mut options = ConnectOptions::new(url);
+    options.max_connections(connections).sqlx_logging(false).map_sqlx_sqlite_opts(|options| {
+        options
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Normal)
+            .busy_timeout(Duration::from_secs(5))
+    });
+    Ok(sea_orm::Database::connect(options).await?)
+}
