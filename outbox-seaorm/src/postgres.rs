@@ -446,6 +446,7 @@ pub(crate) static POSTGRES: Sql = Sql {
            and delivered_at >= ((now() at time zone 'UTC')::date - 6)::timestamp at time zone 'UTC'
          group by 1",
 
+    // The lateral parts keep the planner to the order of the deliveries' index, whatever the limit is.
     list_unfinished: concat!(
         "select l.attempts as lane_attempts, nullif(l.due_at, 'infinity') as lane_due_at, l.leased_by, l.last_error,
                 d.due_at,
@@ -453,8 +454,10 @@ pub(crate) static POSTGRES: Sql = Sql {
                                where h.subscription_id = d.subscription_id and h.key = d.key) as head, ",
         event_columns!(),
         " from outbox_deliveries d
-          join outbox_lanes l on l.subscription_id = d.subscription_id and l.key = d.key
-          join outbox_events e on e.position = d.position
+         cross join lateral (
+               select * from outbox_lanes
+                where subscription_id = d.subscription_id and key = d.key offset 0) l
+         cross join lateral (select * from outbox_events where position = d.position offset 0) e
          where d.subscription_id = $1
            and $2 = (l.leased_by is not null and l.due_at > clock_timestamp()
                      and d.position = (select min(position) from outbox_deliveries h

@@ -256,6 +256,7 @@ async fn dead_letters_are_listed_in_pages_and_by_filter() {
     let (s, t) = (db.subscribe("s").await, db.subscribe("t").await);
     record(&db.outbox, [todo("a"), of_type("todo.renamed", "b"), todo("c")]).await;
     db.all_die(s, false).await;
+    tokio::time::sleep(Duration::from_millis(2)).await;
     let between = Utc::now();
     tokio::time::sleep(Duration::from_millis(2)).await;
     db.all_die(t, false).await;

@@ -1,10 +1,13 @@
 //! What only a file can be: locked as a whole, and safe on disk by settings of the connection.
 
 use outbox_core::Context;
-use outbox_seaorm::{CommitError, is_transient};
+use outbox_seaorm::{CommitError, SchemaError, is_transient};
 use sea_orm::ConnectionTrait;
 
-use super::fixture::{Store, todo};
+use super::{
+    database::Place,
+    fixture::{Store, todo},
+};
 
 #[tokio::test]
 async fn connections_confirm_commits_only_when_they_are_on_disk() {
@@ -37,4 +40,13 @@ async fn a_database_that_another_process_has_locked_is_transient() {
     assert!(!is_transient(&syntax), "{syntax:?}");
     writing.rollback().await;
     store.is_empty().await;
+}
+
+#[tokio::test]
+async fn a_database_that_does_not_answer_is_not_told_to_migrate() {
+    let place = Place::migrated().await;
+    let outbox = place.connect(1).await;
+    outbox.reader().clone().close().await.unwrap();
+    let error = outbox.check_schema().await.unwrap_err();
+    assert!(matches!(error, SchemaError::Unanswered(_)), "{error:?}");
 }
