@@ -226,7 +226,6 @@ mod tests {
     use apalis_core::task::builder::TaskBuilder;
     use outbox_core::RecordedEvent;
     use outbox_seaorm::LaneRef;
-    use sea_orm::DatabaseConnection;
     use tokio_util::sync::CancellationToken;
 
     use super::*;
@@ -266,7 +265,9 @@ mod tests {
             }
         });
         let ends = Ends { tasks: tasks_end, results, stop: CancellationToken::new(), stopped };
-        let outbox = Outbox::new(DatabaseConnection::default());
+        let directory = tempfile::tempdir().unwrap();
+        let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
+        let outbox = Outbox::connect(&url, 1).await.unwrap();
         let mut backend = OutboxBackend { outbox, subscription: "s".to_owned(), feed: Feed::Running(ends) };
         let worker = WorkerContext::new("w");
         let closed = poll_fn(|cx| Backend::poll_close(&mut backend, cx, &worker));

@@ -34,6 +34,7 @@ use crate::{
     destination::{AttemptResult, Destination, End, no_result},
     lane::{Lane, Running},
     listing::task_id,
+    metrics::{self, Failure},
     options::Options,
     redis::{Job, Transport},
     task::{Attempt, DeliveryTask},
@@ -425,6 +426,7 @@ impl Feed {
                 self.ready.push_front(key);
                 break;
             }
+            metrics::attempted(&self.source.name, &event);
             if !self.source.pace.is_zero() {
                 self.next_start = self.next_start.max(Instant::now()) + self.source.pace;
             }
@@ -606,6 +608,7 @@ impl Feed {
                 subscription = &*self.source.name,
                 "the result of an attempt whose lease was lost is dropped"
             );
+            metrics::superseded(&self.source.name);
             return;
         };
         lane.running = None;
@@ -615,7 +618,7 @@ impl Feed {
             End::Outcome(Outcome::Delivered) => {
                 let log = lane.log.take();
                 lane.finish_head(attempts, log, None);
-                self.source.counts.delivered.fetch_add(1, Relaxed);
+                self.delivered(&event);
                 self.answered(&key);
                 self.go_on(key);
             }
@@ -623,6 +626,7 @@ impl Feed {
             End::Outcome(Outcome::Permanent(error)) => {
                 tracing::warn!(subscription = &*self.source.name, event_id = %event.id, attempts, %error, "dead letter");
                 let log = Some(lane.logged(&self.source.worker, &error, Some(started)));
+                metrics::failed(&self.source.name, &event, Failure::Permanent);
                 self.answered(&key);
                 self.die(key, attempts, log, error.message().to_owned());
             }
@@ -630,7 +634,7 @@ impl Feed {
                 lane.run.pop_front();
                 lane.next_head();
                 self.open -= 1;
-                self.source.counts.delivered.fetch_add(1, Relaxed);
+                self.delivered(&event);
                 self.answered(&key);
                 if self.lanes.get(&key).is_some_and(|lane| lane.run.is_empty()) {
                     self.lanes.remove(&key);
@@ -640,6 +644,7 @@ impl Feed {
                 }
             }
             End::Superseded => {
+                metrics::superseded(&self.source.name);
                 self.open -= 1;
                 self.lose(&key);
             }
@@ -670,6 +675,12 @@ impl Feed {
         }
     }
 
+    fn delivered(&self, event: &RecordedEvent) {
+        self.source.counts.delivered.fetch_add(1, Relaxed);
+        let since_commit = chrono::Utc::now().signed_duration_since(event.recorded_at);
+        metrics::published(&self.source.name, event, since_commit.to_std().unwrap_or_default());
+    }
+
     /// An attempt has failed. If its destination is down, it is not the event's fault.
     fn failed(&mut self, key: String, event: &RecordedEvent, error: &DeliveryError, started: Instant) {
         self.source.counts.failed.fetch_add(1, Relaxed);
@@ -679,6 +690,9 @@ impl Feed {
             Reason::Unavailable => lane.probe | self.circuit.failed(&key),
             _ => false,
         };
+        if down || error.reason() == Reason::Gone {
+            metrics::failed(&self.source.name, event, Failure::Unavailable);
+        }
         if down {
             self.destination_is_down(&key, error);
             return;
@@ -698,9 +712,11 @@ impl Feed {
         }
         if counted >= self.source.retry.attempts(event.max_attempts) {
             tracing::warn!(subscription = &*self.source.name, event_id = %event.id, attempts, %error, "dead letter");
+            metrics::failed(&self.source.name, event, Failure::Dead);
             self.die(key, attempts, Some(log), error.message().to_owned());
             return;
         }
+        metrics::failed(&self.source.name, event, Failure::Retry);
         let wait = self.source.retry.delay(counted, fastrand::f64());
         let after = error.wait().map_or(wait, |asked| asked.max(wait));
         tracing::debug!(subscription = &*self.source.name, event_id = %event.id, attempts, ?after, %error, "attempt failed");
@@ -892,6 +908,10 @@ impl Feed {
                     subscription = &*self.source.name,
                     "the lease of a lane was lost; its results are dropped"
                 );
+                let failed_attempt = usize::from(matches!(report.next, Next::Retry { .. }));
+                for _ in 0..report.finished.len() + failed_attempt {
+                    metrics::superseded(&self.source.name);
+                }
                 if held.is_some() {
                     self.lose(&report.lane.key);
                 }

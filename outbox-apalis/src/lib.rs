@@ -55,7 +55,6 @@ mod feed;
 mod handlers;
 mod lane;
 mod listing;
-#[allow(dead_code, reason = "the feed reports here")]
 mod metrics;
 mod options;
 mod redis;
