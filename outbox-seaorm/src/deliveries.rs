@@ -113,6 +113,15 @@ impl Outbox {
         Ok(days)
     }
 
+    /// Whether there is a subscription of this name.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn is_registered(&self, subscription: &str) -> Result<bool, DbErr> {
+        Ok(self.subscription_id(subscription).await?.is_some())
+    }
+
     pub(crate) async fn subscription_id(&self, name: &str) -> Result<Option<i32>, DbErr> {
         let ids = self.subscription_ids(self.store_reader(), Some(name)).await?;
         Ok(ids.into_iter().next().map(|(id, _)| id))
