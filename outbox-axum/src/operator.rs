@@ -24,6 +24,7 @@ use http::{
     },
 };
 use outbox_seaorm::Outbox;
+use serde::Serialize;
 use serde_json::{Value, json};
 use tower_layer::Layer;
 
@@ -142,12 +143,8 @@ impl Operator {
 }
 
 /// A keyset page: `next` is the `cursor` of the page after it.
-fn page(items: Vec<Value>, next: Option<i64>) -> Json<Value> {
+fn page<T: Serialize>(items: Vec<T>, next: Option<i64>) -> Json<Value> {
     Json(json!({ "items": items, "next": next.map(|next| next.to_string()) }))
-}
-
-fn changed(matched: u64, changed: u64) -> Json<Value> {
-    Json(json!({ "matched": matched, "changed": changed }))
 }
 
 async fn ready(State(outbox): State<Outbox>) -> (StatusCode, &'static str) {

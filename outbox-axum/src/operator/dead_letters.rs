@@ -1,10 +1,9 @@
 use axum::{Json, extract::State};
-use outbox_seaorm::{Changed, DeadLetter, DeadLetterFilter, Outbox};
-use serde_json::{Value, json};
+use outbox_seaorm::{Changed, DeadLetterFilter, Outbox};
+use serde_json::Value;
 
 use super::{
     change::Change,
-    changed,
     fields::{Fields, running_number},
     page,
     refusal::Refusal,
@@ -21,19 +20,17 @@ pub(super) async fn list(State(outbox): State<Outbox>, fields: Fields) -> Result
     let more = found.len() > limit as usize;
     found.truncate(limit as usize);
     let next = found.last().filter(|_| more).map(|dead| dead.id);
-    Ok(page(found.into_iter().map(shown).collect(), next))
+    Ok(page(found, next))
 }
 
-pub(super) async fn replay(State(outbox): State<Outbox>, change: Change) -> Result<Json<Value>, Refusal> {
+pub(super) async fn replay(State(outbox): State<Outbox>, change: Change) -> Result<Json<Changed>, Refusal> {
     let (filter, dry_run) = selected(&outbox, &change).await?;
-    let Changed { matched, changed: n } = outbox.replay_dead_letters(&filter, dry_run, &change.by()?).await?;
-    Ok(changed(matched, n))
+    Ok(Json(outbox.replay_dead_letters(&filter, dry_run, &change.by()?).await?))
 }
 
-pub(super) async fn discard(State(outbox): State<Outbox>, change: Change) -> Result<Json<Value>, Refusal> {
+pub(super) async fn discard(State(outbox): State<Outbox>, change: Change) -> Result<Json<Changed>, Refusal> {
     let (filter, dry_run) = selected(&outbox, &change).await?;
-    let Changed { matched, changed: n } = outbox.discard_dead_letters(&filter, dry_run, &change.by()?).await?;
-    Ok(changed(matched, n))
+    Ok(Json(outbox.discard_dead_letters(&filter, dry_run, &change.by()?).await?))
 }
 
 async fn selected(outbox: &Outbox, change: &Change) -> Result<(DeadLetterFilter, bool), Refusal> {
@@ -64,19 +61,4 @@ async fn filter(outbox: &Outbox, fields: &Fields) -> Result<DeadLetterFilter, Re
         Some(name) if !outbox.is_registered(name).await? => Err(Refusal::no_subscription()),
         _ => Ok(filter),
     }
-}
-
-fn shown(dead: DeadLetter) -> Value {
-    let event = dead.event.as_ref();
-    json!({
-        "id": dead.id.to_string(),
-        "event_id": event.map(|event| event.id),
-        "subscription": dead.subscription,
-        "event_type": event.map(|event| &event.event_type),
-        "aggregate_type": event.map(|event| &event.aggregate_type),
-        "aggregate_id": event.map(|event| &event.aggregate_id),
-        "attempts": dead.attempts,
-        "error": dead.error,
-        "died_at": dead.died_at,
-    })
 }

@@ -1,7 +1,12 @@
-use axum::{Json, extract::State};
+use axum::{
+    Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
 use outbox_core::RecordedEvent;
-use outbox_seaorm::{DeliveryDetails, DeliveryState, EventDetails, EventFilter, Outbox, Why};
-use serde_json::{Map, Value, json, value::RawValue};
+use outbox_seaorm::{EventDetails, EventFilter, Outbox, Why};
+use serde::Serialize;
+use serde_json::{Value, json, value::RawValue};
 
 use super::{
     fields::{EventId, Fields},
@@ -24,32 +29,34 @@ pub(super) async fn list(State(outbox): State<Outbox>, fields: Fields) -> Result
         until: fields.time("until")?,
     };
     let found = outbox.events(&filter, fields.number("cursor")?, fields.limit()?).await?;
-    Ok(page(found.events.iter().map(shown).collect(), found.next))
+    Ok(page(found.events.iter().map(shown).collect::<Vec<_>>(), found.next))
 }
 
 pub(super) async fn show(
     State(outbox): State<Outbox>,
     EventId(id): EventId,
     fields: Fields,
-) -> Result<axum::response::Response, Refusal> {
+) -> Result<Response, Refusal> {
     fields.only(&[])?;
     let EventDetails { event, position, deliveries } = outbox.event(id).await?.ok_or_else(Refusal::no_event)?;
     let mut answer = match &event {
         Ok(event) => shown(event),
         Err(error) => json!({ "id": id, "position": position.to_string(), "unreadable": error }),
     };
-    answer["deliveries"] = deliveries.into_iter().map(delivery).collect();
-    Ok(with_payload(answer, event.ok().as_ref()))
+    answer["deliveries"] = json!(deliveries);
+    Ok(match event {
+        Ok(event) => with_payload(answer, &event.payload),
+        Err(_) => Json(answer).into_response(),
+    })
 }
 
 pub(super) async fn why(
     State(outbox): State<Outbox>,
     EventId(id): EventId,
     fields: Fields,
-) -> Result<Json<Vec<Value>>, Refusal> {
+) -> Result<Json<Vec<Why>>, Refusal> {
     fields.only(&[])?;
-    let whys = outbox.why(id).await?.ok_or_else(Refusal::no_event)?;
-    Ok(Json(whys.into_iter().map(because).collect()))
+    Ok(Json(outbox.why(id).await?.ok_or_else(Refusal::no_event)?))
 }
 
 /// All but the payload.
@@ -72,55 +79,21 @@ fn shown(event: &RecordedEvent) -> Value {
     })
 }
 
-/// The payload byte for byte, as JSON: numbers of any length stay what they are. One that is not JSON any more is shown as
-/// text.
-fn with_payload(answer: Value, event: Option<&RecordedEvent>) -> axum::response::Response {
-    use axum::response::IntoResponse;
-    let mut answer = answer;
-    let payload = event.map(|event| event.payload.as_str()).unwrap_or("null");
-    let Ok(payload) = serde_json::from_str::<&RawValue>(payload) else {
-        answer["payload"] = payload.into();
-        return Json(answer).into_response();
-    };
-    #[derive(serde::Serialize)]
-    struct Answer<'a> {
-        #[serde(flatten)]
-        rest: Map<String, Value>,
-        payload: &'a RawValue,
-    }
-    let rest = answer.as_object().cloned().unwrap_or_default();
-    Json(Answer { rest, payload }).into_response()
+/// With the payload byte for byte, as JSON: numbers of any length stay what they are. One that is not JSON any more is
+/// shown as text.
+#[derive(Serialize)]
+struct WithPayload<'a> {
+    #[serde(flatten)]
+    event: Value,
+    payload: &'a RawValue,
 }
 
-fn delivery(delivery: DeliveryDetails) -> Value {
-    let log = delivery.attempt_log.and_then(|log| serde_json::from_str::<Value>(&log).ok());
-    json!({
-        "subscription": delivery.subscription,
-        "state": state(delivery.state),
-        "attempts": delivery.attempts,
-        "due_at": delivery.due_at,
-        "finished_at": delivery.finished_at,
-        "leased_by": delivery.leased_by,
-        "error": delivery.error,
-        "attempt_log": log.unwrap_or_else(|| json!([])),
-    })
-}
-
-fn because(why: Why) -> Value {
-    json!({
-        "subscription": why.subscription,
-        "state": why.state.map_or("none", state),
-        "reason": why.reason,
-        "since": why.since,
-        "details": why.details,
-    })
-}
-
-fn state(state: DeliveryState) -> &'static str {
-    match state {
-        DeliveryState::Pending => "pending",
-        DeliveryState::Leased => "leased",
-        DeliveryState::Delivered => "delivered",
-        DeliveryState::Dead => "dead",
+fn with_payload(mut answer: Value, payload: &str) -> Response {
+    match serde_json::from_str(payload) {
+        Ok(payload) => Json(WithPayload { event: answer, payload }).into_response(),
+        Err(_) => {
+            answer["payload"] = payload.into();
+            Json(answer).into_response()
+        }
     }
 }

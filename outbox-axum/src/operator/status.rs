@@ -18,16 +18,5 @@ pub(super) async fn status(State(outbox): State<Outbox>) -> Result<Json<Value>, 
 
 /// The newest actions of operators.
 pub(super) async fn audit(State(outbox): State<Outbox>) -> Result<Json<Value>, Refusal> {
-    let entries = outbox.audit_entries(50).await?;
-    let items = entries.into_iter().map(|entry| {
-        json!({
-            "id": entry.id.to_string(),
-            "at": entry.at,
-            "actor": entry.actor,
-            "action": entry.action,
-            "target": entry.target,
-            "details": entry.details,
-        })
-    });
-    Ok(super::page(items.collect(), None))
+    Ok(super::page(outbox.audit_entries(50).await?, None))
 }

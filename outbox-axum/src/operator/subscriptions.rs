@@ -1,8 +1,8 @@
 use axum::{Json, extract::State};
-use outbox_seaorm::{Outbox, Replay};
+use outbox_seaorm::{Changed, Outbox, Replay};
 use serde_json::{Value, json};
 
-use super::{change::Change, changed, fields::SubscriptionName, refusal::Refusal};
+use super::{change::Change, fields::SubscriptionName, refusal::Refusal};
 
 pub(super) async fn pause(
     State(outbox): State<Outbox>,
@@ -28,7 +28,7 @@ pub(super) async fn replay(
     State(outbox): State<Outbox>,
     SubscriptionName(name): SubscriptionName,
     change: Change,
-) -> Result<Json<Value>, Refusal> {
+) -> Result<Json<Changed>, Refusal> {
     let fields = &change.fields;
     fields.only(&["since", "event_ids", "event_type", "dry_run", "reason"])?;
     let since = fields.time("since")?;
@@ -41,6 +41,5 @@ pub(super) async fn replay(
         _ => return Err(Refusal::bad("give one of since, event_ids and event_type")),
     };
     let replayed = outbox.replay(&name, &replay, fields.flag("dry_run")?, &change.by()?).await?;
-    let replayed = replayed.ok_or_else(Refusal::no_subscription)?;
-    Ok(changed(replayed.matched, replayed.changed))
+    Ok(Json(replayed.ok_or_else(Refusal::no_subscription)?))
 }
