@@ -535,3 +535,27 @@ async fn the_console_loads_nothing_from_elsewhere() {
         assert_eq!(anonymous.status, 401);
     }
 }
+
+#[tokio::test]
+async fn alerts_and_dashboard_use_metrics_that_are_there() {
+    let api = Api::new().await;
+    let gauges = api.send(Method::GET, "/metrics", &[], "").await.body;
+    let counters = concat!(
+        include_str!("../../../outbox-apalis/src/metrics.rs"),
+        include_str!("../../../outbox-seaorm/src/metrics.rs")
+    );
+    for file in
+        [include_str!("../../../docs/monitoring/alerts.yaml"), include_str!("../../../docs/monitoring/dashboard.json")]
+    {
+        let words = file.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let names: Vec<&str> = words.filter(|word| word.starts_with("outbox_")).collect();
+        assert!(names.len() > 6, "{names:?}");
+        for name in names {
+            let name = name.trim_end_matches("_bucket");
+            assert!(
+                gauges.contains(&format!("# TYPE {name} gauge")) || counters.contains(&format!("\"{name}\"")),
+                "{name}"
+            );
+        }
+    }
+}
