@@ -1,11 +1,21 @@
+mod change;
+mod console;
+mod dead_letters;
+mod events;
+mod fields;
+mod metrics;
+mod refusal;
+mod status;
+mod subscriptions;
+
 use std::time::Duration;
 
 use axum::{
     Json, Router,
     extract::{Request, State},
     middleware::{Next, from_fn, from_fn_with_state},
-    response::{IntoResponse, Response},
-    routing::get,
+    response::Response,
+    routing::{get, post},
 };
 use http::{
     HeaderValue, Method, StatusCode,
@@ -13,10 +23,12 @@ use http::{
         ALLOW, AUTHORIZATION, CACHE_CONTROL, REFERRER_POLICY, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
     },
 };
-use outbox_seaorm::{Outbox, Status, SubscriptionStatus};
+use outbox_seaorm::Outbox;
 use serde::Serialize;
+use serde_json::{Value, json};
 use tower_layer::Layer;
 
+use self::change::Actor;
 use crate::{
     error::answer,
     token::{InvalidToken, Token},
@@ -25,18 +37,31 @@ use crate::{
 /// A probe that waits longer has given up.
 const READY_WITHIN: Duration = Duration::from_secs(2);
 
-/// What operators use, for a listener of its own: status API, health checks, and the dashboard.
+/// What operators use, for a listener of its own: console, API, metrics, health checks, and the dashboard.
 ///
 /// | path | answer |
 /// |---|---|
 /// | `GET /healthz` | 200 `ok` while the process runs |
 /// | `GET /readyz` | 200 `ready` if the database answers and has the tables, else 503 `not ready` |
+/// | `GET /outbox` | the console, a page that shows and does what the API can |
+/// | `GET /metrics` | Prometheus text: gauges of the database, counters of this process |
 /// | `GET /outbox/api/status` | subscriptions with their counts, and workers |
+/// | `GET /outbox/api/events` | events, the newest first: `event_type`, `aggregate_type`, `aggregate_id`, `tenant`, `actor_kind`, `since`, `until` |
+/// | `GET /outbox/api/events/{id}` | one event with payload, deliveries and their attempts |
+/// | `GET /outbox/api/events/{id}/why` | why it was or was not delivered, for each subscription |
+/// | `GET /outbox/api/dead-letters` | dead letters, the newest first: `subscription`, `event_type`, `since`, `until` |
+/// | `POST /outbox/api/dead-letters/replay`, `…/discard` | `{"ids":["…"]}` or `{"filter":{…}}`, `"dry_run"`, `"reason"`: `{"matched":n,"changed":n}` |
+/// | `POST /outbox/api/subscriptions/{name}/pause`, `…/resume` | `{"changed":n}` |
+/// | `POST /outbox/api/subscriptions/{name}/replay` | one of `since`, `event_ids`, `event_type`; `"dry_run"`, `"reason"` |
+/// | `GET /outbox/api/audit` | the last 50 changes by operators |
 /// | everything else | the [dashboard](Self::dashboard), or 404 |
 ///
+/// Lists are pages, `{"items":[…],"next":"cursor"|null}`; `limit` (50, at most 500) and `cursor` ask for the next.
+///
 /// All but the first two need the token: `Authorization: Bearer TOKEN`, or HTTP basic authentication with the token as
-/// the password of any user, so that a browser can log in. Nothing here writes, so nothing depends on a commit and a
-/// crash loses nothing.
+/// the password of any user, so that a browser can log in; the audit shows that user's name. What changes something must
+/// be JSON and come from a page of the same address. Each change is stored with its audit entry or not at all; see
+/// [`Outbox::replay_dead_letters`] for what a crash does to one that takes several transactions.
 ///
 /// ```
 /// use axum::Router;
@@ -55,13 +80,15 @@ pub struct Operator {
 }
 
 impl Operator {
-    /// Serves this outbox to those who know the token.
+    /// Serves this outbox to those who know the token. Counts for `/metrics` from here on, unless the application has
+    /// installed a recorder of the `metrics` crate itself: then the counters are there, and only gauges are here.
     ///
     /// # Errors
     ///
     /// [`InvalidToken`] if the token is empty or has white space or control characters, which no client could send:
     /// a line break at the end of a secret's file is noticed here.
     pub fn new(outbox: impl Into<Outbox>, token: impl Into<String>) -> Result<Self, InvalidToken> {
+        metrics::install();
         Ok(Self { outbox: outbox.into(), token: Token::new(token.into())?, dashboard: None })
     }
 
@@ -77,12 +104,29 @@ impl Operator {
     /// Builds the router.
     pub fn into_router(self) -> Router {
         let api = Router::new()
-            .route("/status", get(status))
+            .route("/status", get(status::status))
+            .route("/events", get(events::list))
+            .route("/events/{event_id}", get(events::show))
+            .route("/events/{event_id}/why", get(events::why))
+            .route("/dead-letters", get(dead_letters::list))
+            .route("/dead-letters/replay", post(dead_letters::replay))
+            .route("/dead-letters/discard", post(dead_letters::discard))
+            .route("/subscriptions/{name}/pause", post(subscriptions::pause))
+            .route("/subscriptions/{name}/resume", post(subscriptions::resume))
+            .route("/subscriptions/{name}/replay", post(subscriptions::replay))
+            .route("/audit", get(status::audit))
             .fallback(not_found)
             .method_not_allowed_fallback(method_not_allowed)
             .with_state(self.outbox.clone());
         // As a service, it also answers for the paths that it does not know.
-        let guarded = Router::new().nest_service("/outbox/api", api);
+        let guarded = Router::new()
+            .route("/outbox", get(console::page))
+            .route("/outbox/", get(console::page))
+            .route("/outbox/console.js", get(console::script))
+            .route("/outbox/console.css", get(console::style))
+            .route("/metrics", get(metrics::metrics))
+            .with_state(self.outbox.clone())
+            .nest_service("/outbox/api", api);
         let guarded = match self.dashboard {
             Some(dashboard) => guarded.fallback_service(from_fn(look_only).layer(dashboard)),
             None => guarded.fallback(not_found),
@@ -98,51 +142,9 @@ impl Operator {
     }
 }
 
-#[derive(Serialize)]
-struct StatusAnswer {
-    subscriptions: Vec<Subscription>,
-    workers: Vec<Worker>,
-}
-
-#[derive(Serialize)]
-struct Subscription {
-    #[serde(flatten)]
-    status: SubscriptionStatus,
-    circuit: &'static str,
-}
-
-#[derive(Serialize)]
-struct Worker {
-    id: String,
-    subscriptions: Vec<String>,
-    last_seen_seconds: f64,
-}
-
-impl From<Status> for StatusAnswer {
-    fn from(status: Status) -> Self {
-        // There are no circuits yet, so none can be open.
-        let subscription = |status| Subscription { status, circuit: "closed" };
-        let worker = |worker: outbox_seaorm::WorkerStatus| Worker {
-            id: worker.id,
-            subscriptions: worker.subscriptions,
-            last_seen_seconds: worker.last_seen_seconds,
-        };
-        Self {
-            subscriptions: status.subscriptions.into_iter().map(subscription).collect(),
-            workers: status.workers.into_iter().map(worker).collect(),
-        }
-    }
-}
-
-async fn status(State(outbox): State<Outbox>) -> Response {
-    match outbox.status().await {
-        Ok(status) => Json(StatusAnswer::from(status)).into_response(),
-        Err(error) => {
-            let source: &dyn std::error::Error = &error;
-            tracing::error!(error = source, "the status could not be read");
-            answer(StatusCode::SERVICE_UNAVAILABLE, "the database does not answer; the log of the service says why")
-        }
-    }
+/// A keyset page: `next` is the `cursor` of the page after it.
+fn page<T: Serialize>(items: Vec<T>, next: Option<i64>) -> Json<Value> {
+    Json(json!({ "items": items, "next": next.map(|next| next.to_string()) }))
 }
 
 async fn ready(State(outbox): State<Outbox>) -> (StatusCode, &'static str) {
@@ -180,7 +182,8 @@ async fn look_only(request: Request, next: Next) -> Response {
 }
 
 async fn require_token(State(token): State<Token>, mut request: Request, next: Next) -> Response {
-    if token.is_in(request.headers()) {
+    if let Some(user) = token.user(request.headers()) {
+        request.extensions_mut().insert(Actor(user));
         // What comes next has no use for the secret, and cannot print it.
         request.headers_mut().remove(AUTHORIZATION);
         return next.run(request).await;

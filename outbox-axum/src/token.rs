@@ -22,25 +22,22 @@ impl Token {
         Ok(Self(token.into()))
     }
 
-    /// Whether the request carries the token: as bearer, or as the password of any user.
-    pub(crate) fn is_in(&self, headers: &HeaderMap) -> bool {
-        let Some((scheme, credentials)) = headers
-            .get(AUTHORIZATION)
-            .and_then(|value| value.to_str().ok())
-            .and_then(|value| value.trim_ascii().split_once(' '))
-        else {
-            return false;
-        };
+    /// Who the request is from, if it carries the token: as bearer, or as the password of any user.
+    pub(crate) fn user(&self, headers: &HeaderMap) -> Option<String> {
+        let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
+        let (scheme, credentials) = value.trim_ascii().split_once(' ')?;
         let credentials = credentials.trim_ascii_start();
+        let nobody = || "operator".to_owned();
         if scheme.eq_ignore_ascii_case("bearer") {
-            return self.is(credentials.as_bytes());
+            return self.is(credentials.as_bytes()).then(nobody);
         }
         if scheme.eq_ignore_ascii_case("basic") {
-            let Ok(decoded) = BASE64_STANDARD.decode(credentials) else { return false };
-            let colon = decoded.iter().position(|byte| *byte == b':');
-            return colon.is_some_and(|colon| self.is(&decoded[colon + 1..]));
+            let decoded = BASE64_STANDARD.decode(credentials).ok()?;
+            let colon = decoded.iter().position(|byte| *byte == b':')?;
+            let user = String::from_utf8_lossy(&decoded[..colon]).into_owned();
+            return self.is(&decoded[colon + 1..]).then(|| if user.is_empty() { nobody() } else { user });
         }
-        false
+        None
     }
 
     /// Takes the same time wherever the first difference is; only the length shows.
@@ -59,10 +56,14 @@ impl fmt::Debug for Token {
 mod tests {
     use super::*;
 
-    fn accepts(authorization: &str) -> bool {
+    fn user(authorization: &str) -> Option<String> {
         let mut headers = HeaderMap::new();
         headers.insert(AUTHORIZATION, authorization.parse().unwrap());
-        Token::new("se:cret".to_owned()).unwrap().is_in(&headers)
+        Token::new("se:cret".to_owned()).unwrap().user(&headers)
+    }
+
+    fn accepts(authorization: &str) -> bool {
+        user(authorization).is_some()
     }
 
     fn basic(text: &str) -> String {
@@ -78,6 +79,13 @@ mod tests {
     }
 
     #[test]
+    fn who_logs_in_by_name_is_known_by_it() {
+        assert_eq!(user(&basic("anna:se:cret")).as_deref(), Some("anna"));
+        assert_eq!(user(&basic(":se:cret")).as_deref(), Some("operator"));
+        assert_eq!(user("Bearer se:cret").as_deref(), Some("operator"));
+    }
+
+    #[test]
     fn everything_else_is_refused() {
         for bad in ["", "Bearer", "Bearer ", "Bearer se:cre", "Bearer se:cret2", "se:cret", "Digest se:cret", "Basic ?"]
         {
@@ -86,7 +94,7 @@ mod tests {
         assert!(!accepts(&basic("se:cret")));
         assert!(!accepts(&basic("se:cret:")));
         assert!(!accepts(&basic("anyone")));
-        assert!(!Token::new("x".to_owned()).unwrap().is_in(&HeaderMap::new()));
+        assert_eq!(Token::new("x".to_owned()).unwrap().user(&HeaderMap::new()), None);
     }
 
     #[test]

@@ -1,19 +1,32 @@
-//! The `outbox` command: what operators ask a database without a browser. It only reads.
+//! The `outbox` command: what operators ask and change without a browser.
 
-use std::{error::Error, fmt::Write, process::ExitCode};
+mod dead;
+mod events;
+mod maintenance;
+mod output;
+mod select;
+mod status;
+mod subscriptions;
+
+use std::{error::Error, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use outbox_seaorm::{DeliveryRecord, DeliveryState, Outbox, Status};
-use serde_json::{Value, json};
+use outbox_seaorm::Outbox;
+use uuid::Uuid;
 
-/// Looks into the outbox of a database.
+use crate::output::Output;
+
+/// Looks into the outbox of a database, and repairs it.
+///
+/// Answers with exit code 0, with 1 if something is wrong (one sentence on standard error says what), and with 2 if the
+/// command line is not understood.
 #[derive(Parser)]
 #[command(name = "outbox", version)]
 struct Cli {
-    /// Where the outbox is, for example sqlite://todo.db.
+    /// Where the outbox is, for example sqlite://todo.db or postgres://user:password@host/database.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, global = true, default_value = "")]
     database_url: String,
-    /// Prints JSON instead of a table.
+    /// Prints JSON instead of a table, with the members of the operators' API.
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
@@ -24,32 +37,63 @@ struct Cli {
 enum Command {
     /// Counts deliveries of each subscription and lists the workers.
     Status,
+    /// Events: what was committed.
+    Events {
+        #[command(subcommand)]
+        command: Option<events::Events>,
+    },
     /// Dead letters: deliveries that were given up.
     Dead {
         #[command(subcommand)]
-        command: Dead,
+        command: Option<dead::Dead>,
     },
+    /// Delivers events to a subscription again.
+    Replay(subscriptions::Replay),
+    /// Stops the delivery of a subscription; its events go on being collected.
+    Pause {
+        /// The subscription.
+        subscription: String,
+        #[command(flatten)]
+        by: select::Who,
+    },
+    /// Goes on with the delivery of a subscription.
+    Resume {
+        /// The subscription.
+        subscription: String,
+        #[command(flatten)]
+        by: select::Who,
+    },
+    /// Subscriptions: who gets which events.
+    Subscriptions {
+        #[command(subcommand)]
+        command: Option<subscriptions::Subscriptions>,
+    },
+    /// Says why an event was or was not delivered, for each subscription.
+    Why {
+        /// The id of the event.
+        event: Uuid,
+    },
+    /// Takes away delivered events that are older than the retention.
+    Purge(maintenance::Purge),
+    /// The outbox' tables: brings them to this version, takes them away, or says which there are.
+    Migrate {
+        #[command(subcommand)]
+        command: Option<maintenance::Migrate>,
+    },
+    /// Looks for what usually goes wrong and says what to do.
+    Doctor,
 }
 
-#[derive(Subcommand)]
-enum Dead {
-    /// Lists them, the newest event first.
-    List {
-        /// Only those of this subscription.
-        #[arg(long)]
-        subscription: Option<String>,
-        /// At most this many.
-        #[arg(long, default_value_t = 50)]
-        limit: u32,
-    },
-}
+type Answer = Result<Output, Box<dyn Error>>;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    match run(Cli::parse()).await {
-        Ok(text) => {
-            print!("{text}");
-            ExitCode::SUCCESS
+    let cli = Cli::parse();
+    let json = cli.json;
+    match run(cli).await {
+        Ok(output) => {
+            print!("{}", output.print(json));
+            if output.is_bad() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
         }
         Err(error) => {
             eprintln!("error: {error}");
@@ -63,99 +107,34 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run(cli: Cli) -> Result<String, Box<dyn Error>> {
-    if cli.database_url.is_empty() {
+async fn run(cli: Cli) -> Answer {
+    let url = cli.database_url;
+    if url.is_empty() {
         return Err("no database; set DATABASE_URL or give --database-url, for example sqlite://todo.db".into());
     }
-    let outbox = Outbox::connect(&cli.database_url, 1).await?;
+    if let Command::Migrate { command } = cli.command {
+        return maintenance::migrate(&url, command.unwrap_or(maintenance::Migrate::Status)).await;
+    }
+    let outbox = Outbox::connect(&url, 1).await?;
     outbox.check_schema().await?;
     match cli.command {
-        Command::Status => {
-            let status = outbox.status().await?;
-            if cli.json { as_json(&serde_json::to_value(&status)?) } else { Ok(status_table(&status)) }
-        }
-        Command::Dead { command: Dead::List { subscription, limit } } => {
-            let dead = outbox.deliveries(subscription.as_deref(), Some(DeliveryState::Dead), 0, limit).await?;
-            if cli.json { as_json(&dead.iter().map(dead_json).collect()) } else { Ok(dead_table(&dead)) }
-        }
+        Command::Status => status::status(&outbox).await,
+        Command::Events { command } => events::run(&outbox, command.unwrap_or_default()).await,
+        Command::Dead { command } => dead::run(&outbox, command.unwrap_or_default()).await,
+        Command::Replay(replay) => subscriptions::replay(&outbox, replay).await,
+        Command::Pause { subscription, by } => subscriptions::pause(&outbox, &subscription, by).await,
+        Command::Resume { subscription, by } => subscriptions::resume(&outbox, &subscription, by).await,
+        Command::Subscriptions { command } => subscriptions::run(&outbox, command.unwrap_or_default()).await,
+        Command::Why { event } => events::why(&outbox, event).await,
+        Command::Purge(purge) => maintenance::purge(&outbox, purge).await,
+        Command::Doctor => maintenance::doctor(&outbox).await,
+        Command::Migrate { .. } => unreachable!("answered above"),
     }
-}
-
-fn as_json(value: &Value) -> Result<String, Box<dyn Error>> {
-    Ok(serde_json::to_string_pretty(value)? + "\n")
-}
-
-fn status_table(status: &Status) -> String {
-    let mut rows =
-        vec![["subscription", "pending", "leased", "delivered", "dead", "oldest", "last error"].map(String::from)];
-    for each in &status.subscriptions {
-        let name = if each.paused { format!("{} (paused)", each.name) } else { each.name.clone() };
-        rows.push([
-            name,
-            each.pending.to_string(),
-            each.leased.to_string(),
-            each.delivered.to_string(),
-            each.dead.to_string(),
-            each.oldest_pending_age_seconds.map_or_else(|| "-".to_owned(), |age| format!("{age:.1} s")),
-            each.last_error.clone().unwrap_or_else(|| "-".to_owned()),
-        ]);
-    }
-    let mut text = table(&rows);
-    for worker in &status.workers {
-        let seen = worker.last_seen_seconds;
-        let _ = writeln!(text, "worker {}, seen {seen:.0} s ago: {}", worker.id, worker.subscriptions.join(", "));
-    }
-    text
-}
-
-fn dead_json(dead: &DeliveryRecord) -> Value {
-    json!({
-        "event_id": dead.event.id.to_string(),
-        "subscription": dead.subscription,
-        "event_type": dead.event.event_type,
-        "aggregate_type": dead.event.aggregate_type,
-        "aggregate_id": dead.event.aggregate_id,
-        "attempts": dead.attempts,
-        "error": dead.error,
-        "died_at": dead.finished_at.map(|at| at.to_rfc3339()),
-    })
-}
-
-fn dead_table(dead: &[DeliveryRecord]) -> String {
-    let mut rows = vec![["died at", "subscription", "event", "aggregate", "attempts", "error"].map(String::from)];
-    for each in dead {
-        rows.push([
-            each.finished_at.map(|at| at.format("%Y-%m-%d %H:%M:%S").to_string()).unwrap_or_default(),
-            each.subscription.clone(),
-            format!("{} {}", each.event.event_type, each.event.id),
-            format!("{} {}", each.event.aggregate_type, each.event.aggregate_id),
-            each.attempts.to_string(),
-            each.error.clone().unwrap_or_default(),
-        ]);
-    }
-    table(&rows)
-}
-
-/// Columns as wide as their widest cell; the last one, which may be long, ends with its text.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: [usize; N] = std::array::from_fn(width);
-    rows.iter().fold(String::new(), |mut text, row| {
-        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
-        let _ = writeln!(text, "{}", cells.collect::<Vec<_>>().join("  ").trim_end());
-        text
-    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn columns_line_up() {
-        let rows = [["a", "long cell"], ["wide", "x"]].map(|row| row.map(String::from));
-        assert_eq!(table(&rows), "a     long cell\nwide  x\n");
-    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -1,5 +1,6 @@
 use chrono::{DateTime, Utc};
 use sea_orm::{DatabaseTransaction, DbErr};
+use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use crate::{Outbox, flush::json};
@@ -34,10 +35,11 @@ fn plain(text: &str, length: usize) -> String {
     text.chars().filter(|c| !c.is_control()).take(length).collect()
 }
 
-/// What an operator has done.
-#[derive(Clone, Debug)]
+/// What an operator has done. Serializes as operators see it.
+#[derive(Clone, Debug, Serialize)]
 pub struct AuditEntry {
     /// A running number.
+    #[serde(serialize_with = "as_text")]
     pub id: i64,
     /// When, by the database's clock.
     pub at: DateTime<Utc>,
@@ -119,4 +121,9 @@ fn with_reason(by: &By, details: &Value) -> Value {
         details["reason"] = reason.as_str().into();
     }
     details
+}
+
+/// Ids leave as text: not every reader of JSON has numbers of this size.
+pub(crate) fn as_text<S: Serializer>(id: &i64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(id)
 }

@@ -1,11 +1,13 @@
 use chrono::{DateTime, Utc};
 use sea_orm::{DbErr, TryGetable, Value};
+use serde::Serialize;
 use serde_json::json;
 use uuid::Uuid;
 
 use crate::{
     By, Outbox,
-    audit::Entry,
+    audit::{Entry, as_text},
+    deliveries::attempt_log,
     flush::{self, DeliveryRow, timestamp},
 };
 
@@ -30,42 +32,38 @@ pub struct DeadLetterFilter {
     pub until: Option<DateTime<Utc>>,
 }
 
-/// A delivery that was given up.
-#[derive(Clone, Debug)]
+/// A delivery that was given up. Serializes as operators see it.
+#[derive(Clone, Debug, Serialize)]
 pub struct DeadLetter {
     /// Its own id.
+    #[serde(serialize_with = "as_text")]
     pub id: i64,
+    /// The event's id; this and what else is of the event is `None` if its row is gone or cannot be read.
+    pub event_id: Option<Uuid>,
     /// The name of the subscription.
     pub subscription: String,
-    /// The position of the event.
-    pub position: i64,
-    /// The event; `None` if its row is gone or cannot be read.
-    pub event: Option<DeadEvent>,
+    /// The event type.
+    pub event_type: Option<String>,
+    /// The type of the aggregate.
+    pub aggregate_type: Option<String>,
+    /// The id of the aggregate.
+    pub aggregate_id: Option<String>,
     /// How many attempts were made.
     pub attempts: u32,
-    /// Its failed attempts: a JSON array.
-    pub attempt_log: Option<String>,
     /// The last error.
     pub error: String,
     /// When it was given up.
     pub died_at: DateTime<Utc>,
-}
-
-/// The event of a dead letter.
-#[derive(Clone, Debug)]
-pub struct DeadEvent {
-    /// The event's id.
-    pub id: Uuid,
-    /// The event type.
-    pub event_type: String,
-    /// The type of the aggregate.
-    pub aggregate_type: String,
-    /// The id of the aggregate.
-    pub aggregate_id: String,
+    /// The position of the event.
+    #[serde(skip)]
+    pub position: i64,
+    /// Its failed attempts.
+    #[serde(skip)]
+    pub attempt_log: Vec<serde_json::Value>,
 }
 
 /// What an action of an operator was about.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Changed {
     /// How many deliveries it was asked to change, or would change in a dry run.
     pub matched: u64,
@@ -99,24 +97,18 @@ impl Outbox {
         let rows = self.query_all(self.store_reader(), self.sql().list_dead_letters, values).await?;
         rows.iter()
             .map(|row| {
-                // A column that somebody broke is as good as none.
-                let (id, event_type): (Option<Uuid>, _) = (readable(row, "event_id"), readable(row, "event_type"));
-                let (aggregate_type, aggregate_id) = (readable(row, "aggregate_type"), readable(row, "aggregate_id"));
-                let event = id.zip(event_type).zip(aggregate_type.zip(aggregate_id));
                 Ok(DeadLetter {
                     id: row.try_get("", "id")?,
+                    event_id: readable(row, "event_id"),
                     subscription: row.try_get("", "name")?,
-                    position: row.try_get("", "position")?,
-                    event: event.map(|((id, event_type), (aggregate_type, aggregate_id))| DeadEvent {
-                        id,
-                        event_type,
-                        aggregate_type,
-                        aggregate_id,
-                    }),
+                    event_type: readable(row, "event_type"),
+                    aggregate_type: readable(row, "aggregate_type"),
+                    aggregate_id: readable(row, "aggregate_id"),
                     attempts: row.try_get::<i32>("", "attempts")?.unsigned_abs(),
-                    attempt_log: row.try_get("", "attempt_log")?,
                     error: row.try_get("", "error")?,
                     died_at: row.try_get("", "died_at")?,
+                    position: row.try_get("", "position")?,
+                    attempt_log: attempt_log(row, "attempt_log"),
                 })
             })
             .collect()
@@ -234,6 +226,7 @@ impl Outbox {
     }
 }
 
+/// A column that somebody broke is as good as none.
 fn readable<T: TryGetable>(row: &sea_orm::QueryResult, column: &str) -> Option<T> {
     row.try_get::<Option<T>>("", column).ok().flatten()
 }

@@ -1,12 +1,16 @@
+use std::fmt;
+
 use chrono::{DateTime, Utc};
 use outbox_core::{Actor, RecordedEvent};
 use sea_orm::{ConnectionTrait, DbErr, QueryResult};
+use serde::Serialize;
 use uuid::Uuid;
 
 use crate::Outbox;
 
 /// Where a delivery stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DeliveryState {
     /// It waits: for its time, for a worker, or for an earlier delivery of its key.
     Pending,
@@ -16,6 +20,17 @@ pub enum DeliveryState {
     Delivered,
     /// Its attempts are used up, or its error was permanent.
     Dead,
+}
+
+impl fmt::Display for DeliveryState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pending => "pending",
+            Self::Leased => "leased",
+            Self::Delivered => "delivered",
+            Self::Dead => "dead",
+        })
+    }
 }
 
 impl DeliveryState {
@@ -113,6 +128,15 @@ impl Outbox {
         Ok(days)
     }
 
+    /// Whether there is a subscription of this name.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn is_registered(&self, subscription: &str) -> Result<bool, DbErr> {
+        Ok(self.subscription_id(subscription).await?.is_some())
+    }
+
     pub(crate) async fn subscription_id(&self, name: &str) -> Result<Option<i32>, DbErr> {
         let ids = self.subscription_ids(self.store_reader(), Some(name)).await?;
         Ok(ids.into_iter().next().map(|(id, _)| id))
@@ -185,6 +209,12 @@ fn unfinished(record: DeliveryRecord, row: &QueryResult) -> Result<DeliveryRecor
         error: row.try_get("", "last_error")?,
         ..record
     })
+}
+
+/// The failed attempts that a column lists; none if nobody can read it.
+pub(crate) fn attempt_log(row: &QueryResult, column: &str) -> Vec<serde_json::Value> {
+    let log = row.try_get::<Option<String>>("", column).ok().flatten();
+    log.and_then(|log| serde_json::from_str(&log).ok()).unwrap_or_default()
 }
 
 /// Reads a row that has all columns of the events.

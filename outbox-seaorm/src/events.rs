@@ -1,6 +1,7 @@
 use chrono::{DateTime, Utc};
 use outbox_core::RecordedEvent;
 use sea_orm::{DbErr, Value};
+use serde::Serialize;
 use uuid::Uuid;
 
 use crate::{DeliveryState, Outbox, deliveries::recorded, flush::timestamp};
@@ -44,8 +45,8 @@ pub struct EventDetails {
     pub deliveries: Vec<DeliveryDetails>,
 }
 
-/// Where the delivery of an event to one subscription stands.
-#[derive(Clone, Debug)]
+/// Where the delivery of an event to one subscription stands. Serializes as operators see it.
+#[derive(Clone, Debug, Serialize)]
 pub struct DeliveryDetails {
     /// The name of the subscription.
     pub subscription: String,
@@ -62,8 +63,8 @@ pub struct DeliveryDetails {
     pub leased_by: Option<String>,
     /// The last error.
     pub error: Option<String>,
-    /// Its failed attempts: a JSON array.
-    pub attempt_log: Option<String>,
+    /// Its failed attempts.
+    pub attempt_log: Vec<serde_json::Value>,
 }
 
 impl Outbox {

@@ -35,7 +35,7 @@ mod workers;
 
 pub use audit::{AuditEntry, By};
 pub use connect::ConnectError;
-pub use dead_letters::{Changed, DeadEvent, DeadLetter, DeadLetterFilter};
+pub use dead_letters::{Changed, DeadLetter, DeadLetterFilter};
 pub use deliveries::{DeliveryRecord, DeliveryState};
 pub use events::{DeliveryDetails, EventDetails, EventFilter, EventPage};
 pub use inbox::once;

@@ -42,7 +42,7 @@ pub struct Retention {
 }
 
 /// What a purge has taken out of the tables.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Purged {
     /// Events.
     pub events: u64,

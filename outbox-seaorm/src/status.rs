@@ -61,9 +61,21 @@ impl Outbox {
     ///
     /// If the database fails.
     pub async fn status(&self) -> Result<Status, DbErr> {
-        let rows = self.query_all(self.store_reader(), self.sql().status, [COUNTED.into()]).await?;
-        let subscriptions = rows
-            .iter()
+        Ok(Status { subscriptions: self.counted(COUNTED).await?, workers: self.workers().await? })
+    }
+
+    /// What waits and what has died, without counting the history: `delivered` is 0. For what asks often.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn backlog(&self) -> Result<Vec<SubscriptionStatus>, DbErr> {
+        self.counted(0).await
+    }
+
+    async fn counted(&self, delivered: i64) -> Result<Vec<SubscriptionStatus>, DbErr> {
+        let rows = self.query_all(self.store_reader(), self.sql().status, [delivered.into()]).await?;
+        rows.iter()
             .map(|row| {
                 Ok(SubscriptionStatus {
                     name: row.try_get("", "name")?,
@@ -77,9 +89,7 @@ impl Outbox {
                     last_error: row.try_get("", "last_error")?,
                 })
             })
-            .collect::<Result<_, DbErr>>()?;
-        let workers = self.workers().await?;
-        Ok(Status { subscriptions, workers })
+            .collect()
     }
 
     /// Lists the workers that were seen lately.

@@ -1,17 +1,24 @@
 use chrono::{DateTime, SecondsFormat, Utc};
 use outbox_core::{Filter, RecordedEvent, Subject};
 use sea_orm::{DbErr, QueryResult, Value};
+use serde::{Serialize, Serializer};
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::{DeliveryDetails, DeliveryState, Outbox, deliveries::recorded, subscriptions::parsed};
+use crate::{
+    DeliveryDetails, DeliveryState, Outbox,
+    deliveries::{attempt_log, recorded},
+    subscriptions::parsed,
+};
 
 /// Why an event was or was not delivered to one subscription: what the tables say at this moment.
-#[derive(Clone, Debug)]
+/// Serializes as operators see it.
+#[derive(Clone, Debug, Serialize)]
 pub struct Why {
     /// The name of the subscription.
     pub subscription: String,
-    /// Where the delivery stands; `None` if there is none.
+    /// Where the delivery stands; `None`, serialized as `none`, if there is none.
+    #[serde(serialize_with = "state_or_none")]
     pub state: Option<DeliveryState>,
     /// One sentence for people.
     pub reason: String,
@@ -40,8 +47,8 @@ pub(crate) struct Standing {
 enum Place {
     Nowhere,
     Queued(Queued),
-    Delivered { attempts: u32, at: DateTime<Utc>, log: Option<String> },
-    Dead { id: i64, attempts: u32, at: DateTime<Utc>, error: String, log: Option<String> },
+    Delivered { attempts: u32, at: DateTime<Utc>, log: Vec<serde_json::Value> },
+    Dead { id: i64, attempts: u32, at: DateTime<Utc>, error: String, log: Vec<serde_json::Value> },
 }
 
 #[derive(Debug)]
@@ -52,7 +59,7 @@ struct Queued {
     leased_by: Option<String>,
     lane_due_at: Option<DateTime<Utc>>,
     last_error: Option<String>,
-    log: Option<String>,
+    log: Vec<serde_json::Value>,
     head_event: Option<Uuid>,
     held: bool,
     held_by: Option<i64>,
@@ -106,7 +113,7 @@ impl Standing {
             finished_at: None,
             leased_by: None,
             error: None,
-            attempt_log: None,
+            attempt_log: Vec::new(),
         };
         Some(match self.place {
             Place::Nowhere => return None,
@@ -244,7 +251,7 @@ impl Place {
                 leased_by: row.try_get("", "leased_by")?,
                 lane_due_at: row.try_get("", "lane_due_at")?,
                 last_error: row.try_get("", "last_error")?,
-                log: row.try_get("", "lane_log")?,
+                log: attempt_log(row, "lane_log"),
                 // A row that somebody broke is as good as none.
                 head_event: row.try_get("", "head_event").unwrap_or(None),
                 held: row.try_get::<Option<i64>>("", "held_at")?.is_some(),
@@ -253,12 +260,12 @@ impl Place {
             }));
         }
         if let Some(id) = row.try_get("", "dead_letter")? {
-            let (attempts, log) = (attempts("dead_attempts")?, row.try_get("", "dead_log")?);
+            let (attempts, log) = (attempts("dead_attempts")?, attempt_log(row, "dead_log"));
             let (at, error) = (row.try_get("", "died_at")?, row.try_get("", "error")?);
             return Ok(Self::Dead { id, attempts, at, error, log });
         }
         if let Some(at) = row.try_get("", "delivered_at")? {
-            let (attempts, log) = (attempts("delivered_attempts")?, row.try_get("", "delivered_log")?);
+            let (attempts, log) = (attempts("delivered_attempts")?, attempt_log(row, "delivered_log"));
             return Ok(Self::Delivered { attempts, at, log });
         }
         Ok(Self::Nowhere)
@@ -277,4 +284,11 @@ fn shown(at: DateTime<Utc>) -> String {
 
 fn counted(attempts: u32) -> String {
     if attempts == 1 { "1 attempt".to_owned() } else { format!("{attempts} attempts") }
+}
+
+fn state_or_none<S: Serializer>(state: &Option<DeliveryState>, serializer: S) -> Result<S::Ok, S::Error> {
+    match state {
+        Some(state) => state.serialize(serializer),
+        None => serializer.serialize_str("none"),
+    }
 }

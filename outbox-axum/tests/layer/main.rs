@@ -7,5 +7,6 @@ mod events;
 mod failure;
 mod handles;
 mod operator;
+mod operator_api;
 mod savepoint;
 mod support;

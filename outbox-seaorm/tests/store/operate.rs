@@ -286,9 +286,9 @@ async fn dead_letters_are_listed_in_pages_and_by_filter() {
     }
     assert!(seen.len() == 6 && seen.is_sorted_by(|a, b| a > b), "{seen:?}");
     let dead = &db.outbox.dead_letters(&renamed, None, 1).await.unwrap()[0];
-    let event = dead.event.as_ref().unwrap();
-    assert_eq!((event.id, &*event.event_type, &*event.aggregate_type), (db.event(2).await, "todo.renamed", "todo"));
-    assert_eq!((&*event.aggregate_id, dead.attempts, &*dead.error), ("b", 1, "no such address"));
+    assert_eq!((dead.event_id, dead.event_type.as_deref()), (Some(db.event(2).await), Some("todo.renamed")));
+    assert_eq!((dead.aggregate_type.as_deref(), dead.aggregate_id.as_deref()), (Some("todo"), Some("b")));
+    assert_eq!((dead.attempts, &*dead.error), (1, "no such address"));
 }
 
 #[tokio::test]
@@ -302,7 +302,7 @@ async fn dead_letters_without_a_readable_event_are_listed_and_discarded_but_not_
         db.execute("update outbox_events set event_id = 'broken', event_type = x'00' where position = 2").await;
     }
     let dead = db.outbox.dead_letters(&all(), None, 10).await.unwrap();
-    assert!(dead.len() == 2 && dead[1].event.is_none(), "{dead:?}");
+    assert!(dead.len() == 2 && dead.iter().all(|dead| dead.event_id.is_none() || dead.position == 2), "{dead:?}");
     let gone = DeadLetterFilter { ids: Some(vec![dead[1].id]), ..all() };
     assert_eq!(db.replay_dead(&gone).await, Changed { matched: 1, changed: 0 });
     db.is_whole().await;
@@ -486,7 +486,7 @@ async fn an_event_is_shown_with_all_its_deliveries() {
         (&*a.subscription, a.state, a.attempts, a.error.as_deref()),
         ("a", DeliveryState::Pending, 1, Some("down"))
     );
-    assert!(a.attempt_log.as_ref().is_some_and(|log| log.contains("down")) && a.due_at.is_some());
+    assert!(a.attempt_log[0]["error"] == "down" && a.due_at.is_some());
     assert_eq!((&*b.subscription, b.state, b.attempts), ("b", DeliveryState::Pending, 0));
     assert!(db.outbox.event(Uuid::now_v7()).await.unwrap().is_none());
     let record = db.outbox.delivery("a", event).await.unwrap().unwrap();

@@ -1,0 +1,159 @@
+//! Purging, migrating, and looking for what is wrong.
+
+use std::{collections::HashSet, time::Duration};
+
+use clap::{Args, Subcommand};
+use outbox_migrations::{
+    MigrateError,
+    sea_orm_migration::{MigrationTrait, MigratorTrait},
+};
+use outbox_seaorm::{Outbox, Retention, SchemaError};
+use serde_json::json;
+
+use crate::{
+    Answer,
+    output::{Output, table},
+    select,
+};
+
+/// What the oldest delivery may wait before the doctor wonders.
+const PATIENCE: f64 = 300.0;
+
+/// A worker that was not seen for this long is gone.
+const SEEN_WITHIN: f64 = 15.0;
+
+#[derive(Args)]
+pub(crate) struct Purge {
+    /// How long events are kept after their last delivery: 7d, 12h, 0s.
+    #[arg(long, value_parser = select::duration, default_value = "7d")]
+    older_than: Duration,
+    /// Another time for some types: audit.*=30d. May be given several times; the first that fits counts.
+    #[arg(long = "keep", value_parser = rule)]
+    rules: Vec<(String, Duration)>,
+    /// Writes them to the archive table first.
+    #[arg(long)]
+    archive: bool,
+}
+
+#[derive(Clone, Copy, Subcommand)]
+pub(crate) enum Migrate {
+    /// Brings the tables to this version.
+    Up,
+    /// Takes the tables away, with everything in them.
+    Down {
+        /// Also if there are events.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Says which migrations are applied.
+    Status,
+}
+
+/// The outbox alone; an application has a migrator of its own that includes these.
+struct Migrator;
+
+impl MigratorTrait for Migrator {
+    fn migrations() -> Vec<Box<dyn MigrationTrait>> {
+        outbox_migrations::all()
+    }
+}
+
+fn rule(text: &str) -> Result<(String, Duration), String> {
+    let (pattern, time) = text.split_once('=').ok_or("write it as TYPE=TIME, for example audit.*=30d")?;
+    Retention::default().keep_events(pattern, Duration::ZERO).map_err(|error| error.to_string())?;
+    Ok((pattern.to_owned(), select::duration(time)?))
+}
+
+pub(crate) async fn purge(outbox: &Outbox, purge: Purge) -> Answer {
+    let mut retention = Retention::default().keep(purge.older_than);
+    for (pattern, time) in &purge.rules {
+        retention = retention.keep_events(pattern, *time)?;
+    }
+    if purge.archive {
+        retention = retention.archive();
+    }
+    let purged = outbox.purge(&retention).await?;
+    let text = format!(
+        "events: {}, deliveries: {}, archived: {}, inbox: {}\n",
+        purged.events, purged.deliveries, purged.archived, purged.inbox
+    );
+    Ok(Output::new(text, purged))
+}
+
+pub(crate) async fn migrate(url: &str, command: Migrate) -> Answer {
+    // Without a mode, SQLite refuses a file that does not exist yet.
+    let creates = matches!(command, Migrate::Up) && url.starts_with("sqlite:") && !url.contains("mode=");
+    let url =
+        if creates { format!("{url}{}mode=rwc", if url.contains('?') { '&' } else { '?' }) } else { url.to_owned() };
+    let outbox = Outbox::connect(&url, 1).await?;
+    match command {
+        Migrate::Up => outbox_migrations::up::<Migrator>(outbox.writer()).await.map_err(ours)?,
+        Migrate::Down { yes } => {
+            if !yes && outbox.check_schema().await.is_ok() && has_events(&outbox).await? {
+                return Err("this takes away all events and deliveries; add --yes if you mean it".into());
+            }
+            let steps = u32::try_from(Migrator::migrations().len()).unwrap_or(u32::MAX);
+            outbox_migrations::down::<Migrator>(outbox.writer(), steps).await.map_err(ours)?;
+        }
+        Migrate::Status => {}
+    }
+    let applied: HashSet<String> = match outbox.check_schema().await {
+        Err(error @ SchemaError::Unanswered(_)) => return Err(error.into()),
+        Err(SchemaError::Missing(_)) => HashSet::new(),
+        _ => Migrator::get_migration_models(outbox.writer()).await?.into_iter().map(|model| model.version).collect(),
+    };
+    let known = Migrator::migrations();
+    let state = |name: &str| if applied.contains(name) { "applied" } else { "pending" };
+    let rows = known.iter().map(|each| [each.name().to_owned(), state(each.name()).to_owned()]);
+    let json: Vec<_> = known.iter().map(|each| json!({ "name": each.name(), "state": state(each.name()) })).collect();
+    Ok(Output::new(table(["migration", "state"], rows), json!({ "items": json, "next": null })))
+}
+
+async fn has_events(outbox: &Outbox) -> Result<bool, sea_orm::DbErr> {
+    Ok(!outbox.events(&outbox_seaorm::EventFilter::default(), None, 1).await?.events.is_empty())
+}
+
+/// Migrations that are not ours are more likely those of an application than those of a later version.
+fn ours(error: MigrateError) -> Box<dyn std::error::Error> {
+    match error {
+        MigrateError::NewerDatabase { newest } => format!(
+            "the database has the migration {newest:?}, which is not the outbox' own: an application migrates this \
+             database, so use its command, or the outbox is from a later version"
+        )
+        .into(),
+        error => error.into(),
+    }
+}
+
+pub(crate) async fn doctor(outbox: &Outbox) -> Answer {
+    let status = outbox.status().await?;
+    let mut found = Vec::new();
+    let mut note = |what: String, to_do: &str| found.push([what, to_do.to_owned()]);
+    for each in &status.subscriptions {
+        let name = &each.name;
+        let seen = |worker: &&outbox_seaorm::WorkerStatus| worker.last_seen_seconds < SEEN_WITHIN;
+        let workers = status.workers.iter().filter(seen).filter(|worker| worker.subscriptions.contains(name)).count();
+        if workers == 0 {
+            note(format!("no worker delivers {name}"), "start one; if nobody needs it: outbox subscriptions remove");
+        }
+        if each.paused {
+            note(format!("{name} is paused"), "outbox resume");
+        }
+        if each.circuit != "closed" {
+            note(format!("the destination of {name} is down (circuit {})", each.circuit), "mend the destination");
+        }
+        if each.dead > 0 {
+            note(format!("{name} has {} dead letters", each.dead), "outbox dead list, then replay or discard");
+        }
+        if let Some(age) = each.oldest_pending_age_seconds.filter(|age| *age > PATIENCE) {
+            note(format!("the oldest delivery of {name} waits for {age:.0} s"), "outbox events list, then outbox why");
+        }
+    }
+    if status.subscriptions.is_empty() {
+        note("there are no subscriptions: events go nowhere".to_owned(), "start a worker");
+    }
+    let problems: Vec<_> = found.iter().map(|[what, to_do]| json!({ "problem": what, "to_do": to_do })).collect();
+    let text =
+        if found.is_empty() { "all is well\n".to_owned() } else { table(["problem", "what to do"], found.clone()) };
+    Ok(Output::new(text, json!({ "problems": problems })).bad(!found.is_empty()))
+}
