@@ -56,6 +56,16 @@ const LONGEST_OUTAGE_WAIT: Duration = Duration::from_secs(5);
 /// The shortest wait between two looks that nothing has brought forward.
 const SOON: Duration = Duration::from_millis(10);
 
+/// The shortest time from one claim to the next that only a commit has brought forward: many commits are one look.
+const COALESCE: Duration = Duration::from_millis(2);
+
+/// Lanes that came full within this time let more be leased in advance; if they took longer, fewer.
+const FAST: Duration = Duration::from_millis(100);
+const SLOW: Duration = Duration::from_millis(500);
+
+/// How many batches are leased in advance at most, in lanes and in deliveries.
+const MOST_AHEAD: usize = 10;
+
 /// How long after the grace a worker that stops goes on trying to store results, if its leases last that long.
 const LAST_TRIES: Duration = Duration::from_secs(10);
 
@@ -145,6 +155,11 @@ struct Feed {
     renew_at: Instant,
     /// When to look for lanes next.
     look_at: Instant,
+    claimed_at: Instant,
+    /// When the last claim that came back full began.
+    full_at: Instant,
+    /// How many lanes to lease: more while they are soon done.
+    ahead: usize,
     idle_wait: Duration,
     claim_failures: u32,
     settle_failures: u32,
@@ -214,6 +229,9 @@ pub(crate) fn start(source: Source) -> Ends {
         renewing: None,
         renew_at: now,
         look_at: now,
+        claimed_at: now,
+        full_at: now,
+        ahead: 0,
         idle_wait: source.poll / 8,
         claim_failures: 0,
         settle_failures: 0,
@@ -273,7 +291,8 @@ impl Feed {
                 (asked_at, lanes, held) = finished(&mut self.renewing) => self.renewed(asked_at, &lanes, held),
                 () = finished(&mut self.changing) => {}
                 () = outbox.woken(subscription), if !stopping && !self.is_relayed() => {
-                    self.look_at = Instant::now();
+                    let coalesce = if self.source.until == Until::Stopped { COALESCE } else { Duration::ZERO };
+                    self.look_at = self.look_at.min(Instant::now().max(self.claimed_at + coalesce));
                     self.idle_wait = self.source.poll / 8;
                 }
                 () = tokio::time::sleep_until(self.look_at.into()), if !stopping && self.wants_lanes() => {}
@@ -303,9 +322,26 @@ impl Feed {
         self.circuit.limit(self.source.options.concurrency)
     }
 
-    /// How many more lanes to lease: as many as can be worked on, and as many again in advance.
+    /// How many lanes to lease at least: as many as can be worked on, and as many again in advance.
+    fn least_ahead(&self) -> usize {
+        2 * self.concurrency()
+    }
+
+    /// How many more lanes to lease. None before half of them are done: few large claims cost less than many small ones.
     fn room(&self) -> usize {
-        (2 * self.concurrency()).saturating_sub(self.lanes.len())
+        // A destination that comes back is not flooded.
+        let limited = self.concurrency() < self.source.options.concurrency || self.is_relayed();
+        let ahead = if limited { self.least_ahead() } else { self.ahead.max(self.least_ahead()) };
+        let enough = ahead > self.least_ahead() && self.lanes.len() * 2 > ahead;
+        if enough { 0 } else { ahead.saturating_sub(self.lanes.len()) }
+    }
+
+    /// How many deliveries may start now. Those whose success is not stored yet are not under way any more; there are
+    /// no more of them than a batch.
+    fn free(&self) -> usize {
+        let running = self.lanes.values().filter(|lane| lane.running.is_some()).count();
+        let may_repeat = self.concurrency() + self.source.options.batch;
+        self.concurrency().saturating_sub(running).min(may_repeat.saturating_sub(self.open))
     }
 
     /// Whether lanes come through Redis.
@@ -369,7 +405,8 @@ impl Feed {
     fn start_ready(&mut self) {
         let options = self.source.options;
         let mut waiting = VecDeque::new();
-        while self.can_store() && self.open < self.concurrency() && !self.is_paced() {
+        let mut free = if self.ready.is_empty() { 0 } else { self.free() };
+        while free > 0 && self.can_store() && !self.is_paced() {
             let Some(key) = self.ready.pop_front() else { break };
             // A lane that was lost and claimed again may stand here twice.
             let Some(lane) = self.lanes.get_mut(&key).filter(|lane| lane.running.is_none()) else { continue };
@@ -419,6 +456,7 @@ impl Feed {
                 .queue(Queue::from(&*self.source.name))
                 .build();
             self.open += 1;
+            free -= 1;
             // Never full, see `start`; closed when the worker is gone, which ends this feed in its next round.
             if self.tasks.try_send(task).is_err() {
                 self.open -= 1;
@@ -468,8 +506,15 @@ impl Feed {
         if !self.wants_lanes() || self.look_at > Instant::now() {
             return;
         }
+        // Long runs fill the memory even when their lanes are few.
+        let waiting: usize = self.lanes.values().map(|lane| lane.run.len()).sum();
+        if self.lanes.len() >= self.concurrency() && waiting >= MOST_AHEAD * self.source.options.batch {
+            self.look_at = Instant::now() + SOON;
+            return;
+        }
         // A wake-up while the claim is under way brings the next look forward again.
-        self.look_at = Instant::now() + self.source.poll;
+        self.claimed_at = Instant::now();
+        self.look_at = self.claimed_at + self.source.poll;
         let times_down = self.circuit.times_down();
         let Source { outbox, subscription, worker, options, .. } = self.source.clone();
         self.claiming = Some(tokio::spawn(async move {
@@ -477,7 +522,8 @@ impl Feed {
             let (lanes, run) = (count(capacity), count(options.batch));
             let claimed = async {
                 let claim = outbox.claim(subscription, &worker, lanes, run, options.lease).await?;
-                let next = if claim.lanes.len() < capacity { outbox.next_due(subscription).await? } else { None };
+                // What was found is not kept waiting for what comes later.
+                let next = if claim.lanes.is_empty() { outbox.next_due(subscription).await? } else { None };
                 Ok(Claimed { claim, next, asked_at, times_down })
             };
             (capacity, claimed.await)
@@ -513,12 +559,15 @@ impl Feed {
             self.look_at = Instant::now() + self.source.retry.delay(1, fastrand::f64());
         } else if lanes.len() == capacity {
             self.look_at = Instant::now();
+            self.adapt(asked_at);
         } else {
-            if !lanes.is_empty() {
+            let due = if lanes.is_empty() {
+                // Due and not claimed: it has just become due, or another worker is at it at this moment.
+                next.and_then(|next| next.after).map_or(Duration::MAX, |due| due.max(SOON))
+            } else {
                 self.idle_wait = self.source.poll / 8;
-            }
-            // Due and not claimed: it has just become due, or another worker is at it at this moment.
-            let due = next.and_then(|next| next.after).map_or(Duration::MAX, |due| due.max(SOON));
+                SOON
+            };
             let jitter = fastrand::f64().mul_add(0.2, 0.9);
             self.look_at = self.look_at.min(Instant::now() + self.idle_wait.mul_f64(jitter).min(due));
             self.idle_wait = (self.idle_wait * 2).min(self.source.poll);
@@ -597,6 +646,17 @@ impl Feed {
             if probe {
                 self.changes.push_back(Change::OpenCircuit { wait: SOON, failed: false });
             }
+        }
+    }
+
+    /// A claim came back full: the next one may be larger if this one came soon after the one before.
+    fn adapt(&mut self, asked_at: Instant) {
+        let since = asked_at.saturating_duration_since(std::mem::replace(&mut self.full_at, asked_at));
+        let (least, most) = (self.least_ahead(), MOST_AHEAD * self.source.options.batch);
+        if since < FAST {
+            self.ahead = (2 * self.ahead).clamp(least, most.max(least));
+        } else if since > SLOW {
+            self.ahead = (self.ahead / 2).max(least);
         }
     }
 

@@ -174,8 +174,10 @@ impl Worker {
         Ok(self)
     }
 
-    /// Sets how many deliveries each subscription has under way in this process, those included whose success is not
-    /// stored yet: what a crash repeats at most. Defaults to 10.
+    /// Sets how many deliveries each subscription has under way in this process. Defaults to 10.
+    ///
+    /// What a crash repeats are these and those whose success is not stored yet, together at most this number and one
+    /// [batch](Self::batch). Successes are stored at once, many at a time while they come fast.
     ///
     /// # Errors
     ///
@@ -189,6 +191,8 @@ impl Worker {
     }
 
     /// Sets how many keys are claimed at once, and how many deliveries of each. Defaults to 100.
+    ///
+    /// A worker leases twice as many keys as it has deliveries under way; while they are done fast, up to ten batches.
     ///
     /// # Errors
     ///

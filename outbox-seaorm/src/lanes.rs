@@ -4,7 +4,7 @@ use std::{
 };
 
 use outbox_core::RecordedEvent;
-use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -245,10 +245,21 @@ impl Outbox {
         lease: Duration,
         attempt: i32,
     ) -> Result<Claim, DbErr> {
+        // On SQLite a claim that finds nothing takes the write lock all the same, so it is asked first.
+        let asks_first = self.backend() == DbBackend::Sqlite;
+        if !asks_first {
+            let lanes = self.claim_lanes(subscription, worker, lanes, run, lease, (false, attempt)).await?;
+            if !lanes.is_empty() {
+                return Ok(Claim { lanes, probe: false });
+            }
+        }
         let Some(NextDue { after: Some(Duration::ZERO), circuit }) = self.next_due(subscription).await? else {
             return Ok(Claim::default());
         };
         let Some(failures) = circuit else {
+            if !asks_first {
+                return Ok(Claim::default());
+            }
             let lanes = self.claim_lanes(subscription, worker, lanes, run, lease, (false, attempt)).await?;
             return Ok(Claim { lanes, probe: false });
         };

@@ -234,9 +234,10 @@ pub(crate) static POSTGRES: Sql = Sql {
                        select ctid from outbox_deliveries d
                         where d.subscription_id = held.subscription and d.key = held.key and d.position = f.position
                        offset 0) d),
-              moved as (
-                delete from outbox_deliveries d using finished f where d.ctid = f.place
-                returning f.lease, f.subscription, f.key, f.position, f.attempts, f.log, f.error),
+              deleted as (
+                delete from outbox_deliveries where ctid = any (array(select place from finished))
+                returning subscription_id as subscription, position),
+              moved as materialized (select f.* from finished f join deleted using (subscription, position)),
               delivered as (
                 insert into outbox_delivered (subscription_id, position, attempts, attempt_log, delivered_at)
                 select subscription, position, attempts, log::jsonb, clock_timestamp() from moved where error is null
