@@ -330,17 +330,19 @@ impl Feed {
     /// How many more lanes to lease. None before half of them are done: few large claims cost less than many small ones.
     fn room(&self) -> usize {
         // A destination that comes back is not flooded.
-        let limited = self.concurrency() < self.source.options.concurrency || self.is_relayed();
+        let outside = self.source.destination.is_outside();
+        let limited = outside || self.concurrency() < self.source.options.concurrency || self.is_relayed();
         let ahead = if limited { self.least_ahead() } else { self.ahead.max(self.least_ahead()) };
         let enough = ahead > self.least_ahead() && self.lanes.len() * 2 > ahead;
         if enough { 0 } else { ahead.saturating_sub(self.lanes.len()) }
     }
 
-    /// How many deliveries may start now. Those whose success is not stored yet are not under way any more; there are
-    /// no more of them than a batch.
+    /// How many deliveries may start now. What a crash repeats counts as under way, also when its success is about to be
+    /// stored; in this process, where a delivery may take no time at all, that may be a batch more.
     fn free(&self) -> usize {
+        let spare = if self.source.destination.is_outside() { 0 } else { self.source.options.batch };
         let running = self.lanes.values().filter(|lane| lane.running.is_some()).count();
-        let may_repeat = self.concurrency() + self.source.options.batch;
+        let may_repeat = self.concurrency() + spare;
         self.concurrency().saturating_sub(running).min(may_repeat.saturating_sub(self.open))
     }
 

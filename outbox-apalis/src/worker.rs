@@ -176,8 +176,8 @@ impl Worker {
 
     /// Sets how many deliveries each subscription has under way in this process. Defaults to 10.
     ///
-    /// What a crash repeats are these and those whose success is not stored yet, together at most this number and one
-    /// [batch](Self::batch). Successes are stored at once, many at a time while they come fast.
+    /// A crash repeats at most as many: for a publisher, a delivery whose success is not stored yet is still under way.
+    /// Handlers in this process, which may take no time at all, may have a [batch](Self::batch) more to store.
     ///
     /// # Errors
     ///
