@@ -44,6 +44,9 @@ use crate::{
 const UNKNOWN_WAIT: Duration = Duration::from_secs(1);
 const LONGEST_UNKNOWN_WAIT: Duration = Duration::from_secs(60);
 
+/// How much later than others a worker looks that has met unknown events lately: those who know them come first.
+const UNKNOWN_LAG: Duration = Duration::from_millis(150);
+
 /// How many keys with unknown events are remembered, so that their wait grows.
 const UNKNOWN_KEYS: usize = 10_000;
 
@@ -172,6 +175,8 @@ struct Feed {
     next_start: Instant,
     /// How often events of these keys were of an unknown type.
     unknown: HashMap<String, u32>,
+    /// Until when events that are unknown here come back.
+    unknown_until: Instant,
     claimed_once: bool,
 }
 
@@ -241,6 +246,7 @@ pub(crate) fn start(source: Source) -> Ends {
         changing: None,
         next_start: now,
         unknown: HashMap::new(),
+        unknown_until: now,
         claimed_once: false,
         source,
     };
@@ -565,7 +571,8 @@ impl Feed {
         } else {
             let due = if lanes.is_empty() {
                 // Due and not claimed: it has just become due, or another worker is at it at this moment.
-                next.and_then(|next| next.after).map_or(Duration::MAX, |due| due.max(SOON))
+                let lag = if Instant::now() < self.unknown_until { UNKNOWN_LAG } else { Duration::ZERO };
+                next.and_then(|next| next.after).map_or(Duration::MAX, |due| due.max(SOON).saturating_add(lag))
             } else {
                 self.idle_wait = self.source.poll / 8;
                 SOON
@@ -845,7 +852,9 @@ impl Feed {
         let times = self.unknown.entry(key.to_owned()).or_default();
         *times += 1;
         let wait = UNKNOWN_WAIT * 2_u32.pow((*times - 1).min(10));
-        wait.min(LONGEST_UNKNOWN_WAIT).mul_f64(fastrand::f64().mul_add(0.5, 0.5))
+        let wait = wait.min(LONGEST_UNKNOWN_WAIT).mul_f64(fastrand::f64().mul_add(0.5, 0.5));
+        self.unknown_until = self.unknown_until.max(Instant::now() + wait + 2 * UNKNOWN_LAG);
+        wait
     }
 
     /// The head of a lane becomes a dead letter.

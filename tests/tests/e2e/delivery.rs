@@ -14,7 +14,7 @@ use outbox_tests::{
 use reqwest::Client;
 use serde_json::json;
 
-use crate::truth::{Range, sized};
+use crate::truth::{OPS_TOKEN, Range, sized};
 
 const QUICK: &[(&str, &str)] = &[
     ("OUTBOX_LEASE_MS", "1000"),
@@ -29,6 +29,14 @@ const CONCURRENCY: usize = 10;
 async fn post(url: &str, body: &serde_json::Value) {
     let answer = Client::new().post(url).json(body).send().await.unwrap();
     assert!(answer.status().is_success(), "{}", answer.status());
+}
+
+/// The sum of a counter of one process, over all its labels.
+async fn counter(process: &Process, name: &str) -> f64 {
+    let metrics = Client::new().get(format!("{}/metrics", process.ops)).bearer_auth(OPS_TOKEN).send().await.unwrap();
+    let metrics = metrics.text().await.unwrap();
+    let lines = metrics.lines().filter(|line| line.starts_with(name));
+    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }
 
 async fn workers(range: &Range, settings: &[(&str, &str)], count: usize) -> Vec<Process> {
@@ -84,6 +92,9 @@ async fn a_worker_that_slept_past_its_lease_changes_nothing_when_it_wakes_up() {
     let range = Range::new().await;
     let api = range.start("serve", QUICK).await;
     let mut workers = workers(&range, QUICK, 2).await;
+    // The workers take turns.
+    let round_of = |round: u32| round % 2;
+    let mut dropped_before: HashMap<u32, f64> = HashMap::new();
     for round in 0..sized(4, 30) {
         // One worker is at it when it is stopped; its call is answered while it sleeps.
         let (sleeper, other, started) = (&workers[0], &workers[1], Instant::now());
@@ -107,8 +118,13 @@ async fn a_worker_that_slept_past_its_lease_changes_nothing_when_it_wakes_up() {
             range.texts(&delivered).await == ["2"]
         })
         .await;
+        let dropped = dropped_before.remove(&round_of(round)).unwrap_or_default();
         sleeper.signal("CONT");
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        eventually(Duration::from_secs(5), "the late result is dropped and counted", || async {
+            counter(sleeper, "outbox_superseded_total").await > dropped
+        })
+        .await;
+        dropped_before.insert(round_of(round), counter(sleeper, "outbox_superseded_total").await);
         assert_eq!(range.texts(&delivered).await, ["2"]);
         workers.swap(0, 1);
         println!("round {round}: {:?}", started.elapsed());

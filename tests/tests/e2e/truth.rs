@@ -23,6 +23,9 @@ use tokio::{
     task::JoinSet,
 };
 
+/// What operators of the processes log in with.
+pub(crate) const OPS_TOKEN: &str = "operator";
+
 /// Short leases, so that what a killed process held is due again soon.
 const QUICK: &[(&str, &str)] = &[("OUTBOX_LEASE_MS", "500"), ("OUTBOX_POLL_MS", "50")];
 
@@ -55,7 +58,12 @@ impl Range {
     }
 
     pub(crate) async fn start(&self, mode: &str, settings: &[(&str, &str)]) -> Process {
-        let own = [("DATABASE_URL", self.url.as_str()), ("SINK_URL", &self.sink_url), ("WEBHOOK_SECRET", SECRET)];
+        let own = [
+            ("DATABASE_URL", self.url.as_str()),
+            ("SINK_URL", &self.sink_url),
+            ("WEBHOOK_SECRET", SECRET),
+            ("OPS_TOKEN", OPS_TOKEN),
+        ];
         let settings: Vec<_> = own.iter().chain(settings).copied().collect();
         Process::start("conformance-app", mode, &settings).await
     }
