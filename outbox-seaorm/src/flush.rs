@@ -2,7 +2,7 @@ use std::{collections::HashMap, time::Duration};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use outbox_core::{Batch, NewEvent, Subject};
-use sea_orm::{DatabaseTransaction, DbErr, Value};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, Value};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -31,6 +31,25 @@ struct EventRow<'a> {
     max_attempts: Option<u32>,
     wait: f64,
     not_before: Option<String>,
+}
+
+impl EventRow<'_> {
+    /// The columns of a single event, in the order of the statement's parameters.
+    fn values(&self, id: Uuid) -> Result<[Value; 11], DbErr> {
+        Ok([
+            id.into(),
+            self.event_type.into(),
+            self.schema_version.into(),
+            self.aggregate_type.into(),
+            self.aggregate_id.into(),
+            self.payload.into(),
+            self.occurred_at.clone().into(),
+            self.tags.map(json).transpose()?.into(),
+            self.wait.into(),
+            self.not_before.clone().into(),
+            self.max_attempts.map(i64::from).into(),
+        ])
+    }
 }
 
 #[derive(Serialize)]
@@ -70,7 +89,7 @@ pub(crate) async fn flush(outbox: &Outbox, tx: &DatabaseTransaction, batch: Batc
         return Ok(Flushed::default());
     }
     let (mut woken, commit_id) = match outbox.sql().flush {
-        Flush::AtOnce(sql) => at_once(outbox, tx, &batch, sql).await?,
+        Flush::AtOnce { one, many } => at_once(outbox, tx, &batch, one, many).await?,
         Flush::InSteps { insert_events } => (in_steps(outbox, tx, &batch, insert_events).await?, None),
     };
     woken.sort_unstable();
@@ -84,26 +103,29 @@ async fn at_once(
     outbox: &Outbox,
     tx: &DatabaseTransaction,
     batch: &Batch,
-    sql: &'static str,
+    one: &'static str,
+    many: &'static str,
 ) -> Result<(Vec<i32>, Option<CommitId>), DbErr> {
-    let events = json(&event_rows(batch))?;
+    let mut rows = event_rows(batch);
+    let single = if rows.len() == 1 { rows.pop() } else { None };
+    let events = if single.is_none() { json(&rows)? } else { String::new() };
     let mut known = outbox.known();
     loop {
         let matches: Vec<MatchRow> = matches(batch, &known).collect();
-        let [tenant, actor_kind, actor_id, correlation, causation, traceparent, tracestate] = context_values(batch);
-        let values = [
-            events.as_str().into(),
-            json(&matches)?.into(),
-            known.generation.into(),
-            tenant,
-            actor_kind,
-            actor_id,
-            correlation,
-            causation,
-            traceparent,
-            tracestate,
-        ];
-        let row = outbox.query_one(tx, sql, values).await?.ok_or(DbErr::RecordNotInserted)?;
+        let mut values = Vec::from(context_values(batch));
+        values.push(known.generation.into());
+        let sql = match &single {
+            Some(event) => {
+                values.push(json(&matches)?.into());
+                values.extend(event.values(batch.events[0].id())?);
+                one
+            }
+            None => {
+                values.extend([events.as_str().into(), json(&matches)?.into()]);
+                many
+            }
+        };
+        let row = tx.query_one_raw(outbox.statement(sql, values)).await?.ok_or(DbErr::RecordNotInserted)?;
         if row.try_get::<i64>("", "events")? > 0 {
             let woken = matches.into_iter().map(|each| each.subscription).collect();
             return Ok((woken, CommitId::read(&row)?));

@@ -220,7 +220,7 @@ impl Outbox {
     }
 
     /// The statement with this outbox' table names.
-    pub(crate) fn statement<const N: usize>(&self, sql: &'static str, values: [Value; N]) -> Statement {
+    pub(crate) fn statement(&self, sql: &'static str, values: impl IntoIterator<Item = Value>) -> Statement {
         let sql = match &self.prefix {
             None => Cow::Borrowed(sql),
             Some(prefix) => Cow::Owned(sql.replace(DEFAULT_PREFIX, prefix)),

@@ -6,8 +6,11 @@
 /// How a database flushes.
 #[derive(Debug)]
 pub(crate) enum Flush {
-    /// In one round trip.
-    AtOnce(&'static str),
+    /// In one round trip, any number of events or a single one. Both take what the events share as $1 … $7, then the
+    /// generation. `many`: $9 events, $10 matches (index of the event, subscription, key). `one`: $9 matches (subscription,
+    /// key), then the columns of the event. Returns the number of events, 0 if the generation is old, and what a `CommitId`
+    /// consists of.
+    AtOnce { one: &'static str, many: &'static str },
     /// Statement by statement, where a statement costs no round trip. $1 events, in their order; $2 … $8 what they share.
     InSteps { insert_events: &'static str },
 }
@@ -58,8 +61,7 @@ pub(crate) struct Sql {
     pub(crate) bump_generation: &'static str,
     pub(crate) subscriptions: &'static str,
 
-    /// Everything at once: $1 events, $2 matches (index of the event, subscription, key), $3 generation, $4 … $10 what the events share. Returns the number of events, 0 if the generation is
-    /// old, and what a `CommitId` consists of.
+    /// Events with their deliveries and lanes.
     pub(crate) flush: Flush,
 
     /// $1 deliveries. Due after the wait of their events, or before if it is a head start; the later of it and
