@@ -164,6 +164,14 @@ impl UnitOfWork {
         self.source.events()
     }
 
+    /// Whether nothing can be committed any more because of a statement that failed with a [transient
+    /// error](is_transient), outside of a savepoint that was rolled back: the work is not to blame.
+    #[must_use]
+    pub fn lost_its_database(&self) -> bool {
+        // Somebody who holds the lock is at work, so nothing has failed yet.
+        self.source.shared.state.try_lock().is_ok_and(|state| state.failed && state.transient)
+    }
+
     /// Hands out handles later, for example from the extensions of a request.
     #[must_use]
     pub fn source(&self) -> TxSource {
