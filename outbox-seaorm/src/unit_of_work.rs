@@ -144,7 +144,7 @@ impl UnitOfWork {
     pub(crate) fn new(outbox: Outbox, context: Context) -> Self {
         let shared = Shared {
             writer: outbox.connections().clone(),
-            events: Events::new(outbox.push_limits(), context),
+            events: Events::with_clock(outbox.push_limits(), context, outbox.push_clock()),
             closed: AtomicBool::new(false),
             state: Mutex::new(State::default()),
         };
