@@ -73,6 +73,9 @@ impl Handlers {
     ///
     /// Effects elsewhere (a mail, a call) are at least once, as with [`on`](Self::on).
     ///
+    /// While the database is busy or out of reach no attempt is spent, unless the handler says that its error is
+    /// [permanent](DeliveryError::permanent).
+    ///
     /// On SQLite no other transaction writes while the handler runs, not even one that renews a lease: there it has at
     /// most a third of the [lease](crate::Worker::lease), then the attempt has failed.
     ///
@@ -219,7 +222,13 @@ impl HandlersDestination {
             return End::Unavailable(DeliveryError::retry(format!("the transaction could not begin: {error}")));
         }
         let written = tokio::time::timeout(attempt.time, self.write(&unit, handler, event, attempt)).await;
-        if let Err(error) = written.unwrap_or_else(|_| Err(DeliveryError::retry(no_result(attempt.time)))) {
+        let written = written.unwrap_or_else(|_| Err(DeliveryError::retry(no_result(attempt.time))));
+        if unit.lost_its_database() && !written.as_ref().is_err_and(DeliveryError::is_permanent) {
+            unit.rollback().await;
+            let ignored = || DeliveryError::retry("a statement of the transaction failed");
+            return End::Unavailable(written.err().unwrap_or_else(ignored));
+        }
+        if let Err(error) = written {
             unit.rollback().await;
             return End::Outcome(Err(error).into());
         }

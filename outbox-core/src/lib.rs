@@ -42,6 +42,8 @@ mod publisher;
 mod record;
 mod retry;
 mod subscription;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use change::Change;
 pub use clock::{Clock, SystemClock};

@@ -28,6 +28,8 @@ mod sql;
 mod sqlite;
 mod status;
 mod subscriptions;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod tx;
 mod unit_of_work;
 mod why;

@@ -4,7 +4,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError, RwLock},
 };
 
-use outbox_core::Limits;
+use outbox_core::{Clock, Limits, SystemClock};
 use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, DbErr, QueryResult, RuntimeErr, Statement, Value, sqlx};
 use tokio::sync::Notify;
 
@@ -25,6 +25,7 @@ pub struct Outbox {
     inner: Arc<Inner>,
     pools: Arc<Pools>,
     limits: Limits,
+    clock: Arc<dyn Clock>,
     prefix: Option<Arc<str>>,
 }
 
@@ -75,7 +76,13 @@ impl Outbox {
     pub(crate) fn with_pools(pools: Pools) -> Self {
         let notifier = Notifier::new(pools.store.clone());
         let inner = Inner { notifier, known: RwLock::default(), wakes: Mutex::default() };
-        Self { inner: Arc::new(inner), pools: Arc::new(pools), limits: Limits::default(), prefix: None }
+        Self {
+            inner: Arc::new(inner),
+            pools: Arc::new(pools),
+            limits: Limits::default(),
+            clock: Arc::new(SystemClock),
+            prefix: None,
+        }
     }
 
     /// The same outbox, whose claims, settlements and renewals use connections of their own on PostgreSQL, made in the
@@ -94,6 +101,14 @@ impl Outbox {
     #[must_use]
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
+        self
+    }
+
+    /// Takes the time at which events occur from this clock; what is compared is the database's time in any case.
+    /// Defaults to the clock of the operating system.
+    #[must_use]
+    pub fn clock(mut self, clock: impl Clock) -> Self {
+        self.clock = Arc::new(clock);
         self
     }
 
@@ -182,6 +197,10 @@ impl Outbox {
 
     pub(crate) fn push_limits(&self) -> Limits {
         self.limits
+    }
+
+    pub(crate) fn push_clock(&self) -> Arc<dyn Clock> {
+        self.clock.clone()
     }
 
     pub(crate) fn known(&self) -> Arc<KnownSubscriptions> {

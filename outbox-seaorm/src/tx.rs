@@ -11,7 +11,7 @@ use outbox_core::Events;
 use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, ExecResult, QueryResult, Statement};
 use tokio::sync::{Mutex, MutexGuard};
 
-use crate::pooler::Connections;
+use crate::{pooler::Connections, unit_of_work::is_transient};
 
 const CLOSED: &str = "the transaction has ended; use it before the response is ready and do not move it into a task";
 const FAILED: &str = "an earlier statement of this transaction failed, so nothing more can be done with it; wrap \
@@ -49,6 +49,8 @@ pub(crate) struct Shared {
 pub(crate) struct State {
     pub(crate) transaction: Option<DatabaseTransaction>,
     pub(crate) failed: bool,
+    /// What made it fail was about load or chance.
+    pub(crate) transient: bool,
     savepoints: u32,
 }
 
@@ -80,6 +82,7 @@ impl InProgress<'_> {
 
     fn finish<T>(mut self, result: Result<T, DbErr>) -> Result<T, DbErr> {
         self.state.failed = result.is_err();
+        self.state.transient = result.as_ref().is_err_and(is_transient);
         result
     }
 }
@@ -95,7 +98,9 @@ impl Tx {
         }
         state.failed = true;
         if state.transaction.is_none() {
-            state.transaction = Some(self.shared.writer.begin().await?);
+            let begun = self.shared.writer.begin().await;
+            state.transient = begun.as_ref().is_err_and(is_transient);
+            state.transaction = Some(begun?);
         }
         Ok(InProgress { state })
     }
@@ -179,12 +184,15 @@ impl Tx {
             format!("rollback to savepoint {name}; release savepoint {name}")
         };
         for statement in end.split("; ") {
-            transaction.execute_unprepared(statement).await.map_err(SavepointError::Database)?;
+            if let Err(error) = transaction.execute_unprepared(statement).await {
+                state.transient = is_transient(&error);
+                return Err(SavepointError::Database(error));
+            }
         }
         if !keep {
             self.shared.events.truncate(mark);
         }
-        state.failed = false;
+        (state.failed, state.transient) = (false, false);
         drop(state);
         unfinished.armed = false;
         match answer {

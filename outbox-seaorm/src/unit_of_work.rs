@@ -144,7 +144,7 @@ impl UnitOfWork {
     pub(crate) fn new(outbox: Outbox, context: Context) -> Self {
         let shared = Shared {
             writer: outbox.connections().clone(),
-            events: Events::new(outbox.push_limits(), context),
+            events: Events::with_clock(outbox.push_limits(), context, outbox.push_clock()),
             closed: AtomicBool::new(false),
             state: Mutex::new(State::default()),
         };
@@ -162,6 +162,14 @@ impl UnitOfWork {
     #[must_use]
     pub fn events(&self) -> Events {
         self.source.events()
+    }
+
+    /// Whether nothing can be committed any more because of a statement that failed with a [transient
+    /// error](is_transient), outside of a savepoint that was rolled back: the work is not to blame.
+    #[must_use]
+    pub fn lost_its_database(&self) -> bool {
+        // Somebody who holds the lock is at work, so nothing has failed yet.
+        self.source.shared.state.try_lock().is_ok_and(|state| state.failed && state.transient)
     }
 
     /// Hands out handles later, for example from the extensions of a request.

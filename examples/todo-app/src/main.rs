@@ -5,6 +5,8 @@ mod activity;
 mod config;
 mod events;
 mod migrations;
+#[cfg(test)]
+mod tests;
 mod todos;
 
 use std::{error::Error, future::Future, io::IsTerminal, net::SocketAddr, process::ExitCode};

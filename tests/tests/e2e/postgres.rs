@@ -9,7 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use outbox_core::{Context, NewEvent, StartPosition, Subscription};
+use outbox_apalis::{Effect, Handlers, Worker};
+use outbox_core::{Context, Event, NewEvent, StartPosition, Subscription};
 use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
 use outbox_seaorm::{Finished, LaneReport, Next, Outbox, Settled, TransactionError};
 use outbox_test_servers::{Fault, Postgres, Proxy};
@@ -101,6 +102,59 @@ async fn a_commit_whose_answer_is_lost_is_found_out() {
         assert_eq!((status, outcome.as_str()), expected, "{title} is stored: {stored}");
         assert!(stored || status.is_server_error(), "{title}: {status}");
         assert_eq!(stored, title.starts_with("after"), "{title}");
+    }
+}
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Paid;
+
+impl Event for Paid {
+    const TYPE: &'static str = "bill.paid";
+    const AGGREGATE_TYPE: &'static str = "bill";
+
+    fn aggregate_id(&self) -> String {
+        "1".to_owned()
+    }
+}
+
+/// Whether the handler passes the error on or ignores it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transactional_handler_that_loses_its_connection_gets_its_attempt_back() {
+    let (_database, outbox) = migrated().await;
+    let lost = Arc::new(AtomicBool::new(false));
+    let handler = |passes_on: bool| {
+        let lost = lost.clone();
+        Handlers::new().on_tx(move |_: Paid, effect: Effect| {
+            let lost = lost.clone();
+            async move {
+                if lost.fetch_not(Ordering::SeqCst) {
+                    return Ok(());
+                }
+                let end = "select pg_terminate_backend(pg_backend_pid())";
+                let ended = effect.tx().execute_unprepared(end).await;
+                assert!(ended.is_err());
+                if passes_on {
+                    ended?;
+                }
+                Ok(())
+            }
+        })
+    };
+    for passes_on in [true, false] {
+        let name = format!("passes-on-{passes_on}");
+        let subscription = Subscription::new(&name).unwrap();
+        let worker = Worker::new(outbox.clone()).handlers(subscription, handler(passes_on)).start().await.unwrap();
+        outbox.transaction(Context::default(), |_, events| async move { events.push(Paid).map(|_| ()) }).await.unwrap();
+        let attempts = format!(
+            "select d.attempts::text from outbox_delivered d join outbox_subscriptions s on s.id = d.subscription_id
+              where s.name = '{name}'"
+        );
+        worker
+            .run_until(eventually(Duration::from_secs(10), "it is delivered", || async {
+                !texts(&outbox, &attempts).await.is_empty()
+            }))
+            .await;
+        assert_eq!(texts(&outbox, &attempts).await, ["1"], "{name}");
     }
 }
 
