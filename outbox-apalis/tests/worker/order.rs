@@ -221,3 +221,30 @@ async fn a_key_is_held_also_if_its_last_event_died() {
     worker.stop().await;
     assert_eq!(seen.of("bad"), [0]);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_that_is_held_goes_on_when_an_operator_has_decided() {
+    for discarded in [false, true] {
+        let fixture = Fixture::new().await;
+        let seen = Seen::default();
+        let handlers = seen.answering(|event, _| match event.n {
+            1 => Err(DeliveryError::permanent("no")),
+            _ => Ok(()),
+        });
+        let hold = || subscription("s").after_dead_letter(AfterDeadLetter::Hold);
+        let worker = || fixture.worker().handlers(hold(), seen.handlers());
+        worker().drain().await.unwrap();
+        fixture.push(each_noted(&["a"], 4)).await;
+        fixture.worker().handlers(hold(), handlers).drain().await.unwrap();
+        let (all, by) = (outbox_seaorm::DeadLetterFilter::default(), outbox_seaorm::By::new("me"));
+        let done = match discarded {
+            true => fixture.outbox.discard_dead_letters(&all, false, &by).await.unwrap(),
+            false => fixture.outbox.replay_dead_letters(&all, false, &by).await.unwrap(),
+        };
+        assert_eq!(done.changed, 1);
+        worker().drain().await.unwrap();
+        let expected = if discarded { vec![0, 1, 2, 3] } else { vec![0, 1, 1, 2, 3] };
+        assert_eq!(seen.of("a"), expected);
+        fixture.is_at_rest().await;
+    }
+}

@@ -65,10 +65,13 @@ async fn plan(store: &Store, mode: &str, sql: &str, parameters: &str) -> String 
 #[tokio::test]
 async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
     let store = with_a_long_history().await;
-    let Flush::AtOnce(flush) = POSTGRES.flush else { panic!("one round trip") };
+    let Flush::AtOnce { one, many } = POSTGRES.flush else { panic!("one round trip") };
     let event = r#"[{"id":"019361b4-0000-7000-8000-000000000000","event_type":"a","schema_version":1,"aggregate_type":"a","aggregate_id":"1","payload":"{}","occurred_at":"2026-01-01","wait":0}]"#;
     let matches = r#"[{"event":0,"subscription":1,"key":"todo/1"}]"#;
-    let flushed = format!("'{event}', '{matches}', 3, null, null, null, null, null, null, null");
+    let shared = "null, null, null, null, null, null, null, 3";
+    let flushed = format!("{shared}, '{event}', '{matches}'");
+    let single = "'019361b4-0000-7000-8000-000000000000', 'a', 1, 'a', '1', '{}', '2026-01-01', null, 0, null, null";
+    let single = format!("{shared}, '{matches}', {single}");
     let lanes = r#"'[{"subscription":1,"key":"todo/1","token":1,"finished":1,"attempts":0,"next":"yield","wait":0}]'"#;
     let Settle::AtOnce(settle) = POSTGRES.settle else { panic!("one round trip") };
     let settled = format!(r#"{lanes}, '[{{"lease":0,"position":1,"attempts":1}}]'"#);
@@ -85,7 +88,8 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
         ("next due", POSTGRES.next_due, "1", &[due][..]),
         ("claim", POSTGRES.claim, "1, 100, 30, 'w', false, 1", &[due, lane]),
         ("runs", POSTGRES.runs, r#"1, '["todo/1","todo/2"]', 100"#, &[delivery, event]),
-        ("flush", flush, &flushed, &[]),
+        ("flush of many", many, &flushed, &[]),
+        ("flush of one", one, &single, &[]),
         ("held", POSTGRES.held, lanes, &[lane]),
         ("settle", settle, &settled, &[lane, delivery]),
         ("delete empty lanes", POSTGRES.delete_empty_lanes, lanes, &[lane]),
