@@ -115,7 +115,8 @@ pub fn is_transient(error: &DbErr) -> bool {
         DbErr::ConnectionAcquire(_) | DbErr::Conn(_) => true,
         DbErr::Exec(RuntimeErr::SqlxError(error)) | DbErr::Query(RuntimeErr::SqlxError(error)) => match &**error {
             // SQLite BUSY and its extended codes, LOCKED; PostgreSQL serialization failure, deadlock, lock not available,
-            // too many connections, read-only for the moment, shutting down and starting up.
+            // too many connections, read-only for the moment, shutting down and starting up, statement or transaction
+            // over its time limit.
             sqlx::Error::Database(error) => matches!(
                 error.code().as_deref(),
                 Some(
@@ -131,6 +132,8 @@ pub fn is_transient(error: &DbErr) -> bool {
                         | "57P01"
                         | "57P02"
                         | "57P03"
+                        | "57014"
+                        | "25P03"
                 )
             ),
             sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use outbox_core::Context;
-use outbox_seaorm::{CommitError, is_transient};
+use outbox_seaorm::{CommitError, Outbox, is_transient};
 use sea_orm::{ConnectionTrait, DbErr};
 
 use super::fixture::{LONG, Store, delivered_run, record, todo};
@@ -90,5 +90,31 @@ async fn a_commit_of_another_process_wakes_who_listens() {
         woken.await.unwrap().expect("a commit of another process");
     }
     listening.abort();
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn limits_of_statements_and_of_idle_transactions_are_set_by_the_url() {
+    let store = Store::new().await;
+    let limits = "options[statement_timeout]=200ms&options[idle_in_transaction_session_timeout]=300ms";
+    let outbox = Outbox::connect(&format!("{}?{limits}", store.place.url()), 1).await.unwrap();
+
+    let unit = outbox.begin(Context::default());
+    let error = unit.tx().execute_unprepared("select pg_sleep(5)").await.unwrap_err();
+    assert!(is_transient(&error), "{error}");
+    unit.rollback().await;
+
+    let unit = outbox.begin(Context::default());
+    unit.tx().execute_unprepared("insert into notes values ('forgotten')").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    let lost = unit.commit().await.unwrap_err();
+    assert!(matches!(lost, CommitError::Commit(_) | CommitError::Flush(_)), "{lost:?}");
+    let notes: Vec<String> = store.column("select text from notes where text = 'forgotten'").await;
+    assert_eq!(notes, Vec::<String>::new());
+
+    // The connection that was cut off is not given to the next.
+    let unit = outbox.begin(Context::default());
+    unit.tx().execute_unprepared("insert into notes values ('next')").await.unwrap();
+    unit.commit().await.unwrap();
     store.is_whole().await;
 }
