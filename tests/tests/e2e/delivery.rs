@@ -48,7 +48,7 @@ async fn workers(range: &Range, settings: &[(&str, &str)], count: usize) -> Vec<
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn workers_that_are_killed_lose_nothing_and_repeat_at_most_what_they_had_under_way() {
+async fn promise_3_nothing_lost_when_workers_are_killed_and_little_is_repeated() {
     let range = Range::new().await;
     let api = range.start("serve", QUICK).await;
     let mut workers = workers(&range, QUICK, 4).await;
@@ -68,7 +68,7 @@ async fn workers_that_are_killed_lose_nothing_and_repeat_at_most_what_they_had_u
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn failures_and_kills_invert_no_key_while_many_are_under_way() {
+async fn promise_5_ordered_per_key_whatever_fails_or_is_killed_while_many_are_under_way() {
     let range = Range::new().await;
     let settings: Vec<_> = QUICK.iter().copied().chain([("OUTBOX_MAX_ATTEMPTS", "100")]).collect();
     let api = range.start("serve", &settings).await;
@@ -88,7 +88,7 @@ async fn failures_and_kills_invert_no_key_while_many_are_under_way() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_that_slept_past_its_lease_changes_nothing_when_it_wakes_up() {
+async fn promise_6_fenced_a_worker_that_slept_past_its_lease_changes_nothing() {
     let range = Range::new().await;
     let api = range.start("serve", QUICK).await;
     let mut workers = workers(&range, QUICK, 2).await;
@@ -131,6 +131,41 @@ async fn a_worker_that_slept_past_its_lease_changes_nothing_when_it_wakes_up() {
     }
     range.assert_clean().await;
     range.assert_nothing_was_given_up().await;
+}
+
+/// The sink takes each event and never answers, one key of another subscription fails for ever, and a key of the same
+/// subscription is none the worse.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn promise_7_isolated_a_destination_that_hangs_and_a_key_that_fails_delay_only_themselves() {
+    let range = Range::new().await;
+    let settings: Vec<_> = QUICK.iter().copied().chain([("OUTBOX_MAX_ATTEMPTS", "1000")]).collect();
+    let app = range.start("all", &settings).await;
+    let hangs = Duration::from_secs(60);
+    range.sink.set(Mood::Answer { status: 204, after: hangs });
+    let poison = |key: &'static str, kind: &'static str| {
+        let url = format!("{}/poison", app.http);
+        async move { post(&url, &json!({ "op": format!("{key}-{kind}"), "key": key, "kind": kind })).await }
+    };
+    poison("sick", "error").await;
+    let started = Instant::now();
+    for op in 0..100 {
+        post(&format!("{}/op", app.http), &op_body(&op.to_string(), &format!("k{}", op % 10), 1, "ok")).await;
+    }
+    // Another key of the subscription that fails: it comes to its own end.
+    poison("other", "permanent").await;
+    let (effects, dead) =
+        ("select event_id::text from effects", "select error from outbox_dead_letters where key like '%other'");
+    eventually(Duration::from_secs(10), "all effects, and the end of the other key", || async {
+        range.texts(effects).await.len() == 100 && range.texts(dead).await.len() == 1
+    })
+    .await;
+    println!("{:?}", started.elapsed());
+    assert!(!range.sink.arrivals().is_empty(), "the destination hangs");
+    let pending = "select s.name from outbox_deliveries d join outbox_subscriptions s on s.id = d.subscription_id";
+    let pending = range.texts(pending).await;
+    assert_eq!(pending.iter().filter(|name| *name == "sink").count(), 100);
+    assert_eq!(pending.iter().filter(|name| *name == "poison").count(), 1);
+    assert!(started.elapsed() < hangs);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -241,4 +276,62 @@ async fn a_destination_that_is_down_costs_no_attempts() {
         let until_open = if down == Down::PortClosed { 0 } else { 2 * (5 + CONCURRENCY) };
         assert!(more_than_one <= until_open, "{down:?}: {spent:?}");
     }
+}
+
+/// The database's clock jumps by an hour. What was due then is due now, for processes whose own clocks say otherwise.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn promise_9_one_clock_schedules_retries_and_leases_follow_the_database() {
+    let range = Range::new().await;
+    let name = range.url.rsplit('/').next().unwrap();
+    let path = format!("alter database {name} set search_path = public, pg_catalog");
+    for sql in [
+        "create table jump (by interval)",
+        "insert into jump values ('0')",
+        "create function clock_timestamp() returns timestamptz language sql volatile as
+           'select pg_catalog.clock_timestamp() + by from public.jump'",
+        path.as_str(),
+    ] {
+        range.execute(sql).await;
+    }
+    let hour = "3600000";
+    let settings = [
+        ("OUTBOX_LEASE_MS", hour),
+        ("OUTBOX_POLL_MS", "50"),
+        ("OUTBOX_BACKOFF_BASE_MS", hour),
+        ("OUTBOX_BACKOFF_MAX_MS", hour),
+    ];
+    let jump = async || {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let before = range.sink.arrivals().len();
+        range.execute("update jump set by = by + interval '61 minutes'").await;
+        before
+    };
+    let api = range.start("serve", &settings).await;
+    let mut worker = range.start("worker", &settings).await;
+
+    let op = format!("{}/op", api.http);
+    range.ledger.note("scheduled", 1, Answer::Ok);
+    post(&op, &op_body("scheduled", "k", 1, &format!("delay:{hour}"))).await;
+    assert_eq!(jump().await, 0, "it is not due");
+    eventually(Duration::from_secs(5), "its time has come", || async { range.sink.arrivals().len() == 1 }).await;
+
+    range.sink.set(Mood::Answer { status: 500, after: Duration::ZERO });
+    range.ledger.note("retried", 1, Answer::Ok);
+    post(&op, &op_body("retried", "k", 1, "ok")).await;
+    eventually(Duration::from_secs(5), "it fails", || async { range.sink.arrivals().len() == 2 }).await;
+    range.sink.set(Mood::Take);
+    assert_eq!(jump().await, 2, "it waits after the failure");
+    eventually(Duration::from_secs(5), "it is tried again", || async { range.sink.arrivals().len() == 3 }).await;
+
+    range.sink.set(Mood::Answer { status: 204, after: Duration::from_secs(60) });
+    range.ledger.note("leased", 1, Answer::Ok);
+    post(&op, &op_body("leased", "k", 1, "ok")).await;
+    eventually(Duration::from_secs(5), "a worker has it", || async { range.sink.arrivals().len() == 4 }).await;
+    worker.kill().await;
+    range.sink.set(Mood::Take);
+    worker = range.start("worker", &settings).await;
+    assert_eq!(jump().await, 4, "the lease of the killed worker lasts");
+    eventually(Duration::from_secs(5), "the lease has ended", || async { range.sink.arrivals().len() == 5 }).await;
+    range.assert_clean().await;
+    assert!(worker.is_running());
 }

@@ -107,7 +107,7 @@ async fn killed_50_times_under_load_every_todo_has_its_event_and_every_event_its
 }
 
 #[tokio::test]
-async fn killed_50_times_under_load_every_todo_has_its_event_and_every_event_its_effect_once_on_postgres() {
+async fn promise_4_effect_exactly_once_although_the_process_is_killed_50_times_under_load() {
     killed(Database::postgres()).await;
 }
 

@@ -72,7 +72,7 @@ async fn migrations_go_up_and_down_and_up_and_eight_processes_may_start_them_at_
 /// The connection is cut 100 times before and 100 times after the server has got the COMMIT. The layer finds out over
 /// another connection: a success is stored, a failure is not.
 #[tokio::test]
-async fn a_commit_whose_answer_is_lost_is_found_out() {
+async fn promise_2_truthful_a_commit_whose_answer_is_lost_is_found_out() {
     let server = Postgres::shared();
     let url = server.database();
     let proxy = Proxy::start(server.port()).await;

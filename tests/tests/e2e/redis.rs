@@ -100,7 +100,7 @@ async fn an_idle_worker_picks_up_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn redis_is_flushed_again_and_again() {
+async fn promise_8_the_database_is_the_truth_redis_is_flushed_again_and_again() {
     let redis = Redis::start(&[]);
     let shop = Shop::open(&redis.url()).await;
     shop.survives(async |_| {

@@ -9,7 +9,7 @@ use std::{
 use outbox_seaorm::Outbox;
 use outbox_test_servers::{PgBouncer, Postgres};
 use outbox_tests::{
-    Database, Process, command, eventually,
+    Database, Process, TOKEN, command, eventually,
     ledger::{Answer, Ledger, Load, WITNESS, op_body},
     sink::{SECRET, Sink},
     texts,
@@ -163,7 +163,7 @@ async fn leave(address: &str, body: &Value, leave: Leave) -> Option<Answer> {
 
 /// A clean ledger means something: each kind of broken promise is seen.
 #[tokio::test]
-async fn the_ledger_finds_every_kind_of_broken_promise() {
+async fn the_ledger_finds_everything_that_can_go_wrong() {
     let range = Range::new().await;
     let app = range.start("all", &[]).await;
     for op in ["whole", "lost", "ghost", "lied", "partial", "doubled", "refused"] {
@@ -377,7 +377,7 @@ async fn long_transactions_and_a_foreign_one_held_open_lose_and_delay_nothing() 
 }
 
 #[tokio::test]
-async fn an_api_that_is_killed_every_second_leaves_no_partial_op_and_loses_nothing() {
+async fn promise_1_atomic_an_api_that_is_killed_every_second_leaves_no_partial_op() {
     let range = Range::new().await;
     let _worker = range.start("worker", &[]).await;
     let load = range.ledger.load(&Load { clients: 8, sleeps: 0..20, ..Load::default() });
@@ -399,7 +399,7 @@ async fn an_api_that_is_killed_every_second_leaves_no_partial_op_and_loses_nothi
 
 /// Few sessions behind a pooler, and each transaction gets any of them. Notifications do not get through.
 #[tokio::test]
-async fn api_and_worker_behind_a_transaction_pooler_keep_every_promise_and_say_once_that_they_poll() {
+async fn api_and_worker_behind_a_transaction_pooler_lose_nothing_and_say_once_that_they_poll() {
     let range = Range::new().await;
     let pooler = PgBouncer::start(Postgres::shared(), 3);
     let url = format!("{}?statement-cache-capacity=0", pooler.url(&range.url));
@@ -581,4 +581,61 @@ async fn a_payload_at_the_limit_is_delivered_and_one_byte_more_is_refused() {
         .collect();
     assert_eq!(lengths, [most - 1, most]);
     assert_eq!(range.texts("select op from orders").await, ["0", "1"]);
+}
+
+/// Passwords, signing secrets and what stands in a destination's URL are in no log, no error and no answer to operators,
+/// and operators are asked for their token everywhere.
+#[tokio::test]
+async fn promise_10_quiet_and_closed_no_secret_is_told_and_nothing_opens_without_the_token() {
+    let range = Range::new().await;
+    let database = range.url.replacen("postgres@", "postgres:aDatabasePassword@", 1);
+    assert_ne!(database, range.url);
+    // Nobody listens there: the URL is in the error of every attempt, as far as it may be.
+    let sink_url = "http://127.0.0.1:1/aSecretPath?key=aSecretQuery";
+    let settings = [
+        ("DATABASE_URL", database.as_str()),
+        ("SINK_URL", sink_url),
+        ("WEBHOOK_SECRET", SECRET),
+        ("OUTBOX_POLL_MS", "50"),
+        ("RUST_LOG", "debug,hyper_util=info"),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let app = Process::start_with_log("conformance-app", "all", &settings, &log).await;
+    assert_eq!(post(&format!("{}/op", app.http), &op_body("op", "k", 1, "ok")).await, StatusCode::CREATED);
+    let poison = json!({ "op": "poison", "key": "k", "kind": "permanent" });
+    assert_eq!(post(&format!("{}/poison", app.http), &poison).await, StatusCode::CREATED);
+    let (down, dead) = (
+        "select last_error from outbox_lanes where last_error like '%127.0.0.1:1%'",
+        "select error from outbox_dead_letters",
+    );
+    eventually(Duration::from_secs(10), "the sink is down and the poison dead", || async {
+        range.texts(down).await.len() == 1 && range.texts(dead).await.len() == 1
+    })
+    .await;
+    // A broken statement of a request: the database says much, the client hears little.
+    let refused =
+        Client::new().post(format!("{}/op", app.http)).json(&op_body("op", "k", 1, "ok")).send().await.unwrap();
+    assert_eq!(refused.status(), StatusCode::CONFLICT);
+    let mut told = refused.text().await.unwrap();
+    assert!(!told.contains("duplicate key"), "{told}");
+
+    let paths = ["/", "/metrics", "/outbox", "/outbox/api/status", "/outbox/api/events", "/outbox/api/dead-letters"];
+    for path in paths {
+        let url = format!("{}{path}", app.ops);
+        for request in [Client::new().get(&url), Client::new().get(&url).bearer_auth("wrong"), Client::new().post(&url)]
+        {
+            assert_eq!(request.send().await.unwrap().status(), StatusCode::UNAUTHORIZED, "{path}");
+        }
+        let answer = Client::new().get(&url).bearer_auth(TOKEN).send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK, "{path}");
+        told += &answer.text().await.unwrap();
+    }
+    told += &range.texts(down).await.concat();
+    told += &std::fs::read_to_string(&log).unwrap();
+    assert!(told.contains("127.0.0.1:1"), "the sink is not spoken of");
+    for secret in ["aDatabasePassword", "aSecretPath", "aSecretQuery", SECRET.trim_start_matches("whsec_"), TOKEN] {
+        let at = told.find(secret);
+        assert!(at.is_none(), "{secret}: {}", &told[at.unwrap().saturating_sub(200)..at.unwrap() + 40]);
+    }
 }
