@@ -124,6 +124,8 @@ impl Child {
         while let Some(line) = self.lines.next_line().await? {
             if let Some(kilobytes) = line.strip_prefix("peak ") {
                 peak = kilobytes.parse::<f64>()? / 1024.0;
+                // Its runtime ends when nobody reads its standard input any more.
+                drop(self.stop.take());
             }
         }
         self.process.wait().await?;

@@ -96,6 +96,7 @@ impl Database {
         Ok(db.close().await?)
     }
 
+    /// Adds events that wait, for a subscription that was registered long ago.
     pub(crate) async fn fill(&self, events: usize, keys: usize) -> Result<()> {
         let outbox = self.outbox().await?;
         outbox.register(&Subscription::new(SUBSCRIPTION)?).await?;
@@ -109,7 +110,8 @@ impl Database {
                 progress(&format!("filling: {first} of {events} events"));
             }
         }
-        Ok(())
+        // A worker that starts soon after a change of the subscription would look through all events from around it.
+        self.execute("update outbox_subscriptions set changed_in = null, settled_after = null").await
     }
 
     pub(crate) async fn drop(self) -> Result<()> {
