@@ -801,7 +801,7 @@ impl Feed {
             self.circuit.closed();
             self.changes.push_back(Change::CloseCircuit);
             self.look_at = Instant::now();
-        } else if self.source.destination.is_outside() {
+        } else {
             self.circuit.succeeded();
         }
     }

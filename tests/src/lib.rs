@@ -235,4 +235,7 @@ mod documents {
 
     #[doc = include_str!("../../docs/configuration.md")]
     mod configuration {}
+
+    #[doc = include_str!("../../docs/scaling.md")]
+    mod scaling {}
 }

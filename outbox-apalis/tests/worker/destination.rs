@@ -1,14 +1,18 @@
 //! Destinations that are down, gone or slow as a whole.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    },
     time::{Duration, Instant},
 };
 
+use outbox_apalis::Handlers;
 use outbox_core::{Delivery, DeliveryError, Publisher};
 use outbox_seaorm::DeliveryState::{Delivered, Pending};
 
-use crate::fixture::{Fixture, MS, eventually, noted, run, subscription};
+use crate::fixture::{Fixture, MS, Noted, eventually, noted, run, subscription};
 
 type Answer = Result<(), DeliveryError>;
 
@@ -125,6 +129,37 @@ async fn after_an_outage_the_load_begins_with_one_delivery() {
     let times = under_way.lock().unwrap().clone();
     // Each takes 2 ms: the second waits for the end of the first, the fourth for the end of the second.
     assert!(times[1] - times[0] >= 2 * MS && times[3] - times[1] >= 2 * MS, "{:?}", &times[..4]);
+}
+
+/// A handler that calls something else knows as much about it as a publisher.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handler_may_find_its_destination_down_and_has_its_whole_concurrency_afterwards() {
+    let fixture = Fixture::new().await;
+    let (down, under_way, most) =
+        (Arc::new(AtomicBool::new(true)), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let handlers = {
+        let (down, most) = (down.clone(), most.clone());
+        Handlers::new().on(move |_: Noted, _| {
+            let (down, under_way, most) = (down.clone(), under_way.clone(), most.clone());
+            async move {
+                if down.load(SeqCst) {
+                    return Err(DeliveryError::unreachable("refused"));
+                }
+                most.fetch_max(under_way.fetch_add(1, SeqCst) + 1, SeqCst);
+                tokio::time::sleep(2 * MS).await;
+                under_way.fetch_sub(1, SeqCst);
+                Ok(())
+            }
+        })
+    };
+    let worker = run(fixture.worker().concurrency(4).unwrap().handlers(subscription("s"), handlers)).await;
+    push_keys(&fixture, 100).await;
+    eventually("the circuit opens", || circuit_is_open(&fixture)).await;
+    down.store(false, SeqCst);
+    fixture.delivered(100).await;
+    worker.stop().await;
+    assert_eq!(fixture.states("s").await, [(Delivered, 1)].repeat(100));
+    assert_eq!(most.load(SeqCst), 4);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
