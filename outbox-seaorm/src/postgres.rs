@@ -379,9 +379,9 @@ pub(crate) static POSTGRES: Sql = Sql {
         " from outbox_subscriptions s
           join outbox_events e on e.recorded_at between s.changed_at - interval '10 minutes'
                                                     and s.changed_at + interval '10 minutes'
-         where s.id = $1 and s.changed_in is not null
+         where s.id = $1 and s.changed_in is not null and e.position > $2
            and not pg_visible_in_snapshot(e.transaction_id, s.changed_in)
-         order by e.position for key share of e"
+         order by e.position limit $3 for key share of e"
     ),
 
     // First the transactions that run now are noted, then they are waited for; two seconds more for a flush that had no

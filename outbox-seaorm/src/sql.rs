@@ -128,7 +128,7 @@ pub(crate) struct Sql {
     /// The names of subscriptions that a flush which is still under way may not know in their present form.
     pub(crate) unsettled_subscriptions: &'static str,
 
-    /// $1 subscription: the events that such a flush may have written.
+    /// $1 subscription, $2 position, $3 number: the events after the position that such a flush may have written.
     pub(crate) missed_events: &'static str,
 
     /// $1 subscription: whether no such flush can be left. Asked before the events are read, so that what commits

@@ -238,7 +238,7 @@ pub(crate) static SQLITE: Sql = Sql {
     // A change excludes every other writer: no flush can have missed it.
     unsettled_subscriptions: "select name from outbox_subscriptions where false",
 
-    missed_events: "select * from outbox_events where $1 is null",
+    missed_events: "select * from outbox_events where $1 is null and $2 is null limit $3",
 
     settle_subscription: "select $1 is not null as settled",
 

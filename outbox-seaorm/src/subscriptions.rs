@@ -146,7 +146,8 @@ impl Outbox {
         let positions = self.next_positions(&tx, from - 1, i64::MAX, None, BACKFILL_BATCH).await?;
         // Retention may have taken some in between: what is locked is there.
         let rows = self.query_all(&tx, self.sql().lock_events, [json(&positions)?.into()]).await?;
-        let events = rows.iter().map(recorded).collect::<Result<Vec<_>, _>>()?;
+        // A row that somebody damaged holds up no others.
+        let events: Vec<RecordedEvent> = rows.iter().filter_map(|row| recorded(row).ok()).collect();
         let (filter, ordering) = (subscription.filter(), subscription.key_choice());
         self.add_missing(&tx, id, filter, ordering, &events).await?;
         let next = positions.last().map(|last| last + 1);
@@ -200,29 +201,42 @@ impl Outbox {
     pub async fn settle_subscriptions(&self) -> Result<(), DbErr> {
         for row in self.query_all(self.store_reader(), self.sql().unsettled_subscriptions, []).await? {
             let name: String = row.try_get("", "name")?;
-            let tx = self.begin_write().await?;
-            let Some(row) = self.query_one(&tx, self.sql().subscription_by_name, [name.into()]).await? else {
-                continue;
-            };
-            let id: i32 = row.try_get("", "id")?;
-            let (filter, ordering) = (parsed(&row, "filter")?, parsed(&row, "ordering")?);
-            let settled = self.query_one(&tx, self.sql().settle_subscription, [id.into()]).await?;
-            let settled = settled.map_or(Ok(false), |row| row.try_get("", "settled"))?;
-            let rows = self.query_all(&tx, self.sql().missed_events, [id.into()]).await?;
-            let events = rows.iter().map(recorded).collect::<Result<Vec<_>, _>>()?;
-            let added = self.add_missing(&tx, id, &filter, &ordering, &events).await?;
-            if settled {
-                self.execute(&tx, self.sql().forget_change, [id.into()]).await?;
-            }
-            tx.commit().await?;
-            if added {
-                self.wake(&[id]);
+            let (mut after, mut settled) = (0, true);
+            // A page is a transaction: so many locks at most, and so many events in memory.
+            while let Some(last) = self.settle_subscription(&name, after, &mut settled).await? {
+                after = last;
             }
         }
         for statement in self.sql().remove_orphans {
             self.execute(self.store(), statement, []).await?;
         }
         Ok(())
+    }
+
+    /// One page; the position to go on after, or `None` at the end. `settled` says whether no late flush can be left.
+    async fn settle_subscription(&self, name: &str, after: i64, settled: &mut bool) -> Result<Option<i64>, DbErr> {
+        let tx = self.begin_write().await?;
+        let Some(row) = self.query_one(&tx, self.sql().subscription_by_name, [name.into()]).await? else {
+            return Ok(None);
+        };
+        let id: i32 = row.try_get("", "id")?;
+        let (filter, ordering) = (parsed(&row, "filter")?, parsed(&row, "ordering")?);
+        let asked = self.query_one(&tx, self.sql().settle_subscription, [id.into()]).await?;
+        *settled &= asked.map_or(Ok(false), |row| row.try_get("", "settled"))?;
+        let values = [id.into(), after.into(), BACKFILL_BATCH.into()];
+        let rows = self.query_all(&tx, self.sql().missed_events, values).await?;
+        // A row that somebody damaged holds up no others.
+        let events: Vec<RecordedEvent> = rows.iter().filter_map(|row| recorded(row).ok()).collect();
+        let added = self.add_missing(&tx, id, &filter, &ordering, &events).await?;
+        let last = rows.last().map(|row| row.try_get::<i64>("", "position")).transpose()?;
+        if last.is_none() && *settled {
+            self.execute(&tx, self.sql().forget_change, [id.into()]).await?;
+        }
+        tx.commit().await?;
+        if added {
+            self.wake(&[id]);
+        }
+        Ok(last)
     }
 
     /// Stops the delivery of a subscription; its events go on being collected. What is under way ends. False if there
