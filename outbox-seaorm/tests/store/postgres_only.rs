@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use outbox_core::Context;
+use outbox_core::{Context, Subscription};
 use outbox_seaorm::{CommitError, Outbox, is_transient};
 use sea_orm::{ConnectionTrait, DbErr};
 
-use super::fixture::{LONG, Store, delivered_run, record, todo};
+use super::fixture::{LONG, Store, delivered_run, migrate, record, todo};
 
 #[tokio::test]
 async fn the_victim_of_a_deadlock_of_the_application_may_try_again() {
@@ -117,4 +117,26 @@ async fn limits_of_statements_and_of_idle_transactions_are_set_by_the_url() {
     unit.tx().execute_unprepared("insert into notes values ('next')").await.unwrap();
     unit.commit().await.unwrap();
     store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_schema_of_its_own_and_an_ordinary_role_are_enough() {
+    let store = Store::new().await;
+    let role = format!("shop_{:08x}", fastrand::u32(..));
+    store.execute(&format!("create role {role} login")).await;
+    store.execute(&format!("create schema shop authorization {role}")).await;
+    let url = store.place.url().replace("postgres://postgres@", &format!("postgres://{role}@"));
+    let outbox = Outbox::connect(&format!("{url}?options[search_path]=shop"), 2).await.unwrap();
+    migrate(&outbox).await;
+    outbox.check_schema().await.unwrap();
+    let id = outbox.register(&Subscription::new("s").unwrap()).await.unwrap();
+    record(&outbox, [todo("a"), todo("b")]).await;
+    let claim = outbox.claim(id, "worker", 10, 10, LONG).await.unwrap();
+    assert_eq!(claim.lanes.len(), 2);
+    let reports: Vec<_> = claim.lanes.iter().map(delivered_run).collect();
+    outbox.settle(&reports).await.unwrap();
+    assert_eq!(outbox.status().await.unwrap().subscriptions[0].delivered, 2);
+    assert_eq!(store.count("shop.outbox_events").await, 2);
+    assert_eq!(store.count("public.outbox_events").await, 0, "the tables of another application are left alone");
+    drop(outbox);
 }
