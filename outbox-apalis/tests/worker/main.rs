@@ -8,6 +8,7 @@ mod destination;
 mod failure;
 mod fixture;
 mod idle;
+mod isolation;
 mod lease;
 mod once;
 mod order;
