@@ -4,6 +4,8 @@
 //! This crate does no IO. It knows neither a web framework nor a database nor a job runner, so domain code that only
 //! defines and pushes events depends on this crate alone.
 //!
+//! The feature `testing` (off by default) adds `testing`, helpers for tests of applications.
+//!
 //! ```
 //! use outbox_core::{Context, Event, Events, Limits};
 //! use serde::{Deserialize, Serialize};

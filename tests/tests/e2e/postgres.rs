@@ -179,6 +179,9 @@ async fn a_restarted_server_loses_nothing_and_costs_no_attempt() {
     ledger.stop();
     clients.join_all().await;
     assert_consistent(&database, &ledger, &app).await;
+    // An attempt that failed is in the log with its time; a claim whose answer was lost is none, though it is counted.
+    let failed = r#"select attempt_log::text from outbox_delivered where attempt_log::text ~ '"milliseconds": *[0-9]'"#;
+    assert_eq!(texts(&database.open().await, failed).await, Vec::<String>::new());
 }
 
 #[tokio::test]
