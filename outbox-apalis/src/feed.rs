@@ -718,6 +718,10 @@ impl Feed {
                 self.lose(&key);
             }
             End::Cancelled => {
+                // The process slept past its lease: whatever came of the attempt does not count.
+                if lane.leased_until <= Instant::now() {
+                    metrics::superseded(&self.source.name);
+                }
                 self.open -= 1;
                 self.release(&key);
             }
