@@ -2,9 +2,8 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use outbox_apalis::{Handlers, Worker};
+use outbox_apalis::{Handlers, Redis, Worker};
 use outbox_core::{Context, Subscription};
-use outbox_seaorm::Outbox;
 use sea_orm::sqlx::{self, postgres::PgListener};
 use tokio::sync::mpsc;
 
@@ -16,8 +15,8 @@ use crate::{
     measure::{Measurement, Result, percentile, progress, sorted},
 };
 
-const EVENTS: usize = 200;
-const PAUSE: Duration = Duration::from_millis(20);
+pub(crate) const EVENTS: usize = 200;
+pub(crate) const PAUSE: Duration = Duration::from_millis(20);
 
 pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
     let mut same_p50 = Measurement::at_most("L1 p50", "same process ÷ bare LISTEN/NOTIFY", "ms", 1.0, 0.7);
@@ -50,22 +49,24 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
 }
 
 /// Who delivers.
-#[derive(Clone, Copy)]
-enum Where {
+pub(crate) enum Where {
     Here,
+    /// This process too, with this Redis between relay and worker.
+    ThroughRedis(Redis),
     OtherProcess,
     /// A consumer in bare SQL that is notified by each commit, after it.
     Bare,
 }
 
 /// Milliseconds of each event, sorted.
-async fn side(setup: &Setup, events: usize, place: Where) -> Result<Vec<f64>> {
+pub(crate) async fn side(setup: &Setup, events: usize, place: Where) -> Result<Vec<f64>> {
     let database = setup.server().await?.empty().await?;
     let outbox = database.outbox().await?;
     outbox.register(&Subscription::new(SUBSCRIPTION)?).await?;
     let (delivered, mut deliveries) = mpsc::unbounded_channel::<(usize, u128)>();
     let consumer = match place {
-        Where::Here => here(&outbox, delivered).await?,
+        Where::Here => here(Worker::new(outbox.clone()), delivered).await?,
+        Where::ThroughRedis(redis) => here(Worker::new(outbox.clone()).redis(redis), delivered).await?,
         Where::OtherProcess => other_process(&database, delivered).await?,
         Where::Bare => bare_listener(&database, delivered).await?,
     };
@@ -92,12 +93,12 @@ async fn side(setup: &Setup, events: usize, place: Where) -> Result<Vec<f64>> {
     Ok(sorted(taken.into_iter()))
 }
 
-async fn here(outbox: &Outbox, delivered: mpsc::UnboundedSender<(usize, u128)>) -> Result<tokio::task::AbortHandle> {
+async fn here(worker: Worker, delivered: mpsc::UnboundedSender<(usize, u128)>) -> Result<tokio::task::AbortHandle> {
     let handlers = Handlers::new().on(move |event: Happened, _| {
         let _ = delivered.send((event.n, nanoseconds()));
         std::future::ready(Ok(()))
     });
-    let worker = Worker::new(outbox.clone()).handlers(Subscription::new(SUBSCRIPTION)?, handlers).start().await?;
+    let worker = worker.handlers(Subscription::new(SUBSCRIPTION)?, handlers).start().await?;
     Ok(tokio::spawn(worker.run_until(std::future::pending())).abort_handle())
 }
 

@@ -14,6 +14,7 @@ mod idle;
 mod latency;
 mod measure;
 mod ordered;
+mod redis;
 mod shop;
 mod sink;
 mod write;
@@ -60,6 +61,8 @@ enum Scenario {
     Ordered,
     /// A worker with nothing to do, and one with much: I1, M1.
     Idle,
+    /// A backlog and single events through Redis, against the database alone and bare apalis-redis: R1, R2.
+    Redis,
     /// Failures, a slow destination, a crash of the server.
     BadDay,
     /// The worker process of other scenarios.
@@ -101,6 +104,7 @@ async fn main() -> Result<()> {
         Scenario::Backlog => ("backlog", backlog::run(&setup).await?),
         Scenario::Ordered => ("ordered", ordered::run(&setup).await?),
         Scenario::Idle => ("idle", idle::run(&setup).await?),
+        Scenario::Redis => ("redis", redis::run(&setup).await?),
         Scenario::BadDay => ("bad-day", bad_day::run(&setup).await?),
         Scenario::Worker(options) => {
             return child::run(setup.url.as_deref().unwrap_or_default(), options).await;

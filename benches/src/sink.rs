@@ -18,6 +18,9 @@ use crate::{
     measure::Result,
 };
 
+/// Until a worker has found its Redis and has looked for deliveries.
+const WARM_UP: Duration = Duration::from_millis(500);
+
 /// How a worker is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tuning {
@@ -60,6 +63,16 @@ impl Drained {
 
 /// Delivers until this many events have been, and are acknowledged.
 pub(crate) async fn drain(outbox: &Outbox, events: usize, tuning: Tuning) -> Result<Drained> {
+    deliver(tuning.worker(outbox.clone())?, events, None).await
+}
+
+/// As [`drain`], by a worker that has been up for a moment when its subscription may be delivered.
+pub(crate) async fn drain_warm(outbox: &Outbox, events: usize, worker: Worker) -> Result<Drained> {
+    outbox.pause(SUBSCRIPTION).await?;
+    deliver(worker, events, Some(outbox)).await
+}
+
+async fn deliver(worker: Worker, events: usize, paused: Option<&Outbox>) -> Result<Drained> {
     const MARKS: usize = 10;
     let started = Arc::new(Mutex::new(Instant::now()));
     let (count, marks, done) =
@@ -79,9 +92,22 @@ pub(crate) async fn drain(outbox: &Outbox, events: usize, tuning: Tuning) -> Res
             std::future::ready(Ok(()))
         }
     });
-    let worker = tuning.worker(outbox.clone())?.handlers(Subscription::new(SUBSCRIPTION)?, handlers).start().await?;
-    *started.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-    worker.run_until(async move { done.notified().await }).await;
+    let worker = worker.handlers(Subscription::new(SUBSCRIPTION)?, handlers).start().await?;
+    let begin = || *started.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    begin();
+    let mut resumed = Ok(true);
+    let finish = async {
+        if let Some(outbox) = paused {
+            tokio::time::sleep(WARM_UP).await;
+            begin();
+            resumed = outbox.resume(SUBSCRIPTION).await;
+        }
+        if resumed.is_ok() {
+            done.notified().await;
+        }
+    };
+    worker.run_until(finish).await;
+    resumed?;
     let everything = started.lock().unwrap_or_else(PoisonError::into_inner).elapsed();
     let mut marks = std::mem::take(&mut *marks.lock().unwrap_or_else(PoisonError::into_inner));
     if let Some(last) = marks.last_mut() {

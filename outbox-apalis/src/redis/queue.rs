@@ -71,18 +71,16 @@ impl Queue {
         RedisStorage::new(self.connection.clone()).with_config(self.config.clone()).with_codec(JobCodec)
     }
 
-    /// How many more jobs may be pushed.
-    pub(crate) async fn room(&self) -> Result<usize, RedisError> {
-        let held: usize =
-            redis::cmd("HLEN").arg(self.config.job_data_hash()).query_async(&mut self.connection.clone()).await?;
-        Ok(self.limit.saturating_sub(held))
-    }
-
-    /// The right to push, for one relay at a time: together they keep the limit. False if another has it.
-    pub(crate) async fn begin_turn(&self, relay: &str) -> Result<bool, RedisError> {
+    /// The right to push so many jobs, for one relay at a time: together they keep the limit. `None` if another has it.
+    pub(crate) async fn begin_turn(&self, relay: &str) -> Result<Option<usize>, RedisError> {
         let mut set = redis::cmd("SET");
         let set = set.arg(self.turn()).arg(relay).arg("NX").arg("PX").arg(TURN.as_millis() as u64);
-        Ok(set.query_async::<Option<String>>(&mut self.connection.clone()).await?.is_some())
+        if set.query_async::<Option<String>>(&mut self.connection.clone()).await?.is_none() {
+            return Ok(None);
+        }
+        // Finished jobs take no room: what is waited for is work, not the next sweep.
+        let held = self.remove_finished().await?;
+        Ok(Some(self.limit.saturating_sub(held)))
     }
 
     pub(crate) async fn end_turn(&self, relay: &str) {
@@ -120,8 +118,8 @@ impl Queue {
         }
     }
 
-    /// Removes finished jobs, which apalis-redis keeps for ever.
-    async fn remove_finished(&self) -> Result<(), RedisError> {
+    /// Removes finished jobs, which apalis-redis keeps for ever; returns how many jobs are left.
+    async fn remove_finished(&self) -> Result<usize, RedisError> {
         let script = redis::Script::new(
             "for _, set in ipairs({KEYS[2], KEYS[3]}) do
                local ids = redis.call('spop', set, ARGV[1])
@@ -129,7 +127,8 @@ impl Queue {
                  redis.call('hdel', KEYS[1], id)
                  redis.call('del', KEYS[4] .. ':' .. id)
                end
-             end",
+             end
+             return redis.call('hlen', KEYS[1])",
         );
         script
             .key(self.config.job_data_hash())

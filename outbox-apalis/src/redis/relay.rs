@@ -66,14 +66,9 @@ enum Moved {
 async fn move_batch(source: &Source, transport: &Transport) -> Moved {
     let queue = &transport.queue;
     let turn = format!("{}-{:08x}", source.worker, fastrand::u32(..));
-    let room = async {
-        match queue.begin_turn(&turn).await? {
-            true => queue.room().await,
-            false => Ok(0),
-        }
-    };
-    let room = match room.await {
-        Ok(room) => room.min(BATCH),
+    let room = match queue.begin_turn(&turn).await {
+        Ok(Some(room)) => room.min(BATCH),
+        Ok(None) => return Moved::Full,
         Err(error) => {
             tracing::warn!(subscription = &*source.name, %error, "Redis does not answer the relay");
             transport.health.report_trouble();
