@@ -855,7 +855,7 @@ impl Feed {
         }
         let times = self.unknown.entry(key.to_owned()).or_default();
         *times += 1;
-        let wait = UNKNOWN_WAIT * 2_u32.pow((*times - 1).min(10));
+        let wait = UNKNOWN_WAIT * 2_u32.pow(((*times - 1) / 4).min(10));
         let wait = wait.min(LONGEST_UNKNOWN_WAIT).mul_f64(fastrand::f64().mul_add(0.5, 0.5));
         self.unknown_until = self.unknown_until.max(Instant::now() + wait + 2 * UNKNOWN_LAG);
         wait
