@@ -14,7 +14,10 @@ use std::{
     time::Duration,
 };
 
-use sea_orm::{ConnectionTrait, DbBackend, Statement, sqlx::postgres::PgListener};
+use sea_orm::{
+    ConnectionTrait, DbBackend, Statement,
+    sqlx::postgres::{PgListener, PgNotification},
+};
 use tokio::{sync::Notify, task::AbortHandle};
 
 use crate::{Outbox, pooler::Connections};
@@ -121,16 +124,13 @@ impl Outbox {
                 self.wake_all_here();
                 // Behind a pooler LISTEN succeeds, and nothing ever comes: not even what this process sends itself.
                 send(self.store(), BTreeSet::new()).await;
-                if tokio::time::timeout(ECHO, listener.try_recv()).await.is_err() {
-                    return Ok(());
+                match tokio::time::timeout(ECHO, listener.try_recv()).await {
+                    // Perhaps that of another process, which came first.
+                    Ok(first) => self.heard(first?),
+                    Err(_) => return Ok(()),
                 }
                 loop {
-                    let Some(notification) = listener.try_recv().await? else {
-                        self.wake_all_here();
-                        continue;
-                    };
-                    let ids: Vec<i32> = notification.payload().split(',').filter_map(|id| id.parse().ok()).collect();
-                    self.wake_here(&ids);
+                    self.heard(listener.try_recv().await?);
                 }
             };
             let result: Result<(), sea_orm::sqlx::Error> = listened.await;
@@ -144,6 +144,17 @@ impl Outbox {
                     tokio::time::sleep(RECONNECT).await;
                 }
             }
+        }
+    }
+
+    /// Wakes whom a notification names; all, after the connection was lost and made anew.
+    fn heard(&self, notification: Option<PgNotification>) {
+        match notification {
+            Some(named) => {
+                let ids: Vec<i32> = named.payload().split(',').filter_map(|id| id.parse().ok()).collect();
+                self.wake_here(&ids);
+            }
+            None => self.wake_all_here(),
         }
     }
 
