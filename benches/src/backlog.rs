@@ -35,8 +35,8 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
     aged.fill(small_events, small_events).await?;
     aged.execute("vacuum analyze").await?;
     for round in 0..setup.rounds {
-        let without = worker(setup, &small, small_events, Tuning::Fast).await?;
-        let with_history = worker(setup, &aged, small_events, Tuning::Fast).await?;
+        let without = worker(setup, &small, small_events, Tuning::Fast).await?.rate;
+        let with_history = worker(setup, &aged, small_events, Tuning::Fast).await?.rate;
         b4.add(with_history, without);
 
         let database = server.copy(&large).await?;

@@ -107,12 +107,8 @@ impl Child {
 
     /// How much processor time it has used so far.
     pub(crate) fn processor_time(&self) -> Result<Duration> {
-        const TICKS: u64 = 100;
         let id = self.process.id().ok_or("the worker has ended")?;
-        let stat = std::fs::read_to_string(format!("/proc/{id}/stat"))?;
-        let (_, fields) = stat.rsplit_once(')').ok_or("unknown format")?;
-        let ticks: u64 = fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
-        Ok(Duration::from_millis(ticks * 1000 / TICKS))
+        crate::processor::used_by(&id.to_string())
     }
 
     /// Stops it, or waits until it has done its deliveries; returns the most memory it had, in megabytes.

@@ -6,12 +6,13 @@ use outbox_core::{Context, Subscription};
 use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
 use outbox_seaorm::Outbox;
 use outbox_test_servers::Postgres;
-use sea_orm::{ConnectionTrait, DatabaseConnection};
+use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, Statement};
 use uuid::Uuid;
 
 use crate::{
     events::{Happened, SUBSCRIPTION},
     measure::{Result, progress},
+    processor,
 };
 
 /// Events in one transaction of a fill.
@@ -67,6 +68,16 @@ impl Server {
         self.admin.execute_unprepared(&format!("create database {name} {options}")).await?;
         let (server, _) = self.url.rsplit_once('/').ok_or("the URL has no database")?;
         Ok(Database { url: format!("{server}/{name}"), name, admin: self.admin.clone() })
+    }
+
+    /// How much processor time all its sessions have used so far; nothing of a server on another machine.
+    pub(crate) async fn processor_time(&self) -> Result<Duration> {
+        if self.private.is_none() {
+            return Ok(Duration::ZERO);
+        }
+        let session = self.admin.query_one_raw(Statement::from_string(DbBackend::Postgres, "select pg_backend_pid()"));
+        let session: i32 = session.await?.ok_or("no answer")?.try_get_by_index(0)?;
+        processor::used_by_children(&processor::parent(&session.to_string())?)
     }
 
     /// A database where this many events wait for one subscription, spread over this many keys.

@@ -14,6 +14,7 @@ mod idle;
 mod latency;
 mod measure;
 mod ordered;
+mod processor;
 mod redis;
 mod shop;
 mod sink;

@@ -16,10 +16,10 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
     let distinct = server.backlog(events, events).await?;
     let hot = server.backlog(events, 1).await?;
     for round in 0..setup.rounds {
-        let spread = worker(setup, &distinct, events, Tuning::Fast).await?;
-        let ours = worker(setup, &hot, events, Tuning::Fast).await?;
-        let as_it_comes = worker(setup, &hot, events, Tuning::Default).await?;
-        let bare = bare_lanes(setup, &hot, events).await?;
+        let spread = worker(setup, &distinct, events, Tuning::Fast).await?.rate;
+        let ours = worker(setup, &hot, events, Tuning::Fast).await?.rate;
+        let as_it_comes = worker(setup, &hot, events, Tuning::Default).await?.rate;
+        let bare = bare_lanes(setup, &hot, events).await?.rate;
         progress(&format!(
             "ordered {} of {}: distinct {spread:.0}/s, hot {ours:.0}/s, default {as_it_comes:.0}/s, bare {bare:.0}/s",
             round + 1,

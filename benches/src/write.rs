@@ -16,6 +16,7 @@ use crate::{
     events::{Happened, SUBSCRIPTION},
     http::{Load, Served, load},
     measure::{Measurement, Result, progress},
+    processor::{Cost, Meter},
     shop,
 };
 
@@ -29,6 +30,8 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
     let mut w3 = Measurement::ratio("W3", "with a worker in the process ÷ without any", "requests/s", 0.95, 1.0);
     let mut w3b = Measurement::shown("W3b", "with a worker ÷ with a bare SQL consumer", "requests/s");
     let mut latency = Measurement::shown("W1 p99", "one event: layer ÷ by hand", "ms");
+    let mut app = Measurement::shown("W1 app", "processor time of application and client: layer ÷ by hand", "µs");
+    let mut db = Measurement::shown("W1 db", "processor time of the database: layer ÷ by hand", "µs");
     let mut s1 = Measurement::at_most("S1", "SQLite, 16 connections, p99: layer ÷ by hand", "ms", 25.0, 15.0);
     let time = TIME.mul_f64(setup.scale.min(1.0));
     let template = setup.server().await?.empty().await?;
@@ -48,24 +51,26 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
             "write {} of {}: by hand {:.0}/s (p50 {:.1} ms), layer {:.0}/s, ten {:.0}/s, none {:.0}/s, with worker {:.0}/s",
             round + 1,
             setup.rounds,
-            by_hand.per_second,
-            by_hand.p50,
-            one.per_second,
-            ten.per_second,
-            zero.per_second,
-            with_worker.per_second,
+            by_hand.load.per_second,
+            by_hand.load.p50,
+            one.load.per_second,
+            ten.load.per_second,
+            zero.load.per_second,
+            with_worker.load.per_second,
         ));
-        w1.add(one.per_second, by_hand.per_second);
-        latency.add(one.p99, by_hand.p99);
-        no_event.add(zero.per_second, by_hand.per_second);
-        w2.add(ten.per_second, one.per_second);
-        w3.add(with_worker.per_second, one.per_second);
-        w3b.add(with_worker.per_second, with_bare.per_second);
+        w1.add(one.load.per_second, by_hand.load.per_second);
+        latency.add(one.load.p99, by_hand.load.p99);
+        app.add(one.cost.app, by_hand.cost.app);
+        db.add(one.cost.database, by_hand.cost.database);
+        no_event.add(zero.load.per_second, by_hand.load.per_second);
+        w2.add(ten.load.per_second, one.load.per_second);
+        w3.add(with_worker.load.per_second, one.load.per_second);
+        w3b.add(with_worker.load.per_second, with_bare.load.per_second);
         let (ours, by_hand) = sqlite(time).await?;
         s1.add(ours.p99, by_hand.p99);
     }
     template.drop().await?;
-    Ok(vec![w1, latency, no_event, w2, w3, w3b, s1])
+    Ok(vec![w1, latency, app, db, no_event, w2, w3, w3b, s1])
 }
 
 /// Who delivers meanwhile.
@@ -76,7 +81,13 @@ enum Consumer {
     Bare,
 }
 
-async fn side(setup: &Setup, template: &Database, path: &str, time: Duration, consumer: Consumer) -> Result<Load> {
+/// A load, and what a request of it cost.
+struct Side {
+    load: Load,
+    cost: Cost,
+}
+
+async fn side(setup: &Setup, template: &Database, path: &str, time: Duration, consumer: Consumer) -> Result<Side> {
     let database = setup.server().await?.copy(template).await?;
     let outbox = database.outbox().await?;
     let consumer = match consumer {
@@ -88,13 +99,15 @@ async fn side(setup: &Setup, template: &Database, path: &str, time: Duration, co
     let served = Served::start(router).await?;
     // Connections, statements and pages are warm before anything is measured.
     load(&served, path, CLIENTS, time / 10).await?;
-    let load = load(&served, path, CLIENTS, time).await;
+    let meter = Meter::start(setup.server().await?).await?;
+    let load = load(&served, path, CLIENTS, time).await?;
+    let cost = meter.for_each_of((load.per_second * time.as_secs_f64()) as usize).await?;
     if let Some(consumer) = consumer {
         consumer.abort();
     }
     drop((served, outbox));
     database.drop().await?;
-    load
+    Ok(Side { load, cost })
 }
 
 async fn worker(outbox: &Outbox) -> Result<JoinHandle<()>> {
