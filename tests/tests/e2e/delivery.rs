@@ -282,6 +282,50 @@ async fn poison_of_every_kind_dies_alone() {
     assert!(ended <= 3, "the process ended {ended} times");
 }
 
+/// One lane, and whoever has it is killed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_global_order_goes_on_in_order_when_the_worker_that_holds_it_is_killed() {
+    let range = Range::new().await;
+    let settings: Vec<_> = QUICK.iter().copied().chain([("SINK_ORDERING", "global")]).collect();
+    let api = range.start("serve", &settings).await;
+    let mut workers = workers(&range, &settings, 2).await;
+    range.sink.set(Mood::Fail { percent: 0, after: Duration::from_millis(10) });
+    range.ledger.send_to(&[&api.http]);
+    let load = range.ledger.load(&Load { clients: 2, ..Load::default() });
+    let holder = "select leased_by from outbox_lanes l join outbox_subscriptions s on s.id = l.subscription_id
+                   where s.name = 'sink' and leased_by is not null";
+    for _ in 0..sized(3, 30) {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        eventually(Duration::from_secs(5), "a worker has the lane", || async { !range.texts(holder).await.is_empty() })
+            .await;
+        let holder = range.texts(holder).await.remove(0);
+        let holder = workers.iter().position(|worker| holder.contains(&format!("-{}-", worker.id()))).unwrap();
+        workers.swap_remove(holder).kill().await;
+        let killed = Instant::now();
+        // What it had sent comes to its end.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let before = range.sink.arrivals().len();
+        // The lease, the poll, and a second.
+        let limit = Duration::from_millis(1000 + 50 + 1000).saturating_sub(killed.elapsed());
+        eventually(limit, "the other goes on", || async { range.sink.arrivals().len() > before }).await;
+        println!("{:?}", killed.elapsed());
+        workers.push(range.start("worker", &settings).await);
+    }
+    range.ledger.clone().stop(load).await;
+    range.sink.set(Mood::Take);
+    range.assert_clean().await;
+    range.assert_nothing_was_given_up().await;
+    let committed = "select to_char(position, '0000000') || ' ' || (payload->>'op') || ' ' || (payload->>'i')
+                       from outbox_events";
+    let committed = range.texts(committed).await;
+    let arrived = range.sink.first_arrivals();
+    let arrived =
+        arrived.iter().map(|event| format!("{} {}", event["data"]["op"].as_str().unwrap(), event["data"]["i"]));
+    for (committed, arrived) in committed.iter().zip(arrived) {
+        assert_eq!(committed.trim_start().split_once(' ').unwrap().1, arrived);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn workers_that_are_asked_to_end_repeat_nothing_and_leave_no_lease() {
     let range = Range::new().await;
