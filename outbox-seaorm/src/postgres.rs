@@ -10,11 +10,15 @@
 
 use crate::sql::{Flush, ListEvents, Settle, Sql};
 
-/// The columns of the events `e` as the store reads them: JSON as text.
+/// The columns of the events `e` as the store reads them: JSON as text, and nothing for a time that is none, `infinity`
+/// for example, because the driver panics at it.
 macro_rules! event_columns {
     () => {
         "e.position, e.event_id, e.event_type, e.schema_version, e.aggregate_type, e.aggregate_id,
-         e.payload::text as payload, e.occurred_at, e.recorded_at, e.tenant, e.actor_kind, e.actor_id,
+         e.payload::text as payload,
+         case when e.occurred_at > '-infinity' and e.occurred_at < '200000-01-01' then e.occurred_at end as occurred_at,
+         case when e.recorded_at > '-infinity' and e.recorded_at < '200000-01-01' then e.recorded_at end as recorded_at,
+         e.tenant, e.actor_kind, e.actor_id,
          e.correlation_id, e.causation_id, e.traceparent, e.tracestate, e.tags::text as tags, e.max_attempts,
          e.wait_seconds, e.not_before"
     };

@@ -25,7 +25,7 @@ use crate::{
     faults::{Ledger, QUICK, assert_consistent},
 };
 
-struct Migrator;
+pub(crate) struct Migrator;
 
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
