@@ -298,16 +298,17 @@ async fn a_global_order_goes_on_in_order_when_the_worker_that_holds_it_is_killed
         tokio::time::sleep(Duration::from_millis(500)).await;
         eventually(Duration::from_secs(5), "a worker has the lane", || async { !range.texts(holder).await.is_empty() })
             .await;
-        let holder = range.texts(holder).await.remove(0);
-        let holder = workers.iter().position(|worker| holder.contains(&format!("-{}-", worker.id()))).unwrap();
-        workers.swap_remove(holder).kill().await;
+        let first = range.texts(holder).await.remove(0);
+        let index = workers.iter().position(|worker| first.contains(&format!("-{}-", worker.id()))).unwrap();
+        workers.swap_remove(index).kill().await;
         let killed = Instant::now();
-        // What it had sent comes to its end.
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        let before = range.sink.arrivals().len();
+        let is_the_others = || async { range.texts(holder).await.first().is_some_and(|holder| *holder != first) };
         // The lease, the poll, and a second.
-        let limit = Duration::from_millis(1000 + 50 + 1000).saturating_sub(killed.elapsed());
-        eventually(limit, "the other goes on", || async { range.sink.arrivals().len() > before }).await;
+        let limit = Duration::from_millis(1000 + 50 + 1000);
+        eventually(limit, "the other has the lane", is_the_others).await;
+        let before = range.sink.arrivals().len();
+        let limit = limit.saturating_sub(killed.elapsed());
+        eventually(limit, "it goes on", || async { range.sink.arrivals().len() > before }).await;
         println!("{:?}", killed.elapsed());
         workers.push(range.start("worker", &settings).await);
     }
