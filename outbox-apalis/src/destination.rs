@@ -1,4 +1,5 @@
 use std::{
+    any::Any,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -89,7 +90,7 @@ pub(crate) async fn attempt(destination: Arc<dyn Destination>, task: DeliveryTas
     tokio::select! {
         // An attempt that has ended counts, even if it was cancelled at the same moment.
         biased;
-        joined = &mut running.0 => joined.unwrap_or_else(|error| retry(panic_message(error))),
+        joined = &mut running.0 => joined.unwrap_or_else(|error| retry(stopped_message(error))),
         // If it is committing just now, it ends its lease or keeps it; giving the lane back is right after both.
         () = cancelled.cancelled() => End::Cancelled,
         // What settles itself minds its time: the waits for its transaction and for its commit do not count.
@@ -116,9 +117,12 @@ impl Drop for AbortOnDrop {
     }
 }
 
-fn panic_message(error: JoinError) -> String {
-    let Ok(panic) = error.try_into_panic() else { return "the attempt was stopped".to_owned() };
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-    format!("the handler panicked: {}", text.as_deref().unwrap_or("no message"))
+fn stopped_message(error: JoinError) -> String {
+    error.try_into_panic().map_or_else(|_| "the attempt was stopped".to_owned(), |panic| panic_message(&*panic))
+}
+
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    format!("the handler panicked: {}", text.unwrap_or("no message"))
 }

@@ -1,11 +1,11 @@
-use std::{collections::HashMap, fmt, future::Future, sync::Arc};
+use std::{collections::HashMap, fmt, future::Future, panic::AssertUnwindSafe, sync::Arc};
 
-use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, future::BoxFuture};
 use outbox_core::{Context, Delivery, DeliveryError, Event, Events, RecordedEvent};
 use outbox_seaorm::{CommitError, Finished, LaneReport, Next, Outbox, Settled, Tx, UnitOfWork, once};
 
 use crate::{
-    destination::{Destination, End, no_result},
+    destination::{Destination, End, no_result, panic_message},
     task::Attempt,
 };
 
@@ -73,8 +73,9 @@ impl Handlers {
     ///
     /// Effects elsewhere (a mail, a call) are at least once, as with [`on`](Self::on).
     ///
-    /// While the database is busy or out of reach no attempt is spent, unless the handler says that its error is
-    /// [permanent](DeliveryError::permanent).
+    /// While the database is busy or out of reach no attempt is spent, also if the handler panics because of it, unless it
+    /// says that its error is [permanent](DeliveryError::permanent). A statement that does not answer within the attempt's
+    /// time spends it: nobody knows whether the database or the statement is to blame.
     ///
     /// On SQLite no other transaction writes while the handler runs, not even one that renews a lease: there it has at
     /// most a third of the [lease](crate::Worker::lease), then the attempt has failed.
@@ -221,8 +222,13 @@ impl HandlersDestination {
         if let Err(error) = unit.tx().begin().await {
             return End::Unavailable(DeliveryError::retry(format!("the transaction could not begin: {error}")));
         }
-        let written = tokio::time::timeout(attempt.time, self.write(&unit, handler, event, attempt)).await;
-        let written = written.unwrap_or_else(|_| Err(DeliveryError::retry(no_result(attempt.time))));
+        // A handler may panic because of its database as well.
+        let writing = AssertUnwindSafe(self.write(&unit, handler, event, attempt)).catch_unwind();
+        let written = match tokio::time::timeout(attempt.time, writing).await {
+            Ok(Ok(written)) => written,
+            Ok(Err(panic)) => Err(DeliveryError::retry(panic_message(&*panic))),
+            Err(_) => Err(DeliveryError::retry(no_result(attempt.time))),
+        };
         if unit.lost_its_database() && !written.as_ref().is_err_and(DeliveryError::is_permanent) {
             unit.rollback().await;
             let ignored = || DeliveryError::retry("a statement of the transaction failed");

@@ -230,8 +230,8 @@ pub(crate) fn recorded(row: &QueryResult) -> Result<RecordedEvent, DbErr> {
         aggregate_type: row.try_get("", "aggregate_type")?,
         aggregate_id: row.try_get("", "aggregate_id")?,
         payload: row.try_get("", "payload")?,
-        occurred_at: row.try_get("", "occurred_at")?,
-        recorded_at: row.try_get("", "recorded_at")?,
+        occurred_at: time(row, "occurred_at")?,
+        recorded_at: time(row, "recorded_at")?,
         tenant: row.try_get("", "tenant")?,
         actor: actor_kind.zip(actor_id).map(|(kind, id)| Actor { kind, id }),
         correlation_id: row.try_get("", "correlation_id")?,
@@ -241,8 +241,13 @@ pub(crate) fn recorded(row: &QueryResult) -> Result<RecordedEvent, DbErr> {
         tags: tags
             .map(|tags| serde_json::from_str(&tags))
             .transpose()
-            .map_err(|e| DbErr::Json(e.to_string()))?
+            .map_err(|error| DbErr::Json(format!("tags: {error}")))?
             .unwrap_or_default(),
         max_attempts: row.try_get::<Option<i32>>("", "max_attempts")?.map(i32::unsigned_abs),
     })
+}
+
+fn time(row: &QueryResult, column: &str) -> Result<DateTime<Utc>, DbErr> {
+    let time: Option<DateTime<Utc>> = row.try_get("", column)?;
+    time.ok_or_else(|| DbErr::Type(format!("{column} is not a point in time")))
 }

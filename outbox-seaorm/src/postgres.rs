@@ -10,11 +10,15 @@
 
 use crate::sql::{Flush, ListEvents, Settle, Sql};
 
-/// The columns of the events `e` as the store reads them: JSON as text.
+/// The columns of the events `e` as the store reads them: JSON as text, and nothing for a time that is none, `infinity`
+/// for example, because the driver panics at it.
 macro_rules! event_columns {
     () => {
         "e.position, e.event_id, e.event_type, e.schema_version, e.aggregate_type, e.aggregate_id,
-         e.payload::text as payload, e.occurred_at, e.recorded_at, e.tenant, e.actor_kind, e.actor_id,
+         e.payload::text as payload,
+         case when e.occurred_at > '-infinity' and e.occurred_at < '200000-01-01' then e.occurred_at end as occurred_at,
+         case when e.recorded_at > '-infinity' and e.recorded_at < '200000-01-01' then e.recorded_at end as recorded_at,
+         e.tenant, e.actor_kind, e.actor_id,
          e.correlation_id, e.causation_id, e.traceparent, e.tracestate, e.tags::text as tags, e.max_attempts,
          e.wait_seconds, e.not_before"
     };
@@ -225,7 +229,7 @@ pub(crate) static POSTGRES: Sql = Sql {
                   and l.lease_token = r.token and l.leased_by is not null offset 0) l",
 
     note_attempt: "
-        update outbox_lanes set attempt_log = $4::text::jsonb
+        update outbox_lanes set attempt_log = case when attempts > 0 then $4::text::jsonb end
          where subscription_id = $1 and key = $2 and lease_token = $3 and leased_by is not null",
 
     // One round trip. Everything depends on `held`, so the lanes are locked before anything of them changes, and `pending`
@@ -245,9 +249,9 @@ pub(crate) static POSTGRES: Sql = Sql {
                         where l.subscription_id = lease.subscription and l.key = lease.key
                           and l.lease_token = lease.token and l.leased_by is not null offset 0) l),
               held as materialized (
-                select lease.*, l.pending
+                select lease.*, l.pending, l.attempts = 0 as overtaken
                   from lease cross join lateral (
-                       select pending from outbox_lanes l
+                       select pending, attempts from outbox_lanes l
                         where l.subscription_id = lease.subscription and l.key = lease.key
                           and l.lease_token = lease.token and l.leased_by is not null
                           for update skip locked) l),
@@ -290,15 +294,16 @@ pub(crate) static POSTGRES: Sql = Sql {
               advanced as (
                 update outbox_lanes l
                    set pending = l.pending - ended.moved,
-                       attempts = ended.attempts,
+                       attempts = case when ended.overtaken then 0 else ended.attempts end,
                        leased_by = case ended.next when 'keep' then l.leased_by end,
-                       due_at = case ended.next
-                           when 'keep' then l.due_at
-                           when 'retry' then clock_timestamp() + ended.wait * interval '1 second'
-                           when 'hold' then 'infinity'
+                       due_at = case
+                           when ended.next = 'keep' then l.due_at
+                           when ended.next = 'retry' and not ended.overtaken
+                           then clock_timestamp() + ended.wait * interval '1 second'
+                           when ended.next = 'hold' then 'infinity'
                            else coalesce(
                                -- Unless one came late before those that are over: the claim finds out when it is due.
-                               case when ended.moved = (
+                               case when not ended.overtaken and ended.moved = (
                                     select count(*) from outbox_deliveries d
                                      where d.subscription_id = ended.subscription and d.key = ended.key
                                        and d.position <= ended.last)
@@ -306,8 +311,9 @@ pub(crate) static POSTGRES: Sql = Sql {
                                       where d.subscription_id = ended.subscription and d.key = ended.key
                                         and d.position > ended.last order by position limit 1) end,
                                clock_timestamp()) end,
-                       last_error = case ended.next when 'release' then l.last_error else ended.error end,
-                       attempt_log = ended.log::jsonb,
+                       last_error = case when ended.next = 'release' or ended.overtaken then l.last_error
+                                         else ended.error end,
+                       attempt_log = case when not ended.overtaken then ended.log::jsonb end,
                        held_at = ended.held_at
                   from ended
                  where not ended.empty and l.subscription_id = ended.subscription and l.key = ended.key
@@ -582,13 +588,16 @@ pub(crate) static POSTGRES: Sql = Sql {
           from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, position bigint)
          where l.subscription_id = r.subscription and l.key = r.key and l.held_at = r.position",
 
+    // A lane that is leased has at least one attempt: that it has none tells its holder's report that the head is another.
     restart_lanes: "
         update outbox_lanes l
            set attempts = 0, attempt_log = null, last_error = null,
-               due_at = (select d.due_at from outbox_deliveries d
-                          where d.subscription_id = l.subscription_id and d.key = l.key order by position limit 1)
+               due_at = case when leased_by is null then (
+                   select d.due_at from outbox_deliveries d
+                    where d.subscription_id = l.subscription_id and d.key = l.key order by position limit 1)
+                   else l.due_at end
           from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, position bigint)
-         where l.subscription_id = r.subscription and l.key = r.key and l.leased_by is null and l.held_at is null
+         where l.subscription_id = r.subscription and l.key = r.key and l.held_at is null
            and r.position = (select min(position) from outbox_deliveries d
                               where d.subscription_id = l.subscription_id and d.key = l.key)",
 

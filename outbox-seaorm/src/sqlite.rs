@@ -152,7 +152,7 @@ pub(crate) static SQLITE: Sql = Sql {
        and l.lease_token = r.value->>'token' and l.leased_by is not null",
 
     note_attempt: "
-        update outbox_lanes set attempt_log = $4
+        update outbox_lanes set attempt_log = case when attempts > 0 then $4 end
          where subscription_id = $1 and key = $2 and lease_token = $3 and leased_by is not null",
 
     settle: Settle::InSteps(SettleSteps {
@@ -182,17 +182,17 @@ pub(crate) static SQLITE: Sql = Sql {
     advance_lanes: "
     update outbox_lanes
        set pending = outbox_lanes.pending - r.finished,
-           attempts = r.attempts,
+           attempts = case when outbox_lanes.attempts = 0 then 0 else r.attempts end,
            leased_by = case r.next when 'keep' then leased_by end,
-           due_at = case r.next
-               when 'keep' then outbox_lanes.due_at
-               when 'retry' then strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', r.wait))
-               when 'hold' then '9999-12-31T23:59:59.999Z'
+           due_at = case
+               when r.next = 'keep' then outbox_lanes.due_at
+               when r.next = 'retry' and outbox_lanes.attempts > 0 then strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', r.wait))
+               when r.next = 'hold' then '9999-12-31T23:59:59.999Z'
                else coalesce((select d.due_at from outbox_deliveries d
                                where d.subscription_id = r.subscription and d.key = r.lane
                                order by position limit 1), outbox_lanes.due_at) end,
-           last_error = case r.next when 'release' then last_error else r.error end,
-           attempt_log = r.log,
+           last_error = case when r.next = 'release' or outbox_lanes.attempts = 0 then last_error else r.error end,
+           attempt_log = case when outbox_lanes.attempts > 0 then r.log end,
            held_at = r.held_at
       from (select value->>'subscription' as subscription, value->>'key' as lane, value->>'finished' as finished,
                    value->>'attempts' as attempts, value->>'next' as next, value->>'wait' as wait,
@@ -415,14 +415,16 @@ pub(crate) static SQLITE: Sql = Sql {
                     where value->>'subscription' = subscription_id and value->>'key' = outbox_lanes.key
                       and value->>'position' = held_at)",
 
+    // A lane that is leased has at least one attempt: that it has none tells its holder's report that the head is another.
     restart_lanes: "
     update outbox_lanes
        set attempts = 0, attempt_log = null, last_error = null,
-           due_at = (select d.due_at from outbox_deliveries d
-                      where d.subscription_id = outbox_lanes.subscription_id and d.key = outbox_lanes.key
-                      order by position limit 1)
+           due_at = case when leased_by is null then (
+               select d.due_at from outbox_deliveries d
+                where d.subscription_id = outbox_lanes.subscription_id and d.key = outbox_lanes.key
+                order by position limit 1) else due_at end
      where (subscription_id, key) in (select value->>'subscription', value->>'key' from json_each($1))
-       and leased_by is null and held_at is null
+       and held_at is null
        and exists (select 1 from json_each($1)
                     where value->>'subscription' = subscription_id and value->>'key' = outbox_lanes.key
                       and value->>'position' = (select min(position) from outbox_deliveries d

@@ -195,13 +195,23 @@ impl Process {
         self.child.try_wait().expect("the state of a child is known").is_none()
     }
 
+    /// What the system calls it.
+    ///
+    /// # Panics
+    ///
+    /// If the process has ended.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id().expect("the process runs")
+    }
+
     /// Sends a signal by name: `TERM`, `STOP`, `CONT`.
     ///
     /// # Panics
     ///
     /// If the process has ended.
     pub fn signal(&self, name: &str) {
-        let pid = self.child.id().expect("the process runs").to_string();
+        let pid = self.id().to_string();
         let status = StdCommand::new("kill").args([&format!("-{name}"), &pid]).status().expect("kill runs");
         assert!(status.success(), "kill -{name} {pid}");
     }

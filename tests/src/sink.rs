@@ -6,7 +6,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -66,6 +66,8 @@ pub struct Arrival {
     pub event: Value,
     /// The same, byte for byte.
     pub body: Bytes,
+    /// When it came.
+    pub at: Instant,
 }
 
 impl Sink {
@@ -141,6 +143,7 @@ impl Sink {
 }
 
 async fn take(State(sink): State<Sink>, headers: HeaderMap, body: Bytes) -> StatusCode {
+    let at = Instant::now();
     let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let (id, timestamp) = (header("webhook-id"), header("webhook-timestamp"));
     match serde_json::from_slice::<Value>(&body) {
@@ -162,7 +165,7 @@ async fn take(State(sink): State<Sink>, headers: HeaderMap, body: Bytes) -> Stat
                 Mood::Answer { status, .. } => StatusCode::from_u16(status).expect("a status"),
             };
             if status.is_success() || matches!(mood, Mood::Answer { .. }) {
-                sink.lock().push(Arrival { event, body });
+                sink.lock().push(Arrival { event, body, at });
             }
             if let Mood::Answer { after, .. } = mood {
                 tokio::time::sleep(after).await;

@@ -415,6 +415,40 @@ async fn a_replay_leaves_a_lease_alone() {
     assert_eq!(db.column::<i64>("select position from outbox_delivered").await, [2]);
 }
 
+/// The lane is leased while a delivery comes before its head: the count and the log are of the one that was the head.
+#[tokio::test]
+async fn a_replay_that_comes_before_a_leased_head_does_not_inherit_its_attempts() {
+    let db = Db::new().await;
+    let id = db.subscribe("s").await;
+    for end in ["fails", "is given back", "begins the next", "is lost", "is noted and lost"] {
+        db.record_todos(&["a", "a", "a"]).await;
+        db.all_die(id, false).await;
+        let first = db.claim(id).await.remove(0);
+        db.settle(failed(&first, Duration::ZERO, "down")).await;
+        let lane = db.claim(id).await.remove(0);
+        assert_eq!(lane.attempts, 2);
+        db.replay_dead(&all()).await;
+        match end {
+            "fails" => db.settle(failed(&lane, LONG, "down")).await,
+            "is given back" => {
+                let next = Next::Release { attempts: 1, log: lane.attempt_log.clone() };
+                db.settle(delivered(&lane, 0, next)).await;
+            }
+            "begins the next" => db.settle(delivered(&lane, 1, Next::Keep)).await,
+            "is noted and lost" => assert!(db.outbox.note_attempt(&lane.lane, "[{}]").await.unwrap()),
+            _ => {}
+        }
+        // The leases of those that are lost end.
+        db.execute(&format!("update outbox_lanes set due_at = {NOW} where leased_by is not null")).await;
+        let lane = db.claim(id).await.remove(0);
+        let replayed: i64 = db.column("select min(position) from outbox_deliveries").await[0];
+        assert_eq!((lane.attempts, &lane.attempt_log, lane.run[0].position), (1, &None, replayed), "{end}");
+        db.settle(delivered_run(&lane)).await;
+        db.all_delivered(id).await;
+        db.is_whole().await;
+    }
+}
+
 #[tokio::test]
 async fn why_says_what_the_tables_say() {
     let db = Db::new().await;

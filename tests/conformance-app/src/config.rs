@@ -3,7 +3,7 @@
 use std::{env, net::SocketAddr, num::NonZeroU64, str::FromStr, time::Duration};
 
 use outbox_apalis::{InvalidOption, InvalidRedis, Redis, Worker};
-use outbox_core::{AfterDeadLetter, InvalidPolicy, RetryPolicy};
+use outbox_core::{AfterDeadLetter, InvalidPolicy, Ordering, RetryPolicy};
 use outbox_seaorm::Retention;
 
 /// The lease of a worker that was not told another.
@@ -33,6 +33,9 @@ pub(crate) struct Config {
 pub(crate) struct Sink {
     pub(crate) url: String,
     pub(crate) secret: String,
+    pub(crate) ordering: Ordering,
+    /// Where the subscriptions `sink-2`, `sink-3` … post.
+    pub(crate) more: Vec<String>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -124,7 +127,20 @@ fn sink() -> Result<Option<Sink>, ConfigError> {
     match (text("SINK_URL"), text("WEBHOOK_SECRET")) {
         (None, _) => Ok(None),
         (Some(_), None) => Err(ConfigError::Secret),
-        (Some(url), Some(secret)) => Ok(Some(Sink { url, secret })),
+        (Some(url), Some(secret)) => {
+            let more =
+                text("MORE_SINK_URLS").map_or_else(Vec::new, |urls| urls.split(',').map(str::to_owned).collect());
+            Ok(Some(Sink { url, secret, ordering: ordering()?, more }))
+        }
+    }
+}
+
+fn ordering() -> Result<Ordering, ConfigError> {
+    let name = "SINK_ORDERING";
+    match text(name).as_deref() {
+        None | Some("key") => Ok(Ordering::Aggregate),
+        Some("global") => Ok(Ordering::Global),
+        Some(value) => Err(ConfigError::Value { name, value: value.to_owned(), expected: "key or global" }),
     }
 }
 

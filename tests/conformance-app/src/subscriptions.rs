@@ -27,8 +27,12 @@ pub(crate) fn worker(outbox: &Outbox, config: &Config) -> Result<Worker, Box<dyn
         .handlers(subscription("effects", OrderPlaced::TYPE)?.ordering(Ordering::None), effects())
         .handlers(subscription("poison", OrderPoisoned::TYPE)?, poison::handlers(config.lease()));
     if let Some(sink) = &config.sink {
-        let publisher = WebhookPublisher::new(&sink.url, &sink.secret)?.allow_loopback();
-        worker = worker.publisher(subscription("sink", OrderPlaced::TYPE)?, publisher);
+        let publisher = |url: &str| Ok::<_, Box<dyn Error>>(WebhookPublisher::new(url, &sink.secret)?.allow_loopback());
+        let ordered = subscription("sink", OrderPlaced::TYPE)?.ordering(sink.ordering.clone());
+        worker = worker.publisher(ordered, publisher(&sink.url)?);
+        for (url, n) in sink.more.iter().zip(2..) {
+            worker = worker.publisher(subscription(&format!("sink-{n}"), OrderPlaced::TYPE)?, publisher(url)?);
+        }
     }
     Ok(config.apply(worker)?)
 }

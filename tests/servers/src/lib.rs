@@ -1,9 +1,10 @@
-//! Private database servers for tests, started from installed binaries on free ports.
+//! Private database servers for tests, started from installed binaries on free ports, and destinations that misbehave.
 //!
 //! A server lives as long as the test process: it watches a pipe whose other end the process holds, so it also ends
 //! when the process is killed. A test that needs a server never passes without one: if the binaries are missing and
 //! cannot be installed, it fails with a sentence that says what to install.
 
+mod destination;
 mod pgbouncer;
 mod proxy;
 mod redis;
@@ -18,6 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use destination::{Destination, Manner};
 pub use pgbouncer::PgBouncer;
 pub use proxy::{Fault, Proxy};
 pub use redis::Redis;

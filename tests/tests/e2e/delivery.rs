@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use outbox_test_servers::{Fault, Proxy};
+use outbox_test_servers::{Destination, Fault, Manner, Proxy};
 use outbox_tests::{
     Process, eventually,
     ledger::{Answer, Load, op_body},
@@ -168,21 +168,104 @@ async fn promise_7_isolated_a_destination_that_hangs_and_a_key_that_fails_delay_
     assert!(started.elapsed() < hangs);
 }
 
+/// Commits events, one after another, and returns the 99th percentile of the times from the commit to the arrival, and how
+/// many sockets the worker had open at most.
+async fn lateness(range: &Range, api: &Process, worker: &Process, name: &str) -> (Duration, usize) {
+    let (mut committed, mut sockets) = (HashMap::new(), 0);
+    let expected = range.sink.arrivals().len() + 300;
+    for n in 0..300 {
+        let op = format!("{name} {n}");
+        post(&format!("{}/op", api.http), &op_body(&op, &op, 1, "ok")).await;
+        committed.insert(op, Instant::now());
+        sockets = sockets.max(open_sockets(worker));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    eventually(Duration::from_secs(30), "all arrive", || async { range.sink.arrivals().len() >= expected }).await;
+    let arrivals = range.sink.arrivals();
+    let late = |op: &str, at: Instant| committed.get(op).map(|committed| at.saturating_duration_since(*committed));
+    let arrivals = arrivals.iter().map(|arrival| (arrival.event["data"]["op"].as_str().unwrap(), arrival.at));
+    let mut late: Vec<_> = arrivals.filter_map(|(op, at)| late(op, at)).collect();
+    late.sort_unstable();
+    (late[late.len() * 99 / 100], sockets)
+}
+
+fn open_sockets(process: &Process) -> usize {
+    let files = std::fs::read_dir(format!("/proc/{}/fd", process.id())).unwrap();
+    let targets = files.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok());
+    targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count()
+}
+
+/// The most memory that a process ever had, in megabytes.
+fn peak_memory(process: &Process) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.id())).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")).unwrap();
+    peak.parse::<usize>().unwrap() / 1024
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn promise_7_isolated_destinations_that_misbehave_do_not_delay_one_that_does_not() {
+    let range = Range::new().await;
+    let mut settings: Vec<_> = QUICK.to_vec();
+    // Each refusal would be a line.
+    settings.extend([("OUTBOX_MAX_ATTEMPTS", "1000"), ("RUST_LOG", "off")]);
+    let api = range.start("serve", &settings).await;
+    let worker = range.start("worker", &settings).await;
+    let waiting = sized(400, 2000);
+    for op in 0..waiting / 10 {
+        let op = op.to_string();
+        post(&format!("{}/op", api.http), &op_body(&op, &op, 10, "ok")).await;
+    }
+    eventually(Duration::from_secs(60), "they arrive", || async { range.sink.arrivals().len() == waiting }).await;
+    let (alone, sockets_alone) = lateness(&range, &api, &worker, "alone").await;
+    worker.terminate(Duration::from_secs(15)).await;
+
+    let mut bad = Vec::new();
+    for manner in [Manner::Silent, Manner::Dripping, Manner::Endless, Manner::Circular] {
+        bad.push(Destination::start(manner).await);
+    }
+    let urls = bad.iter().map(|destination| destination.url.as_str()).collect::<Vec<_>>().join(",");
+    settings.push(("MORE_SINK_URLS", &urls));
+    // Their subscriptions start at the beginning: all that was committed so far waits for them.
+    let mut worker = range.start("worker", &settings).await;
+    let (beside, sockets) = lateness(&range, &api, &worker, "beside").await;
+    let memory = peak_memory(&worker);
+    println!("p99 {alone:?} alone, {beside:?} beside; {sockets_alone} and {sockets} sockets; {memory} MB");
+    assert!(worker.is_running());
+    assert_eq!(range.sink.first_arrivals().len(), waiting + 600);
+    // What waits behind an attempt that hangs is a second late; half a second is what a busy machine may add.
+    assert!(beside <= Duration::from_millis(500).max(alone * 2), "{alone:?} alone, {beside:?} beside");
+    // As many connections to each destination as may be under way, the two pools of the database, and a few of the
+    // process itself.
+    assert!(sockets <= (1 + bad.len()) * CONCURRENCY + 10 + 6 + 10, "{sockets} sockets, {bad:?}");
+    assert!(memory < 100, "{memory} MB: less than a single one of the endless answers");
+    // Those that may still come to their senses have lost nothing.
+    let left = "select s.name from outbox_deliveries d join outbox_subscriptions s on s.id = d.subscription_id
+                 where s.name in ('sink-2', 'sink-3', 'sink-4')";
+    assert_eq!(range.texts(left).await.len(), 3 * (waiting + 600));
+    let dead = "select distinct s.name || ': ' || x.error from outbox_dead_letters x
+                  join outbox_subscriptions s on s.id = x.subscription_id";
+    assert_eq!(range.texts(dead).await, ["sink-5: the destination answered 302, and redirects are not followed"]);
+}
+
+/// Exactly 1,000 events, one of each kind of poison among them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn poison_of_every_kind_dies_alone() {
     let range = Range::new().await;
     let settings: Vec<_> = QUICK.iter().copied().chain([("OUTBOX_MAX_ATTEMPTS", "3")]).collect();
     let api = range.start("serve", &settings).await;
     let mut worker = range.start("worker", &settings).await;
-    range.ledger.send_to(&[&api.http]);
-    let load = range.ledger.load(&Load { clients: 2, keys: 50, ..Load::default() });
-    let kinds = ["error", "panic", "abort", "hang", "block", "permanent"];
-    for kind in kinds {
-        post(&format!("{}/poison", api.http), &json!({ "op": kind, "key": kind, "kind": kind })).await;
+    let mut kinds = ["error", "panic", "abort", "hang", "block", "permanent"].into_iter();
+    for op in 0..142 {
+        let op = op.to_string();
+        range.ledger.note(&op, 7, Answer::Ok);
+        post(&format!("{}/op", api.http), &op_body(&op, &op, 7, "ok")).await;
+        if let Some(kind) = kinds.next() {
+            post(&format!("{}/poison", api.http), &json!({ "op": kind, "key": kind, "kind": kind })).await;
+        }
     }
     let dead = "select e.payload->>'kind' from outbox_dead_letters d join outbox_events e on e.position = d.position";
     let (mut ended, started) = (0, Instant::now());
-    while range.texts(dead).await.len() < kinds.len() {
+    while range.texts(dead).await.len() < 6 {
         assert!(started.elapsed() < Duration::from_secs(60), "{:?}", range.texts(dead).await);
         if !worker.is_running() {
             ended += 1;
@@ -190,12 +273,58 @@ async fn poison_of_every_kind_dies_alone() {
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    range.ledger.clone().stop(load).await;
     range.assert_clean().await;
-    let mut died = range.texts(dead).await;
-    died.sort_unstable();
-    assert_eq!(died, ["abort", "block", "error", "hang", "panic", "permanent"]);
+    assert_eq!(range.texts(dead).await, ["abort", "block", "error", "hang", "panic", "permanent"]);
+    assert_eq!(range.texts("select count(*)::text from outbox_events").await, ["1000"]);
+    let delivered = "select s.name || ' ' || count(*) from outbox_delivered d
+                       join outbox_subscriptions s on s.id = d.subscription_id group by s.name";
+    assert_eq!(range.texts(delivered).await, ["effects 994", "sink 994"]);
     assert!(ended <= 3, "the process ended {ended} times");
+}
+
+/// One lane, and whoever has it is killed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_global_order_goes_on_in_order_when_the_worker_that_holds_it_is_killed() {
+    let range = Range::new().await;
+    let settings: Vec<_> = QUICK.iter().copied().chain([("SINK_ORDERING", "global")]).collect();
+    let api = range.start("serve", &settings).await;
+    let mut workers = workers(&range, &settings, 2).await;
+    range.sink.set(Mood::Fail { percent: 0, after: Duration::from_millis(10) });
+    range.ledger.send_to(&[&api.http]);
+    let load = range.ledger.load(&Load { clients: 2, ..Load::default() });
+    let holder = "select leased_by from outbox_lanes l join outbox_subscriptions s on s.id = l.subscription_id
+                   where s.name = 'sink' and leased_by is not null";
+    for _ in 0..sized(3, 30) {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        eventually(Duration::from_secs(5), "a worker has the lane", || async { !range.texts(holder).await.is_empty() })
+            .await;
+        let first = range.texts(holder).await.remove(0);
+        let index = workers.iter().position(|worker| first.contains(&format!("-{}-", worker.id()))).unwrap();
+        workers.swap_remove(index).kill().await;
+        let killed = Instant::now();
+        let is_the_others = || async { range.texts(holder).await.first().is_some_and(|holder| *holder != first) };
+        // The lease, the poll, and a second.
+        let limit = Duration::from_millis(1000 + 50 + 1000);
+        eventually(limit, "the other has the lane", is_the_others).await;
+        let before = range.sink.arrivals().len();
+        let limit = limit.saturating_sub(killed.elapsed());
+        eventually(limit, "it goes on", || async { range.sink.arrivals().len() > before }).await;
+        println!("{:?}", killed.elapsed());
+        workers.push(range.start("worker", &settings).await);
+    }
+    range.ledger.clone().stop(load).await;
+    range.sink.set(Mood::Take);
+    range.assert_clean().await;
+    range.assert_nothing_was_given_up().await;
+    let committed = "select to_char(position, '0000000') || ' ' || (payload->>'op') || ' ' || (payload->>'i')
+                       from outbox_events";
+    let committed = range.texts(committed).await;
+    let arrived = range.sink.first_arrivals();
+    let arrived =
+        arrived.iter().map(|event| format!("{} {}", event["data"]["op"].as_str().unwrap(), event["data"]["i"]));
+    for (committed, arrived) in committed.iter().zip(arrived) {
+        assert_eq!(committed.trim_start().split_once(' ').unwrap().1, arrived);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

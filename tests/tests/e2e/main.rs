@@ -1,5 +1,6 @@
 //! The example and the conformance application as real processes.
 
+mod damage;
 mod delivery;
 mod example;
 mod faults;

@@ -25,7 +25,7 @@ use crate::{
     faults::{Ledger, QUICK, assert_consistent},
 };
 
-struct Migrator;
+pub(crate) struct Migrator;
 
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
@@ -117,12 +117,19 @@ impl Event for Paid {
     }
 }
 
-/// Whether the handler passes the error on or ignores it.
+/// What the handler does with the error.
+#[derive(Clone, Copy, Debug)]
+enum Reaction {
+    PassesOn,
+    Ignores,
+    Panics,
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transactional_handler_that_loses_its_connection_gets_its_attempt_back() {
     let (_database, outbox) = migrated().await;
     let lost = Arc::new(AtomicBool::new(false));
-    let handler = |passes_on: bool| {
+    let handler = |reaction: Reaction| {
         let lost = lost.clone();
         Handlers::new().on_tx(move |_: Paid, effect: Effect| {
             let lost = lost.clone();
@@ -133,17 +140,19 @@ async fn a_transactional_handler_that_loses_its_connection_gets_its_attempt_back
                 let end = "select pg_terminate_backend(pg_backend_pid())";
                 let ended = effect.tx().execute_unprepared(end).await;
                 assert!(ended.is_err());
-                if passes_on {
-                    ended?;
+                match reaction {
+                    Reaction::PassesOn => ended.map(|_| ())?,
+                    Reaction::Ignores => {}
+                    Reaction::Panics => panic!("{ended:?}"),
                 }
                 Ok(())
             }
         })
     };
-    for passes_on in [true, false] {
-        let name = format!("passes-on-{passes_on}");
+    for reaction in [Reaction::PassesOn, Reaction::Ignores, Reaction::Panics] {
+        let name = format!("{reaction:?}").to_lowercase();
         let subscription = Subscription::new(&name).unwrap();
-        let worker = Worker::new(outbox.clone()).handlers(subscription, handler(passes_on)).start().await.unwrap();
+        let worker = Worker::new(outbox.clone()).handlers(subscription, handler(reaction)).start().await.unwrap();
         outbox.transaction(Context::default(), |_, events| async move { events.push(Paid).map(|_| ()) }).await.unwrap();
         let attempts = format!(
             "select d.attempts::text from outbox_delivered d join outbox_subscriptions s on s.id = d.subscription_id

@@ -215,6 +215,8 @@ async fn each_part_runs_alone_and_says_where() {
 async fn a_setting_that_cannot_be_followed_is_refused_with_a_sentence() {
     for (name, value, sentence) in [
         ("OUTBOX_DEAD_LETTER_POLICY", "stop", "must be hold or continue"),
+        ("SINK_ORDERING", "none", "must be key or global"),
+        ("MORE_SINK_URLS", "here", "webhook URL"),
         ("OUTBOX_RETENTION_MS", "a week", "OUTBOX_RETENTION_MS"),
         ("OUTBOX_LEASE_MS", "0", "OUTBOX_LEASE_MS"),
         ("DB_POOL", "0", "DB_POOL"),
