@@ -69,6 +69,16 @@ const SLOW: Duration = Duration::from_millis(500);
 /// How many batches are leased in advance at most, in lanes and in deliveries.
 const MOST_AHEAD: usize = 10;
 
+/// How many tasks wait for the worker at most: enough to keep its threads busy.
+const MOST_WAITING: usize = 64;
+
+/// How long a lane goes on with its run before those that wait get its place. Quick deliveries of a run are so stored
+/// together, and slow ones hold nobody up.
+const TURN: Duration = Duration::from_millis(10);
+
+/// How long results of handlers in this process wait for the end of their lane's run.
+const RUN_ON: Duration = Duration::from_millis(20);
+
 /// How long after the grace a worker that stops goes on trying to store results, if its leases last that long.
 const LAST_TRIES: Duration = Duration::from_secs(10);
 
@@ -142,9 +152,17 @@ struct Feed {
     lanes: HashMap<String, Lane>,
     /// Keys whose next delivery can start.
     ready: VecDeque<String>,
+    /// Whether the worker has to begin a task before another one can be handed out.
+    full: bool,
+    /// Deliveries under way.
+    running: usize,
     /// Deliveries that were started and whose end is not stored: a crash repeats at most these.
     open: usize,
     reports: Vec<LaneReport>,
+    /// When the oldest result came that waits for the end of its lane's run.
+    unreported_since: Option<Instant>,
+    /// Something else waits for those results.
+    report_now: bool,
     /// Reports whose storing failed: tried again as they are.
     unstored: Option<Vec<LaneReport>>,
     claiming: Option<JoinHandle<(usize, Result<Claimed, DbErr>)>>,
@@ -213,8 +231,7 @@ struct Claimed {
 /// Starts a feed. It ends when its `stop` is cancelled and everything is acknowledged or given back, or when the
 /// worker's side is dropped.
 pub(crate) fn start(source: Source) -> Ends {
-    // One task at most waits here: what is under way is bounded by the feed, not by the channel.
-    let (tasks, tasks_end) = mpsc::channel(source.options.concurrency);
+    let (tasks, tasks_end) = mpsc::channel(source.options.concurrency.min(MOST_WAITING));
     let (results, results_end) = mpsc::unbounded_channel();
     let now = Instant::now();
     let source = Source { stop: source.stop.child_token(), ..source };
@@ -223,8 +240,12 @@ pub(crate) fn start(source: Source) -> Ends {
         tasks,
         lanes: HashMap::new(),
         ready: VecDeque::new(),
+        full: false,
+        running: 0,
         open: 0,
         reports: Vec::new(),
+        unreported_since: None,
+        report_now: false,
         unstored: None,
         claiming: None,
         arrived: Vec::new(),
@@ -260,6 +281,7 @@ impl Feed {
         let options = self.source.options;
         let (outbox, subscription, stop) =
             (self.source.outbox.clone(), self.source.subscription, self.source.stop.clone());
+        let tasks = self.tasks.clone();
         let mut tick = tokio::time::interval(options.lease / 10);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut grace_end: Option<Instant> = None;
@@ -281,6 +303,7 @@ impl Feed {
             if stopping && self.lanes.is_empty() && !self.has_reports() && self.is_quiet() {
                 return;
             }
+            let report_at = self.report_at();
             tokio::select! {
                 Some(result) = results.recv() => {
                     self.ended(result);
@@ -303,7 +326,8 @@ impl Feed {
                 }
                 () = tokio::time::sleep_until(self.look_at.into()), if !stopping && self.wants_lanes() => {}
                 () = tokio::time::sleep_until(self.next_start.into()), if !stopping && self.is_paced() => {}
-                () = tokio::time::sleep_until(self.settle_at.into()), if self.settling.is_none() && self.has_reports() => {}
+                () = sleep_until(report_at), if self.settling.is_none() => {}
+                _ = tasks.reserve(), if self.full => self.full = false,
                 _ = tick.tick() => self.guard_leases(),
                 () = stop.cancelled(), if !stopping => grace_end = Some(Instant::now() + options.grace),
                 () = self.tasks.closed(), if !stopping => grace_end = Some(Instant::now()),
@@ -346,10 +370,12 @@ impl Feed {
     /// How many deliveries may start now. What a crash repeats counts as under way, also when its success is about to be
     /// stored; in this process, where a delivery may take no time at all, that may be a batch more.
     fn free(&self) -> usize {
+        self.concurrency().saturating_sub(self.running).min(self.may_repeat().saturating_sub(self.open))
+    }
+
+    fn may_repeat(&self) -> usize {
         let spare = if self.source.destination.is_outside() { 0 } else { self.source.options.batch };
-        let running = self.lanes.values().filter(|lane| lane.running.is_some()).count();
-        let may_repeat = self.concurrency() + spare;
-        self.concurrency().saturating_sub(running).min(may_repeat.saturating_sub(self.open))
+        self.concurrency() + spare
     }
 
     /// Whether lanes come through Redis.
@@ -407,13 +433,26 @@ impl Feed {
     }
 
     fn has_reports(&self) -> bool {
-        self.unstored.is_some() || !self.reports.is_empty() || self.lanes.values().any(|lane| !lane.finished.is_empty())
+        self.unstored.is_some() || !self.reports.is_empty() || self.unreported_since.is_some()
+    }
+
+    /// When to store results.
+    fn report_at(&self) -> Option<Instant> {
+        let ended = self.unstored.is_some() || !self.reports.is_empty();
+        let at = if ended { Some(self.settle_at) } else { self.runs_reported_at() };
+        at.map(|at| at.max(self.settle_at))
+    }
+
+    /// When to store results of lanes whose run goes on.
+    fn runs_reported_at(&self) -> Option<Instant> {
+        let waits = !self.report_now && !self.source.destination.is_outside() && self.open < self.may_repeat();
+        self.unreported_since.map(|since| if waits { since + RUN_ON } else { since })
     }
 
     fn start_ready(&mut self) {
         let options = self.source.options;
         let mut waiting = VecDeque::new();
-        let mut free = if self.ready.is_empty() { 0 } else { self.free() };
+        let mut free = if self.ready.is_empty() || self.full { 0 } else { self.free() };
         while free > 0 && self.can_store() && !self.is_paced() {
             let Some(key) = self.ready.pop_front() else { break };
             // A lane that was lost and claimed again may stand here twice.
@@ -441,6 +480,7 @@ impl Feed {
             // It acknowledges itself in its own transaction: what came before it in the lane must be stored first.
             let settles = self.source.destination.settles(&event);
             if settles && (lane.unsettled > 0 || !lane.finished.is_empty()) {
+                self.report_now = true;
                 waiting.push_back(key);
                 continue;
             }
@@ -457,21 +497,23 @@ impl Feed {
                 cancelled: lane.cancelled.child_token(),
             };
             lane.running = Some(running);
+            lane.turn.get_or_insert_with(Instant::now);
             let task = TaskBuilder::new(DeliveryTask { event: event.clone(), attempt: Some(attempt) })
                 .task_id(TaskId::from_string(task_id(&self.source.name, &event)))
                 // As apalis' tracing shows it; apalis counts it once more when it begins.
                 .attempt(lane.attempts as usize)
                 .queue(Queue::from(&*self.source.name))
                 .build();
-            self.open += 1;
-            free -= 1;
-            // Never full, see `start`; closed when the worker is gone, which ends this feed in its next round.
-            if self.tasks.try_send(task).is_err() {
-                self.open -= 1;
+            // Closed when the worker is gone, which ends this feed in its next round.
+            if let Err(refused) = self.tasks.try_send(task) {
+                self.full = matches!(refused, mpsc::error::TrySendError::Full(_));
                 lane.running = None;
                 self.ready.push_front(key);
                 break;
             }
+            self.open += 1;
+            self.running += 1;
+            free -= 1;
             metrics::attempted(&self.source.name, &event);
             if !self.source.pace.is_zero() {
                 self.next_start = self.next_start.max(Instant::now()) + self.source.pace;
@@ -510,10 +552,10 @@ impl Feed {
     }
 
     fn claim(&mut self) {
-        let capacity = self.room().min(self.source.options.batch);
-        if !self.wants_lanes() || self.look_at > Instant::now() {
+        if self.look_at > Instant::now() || !self.wants_lanes() {
             return;
         }
+        let capacity = self.room().min(self.source.options.batch);
         // Long runs fill the memory even when their lanes are few.
         let waiting: usize = self.lanes.values().map(|lane| lane.run.len()).sum();
         if self.lanes.len() >= self.concurrency() && waiting >= MOST_AHEAD * self.source.options.batch {
@@ -681,6 +723,7 @@ impl Feed {
             return;
         };
         lane.running = None;
+        self.running -= 1;
         let Some(event) = lane.run.front().cloned() else { return };
         let attempts = lane.attempts;
         match end {
@@ -886,10 +929,19 @@ impl Feed {
 
     /// With the next delivery of a lane, if there is one.
     fn go_on(&mut self, key: String) {
-        match self.lanes.get(&key) {
-            Some(lane) if lane.run.is_empty() => self.finish_lane(&key, Next::Yield),
-            Some(_) => self.ready.push_back(key),
-            None => {}
+        let Some(lane) = self.lanes.get_mut(&key) else { return };
+        if lane.run.is_empty() {
+            self.finish_lane(&key, Next::Yield);
+            return;
+        }
+        if !lane.finished.is_empty() {
+            self.unreported_since.get_or_insert_with(Instant::now);
+        }
+        if lane.turn.is_some_and(|turn| turn.elapsed() < TURN) {
+            self.ready.push_front(key);
+        } else {
+            lane.turn = None;
+            self.ready.push_back(key);
         }
     }
 
@@ -934,10 +986,13 @@ impl Feed {
     }
 
     fn settle(&mut self) {
-        if self.settling.is_some() || self.settle_at > Instant::now() || !self.has_reports() {
+        if self.settling.is_some() || self.report_at().is_none_or(|at| at > Instant::now()) {
             return;
         }
         let reports = self.unstored.take().unwrap_or_else(|| self.gather());
+        if reports.is_empty() {
+            return;
+        }
         let outbox = self.source.outbox.clone();
         self.settling = Some(tokio::spawn(async move {
             let settled = outbox.settle(&reports).await;
@@ -948,6 +1003,10 @@ impl Feed {
     /// What is over and not stored, the older reports of a lane before the newer.
     fn gather(&mut self) -> Vec<LaneReport> {
         let mut reports = std::mem::take(&mut self.reports);
+        if self.runs_reported_at().is_none_or(|at| at > Instant::now()) {
+            return reports;
+        }
+        (self.unreported_since, self.report_now) = (None, false);
         for lane in self.lanes.values_mut().filter(|lane| !lane.finished.is_empty()) {
             let finished = std::mem::take(&mut lane.finished);
             lane.unsettled += finished.len();
@@ -1009,6 +1068,7 @@ impl Feed {
     fn lose(&mut self, key: &str) {
         if let Some(lane) = self.lanes.remove(key) {
             lane.cancelled.cancel();
+            self.running -= usize::from(lane.running.is_some());
             self.open -= usize::from(lane.running.is_some()) + lane.finished.len();
             self.look_at = Instant::now();
         }
@@ -1043,6 +1103,7 @@ impl Feed {
         for key in overdue {
             let Some(lane) = self.lanes.get_mut(&key) else { continue };
             let (Some(running), Some(event)) = (lane.running.take(), lane.run.front().cloned()) else { continue };
+            self.running -= 1;
             let time = self.source.options.timeout();
             lane.cancelled.cancel();
             lane.cancelled = CancellationToken::new();
@@ -1099,7 +1160,9 @@ impl Feed {
     /// The worker is gone and with it its attempts: no result will come.
     fn forget_running(&mut self) {
         for lane in self.lanes.values_mut() {
-            self.open -= usize::from(lane.running.take().is_some());
+            let was_running = usize::from(lane.running.take().is_some());
+            self.running -= was_running;
+            self.open -= was_running;
         }
     }
 }

@@ -33,6 +33,8 @@ pub(crate) struct Lane {
     /// Reported, and not yet stored.
     pub(crate) unsettled: usize,
     pub(crate) running: Option<Running>,
+    /// Since when it works on its run without others getting its place.
+    pub(crate) turn: Option<Instant>,
     pub(crate) leased_until: Instant,
     pub(crate) cancelled: CancellationToken,
     /// It finds out whether a destination that was down is back.
@@ -86,6 +88,7 @@ impl Lane {
             finished: Vec::new(),
             unsettled: 0,
             running: None,
+            turn: None,
             leased_until,
             cancelled: CancellationToken::new(),
             probe,

@@ -2,7 +2,10 @@ use std::time::Duration;
 
 use sea_orm::{
     ConnectOptions, Database, DatabaseConnection, DbBackend, DbErr, RuntimeErr, SqlxPostgresConnector, sqlx,
-    sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous},
+    sqlx::{
+        PgConnection,
+        sqlite::{SqliteJournalMode, SqliteSynchronous},
+    },
 };
 
 use crate::{Outbox, pooler::Connections};
@@ -54,6 +57,14 @@ pub(crate) struct Pools {
     pub(crate) store: Connections,
     /// For reading what dashboards show and whether anything is due.
     pub(crate) store_reader: Connections,
+    /// No hook of somebody else is on the connections.
+    pub(crate) opened_here: bool,
+}
+
+/// A worker's statements look up single rows by their keys. While a table is small the planner would rather compare all
+/// its rows with all the keys, and go on so for a while when it has grown.
+async fn look_up(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::Executor::execute(connection, "set enable_seqscan = off").await.map(|_| ())
 }
 
 impl Pools {
@@ -61,18 +72,17 @@ impl Pools {
         let store = match self.store.db.get_database_backend() {
             DbBackend::Postgres => {
                 let pool = self.store.db.get_postgres_connection_pool();
-                let pool = pool
-                    .options()
-                    .clone()
-                    .min_connections(0)
-                    .max_connections(STORE_CONNECTIONS)
-                    .connect_lazy_with((*pool.connect_options()).clone());
+                let mut options = pool.options().clone().min_connections(0).max_connections(STORE_CONNECTIONS);
+                if self.opened_here && !self.store.pooled {
+                    options = options.after_connect(|connection, _| Box::pin(look_up(connection)));
+                }
+                let pool = options.connect_lazy_with((*pool.connect_options()).clone());
                 Connections::from(SqlxPostgresConnector::from_sqlx_postgres_pool(pool))
             }
             // Its connections have threads of their own.
             _ => return self.clone(),
         };
-        Self { writer: self.writer.clone(), reader: self.reader.clone(), store: store.clone(), store_reader: store }
+        Self { store: store.clone(), store_reader: store, ..self.clone() }
     }
 }
 
@@ -106,6 +116,7 @@ impl Outbox {
                     reader: requests,
                     store: store.clone(),
                     store_reader: store,
+                    opened_here: true,
                 };
                 Ok(Self::with_pools(pools))
             }

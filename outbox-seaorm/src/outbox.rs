@@ -70,7 +70,7 @@ impl Outbox {
     #[must_use]
     pub fn with_connections(writer: DatabaseConnection, reader: DatabaseConnection) -> Self {
         let (writer, store_reader) = (Connections::from(writer), Connections::from(reader.clone()));
-        Self::with_pools(Pools { store: writer.clone(), writer, reader, store_reader })
+        Self::with_pools(Pools { store: writer.clone(), writer, reader, store_reader, opened_here: false })
     }
 
     pub(crate) fn with_pools(pools: Pools) -> Self {

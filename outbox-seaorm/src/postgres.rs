@@ -235,19 +235,13 @@ pub(crate) static POSTGRES: Sql = Sql {
     // One round trip. Everything depends on `held`, so the lanes are locked before anything of them changes, and `pending`
     // is that of the locked row. What the statement reads besides is from before the locks: a delivery that a commit has
     // added in between is counted in `pending`, and if it is not seen as the lane's next one, the lane is due at once. The
-    // sub-selects hold the planner to the primary keys: as plain joins it compares every lease with every lane.
+    // sub-selects hold the planner to the primary keys; for the joins at the end, `look_up` in connect.rs does.
     settle: Settle::AtOnce(
         "with lease as materialized (
                 select r.*, r.ordinality - 1 as n
                   from rows from (jsonb_to_recordset($1::text::jsonb) as (
                          subscription integer, key text, token bigint, next text, attempts integer, wait float8,
                          error text, log text, held_at bigint)) with ordinality as r),
-              leased as materialized (
-                select lease.n
-                  from lease cross join lateral (
-                       select from outbox_lanes l
-                        where l.subscription_id = lease.subscription and l.key = lease.key
-                          and l.lease_token = lease.token and l.leased_by is not null offset 0) l),
               held as materialized (
                 select lease.*, l.pending, l.attempts = 0 as overtaken
                   from lease cross join lateral (
@@ -289,8 +283,7 @@ pub(crate) static POSTGRES: Sql = Sql {
                     on m.lease = held.n),
               emptied as (
                 delete from outbox_lanes l using ended
-                 where ended.empty and l.subscription_id = ended.subscription and l.key = ended.key
-                   and l.key = any (array(select key from ended where empty))),
+                 where ended.empty and l.subscription_id = ended.subscription and l.key = ended.key),
               advanced as (
                 update outbox_lanes l
                    set pending = l.pending - ended.moved,
@@ -316,9 +309,15 @@ pub(crate) static POSTGRES: Sql = Sql {
                        attempt_log = case when not ended.overtaken then ended.log::jsonb end,
                        held_at = ended.held_at
                   from ended
-                 where not ended.empty and l.subscription_id = ended.subscription and l.key = ended.key
-                   and l.key = any (array(select key from ended where not empty)))
-         select leased.n::bigint as lease, held.n is not null as done from leased left join held on held.n = leased.n",
+                 where not ended.empty and l.subscription_id = ended.subscription and l.key = ended.key)
+         select n::bigint as lease, true as done from held
+         union all
+         select lease.n::bigint, false
+           from lease cross join lateral (
+                select from outbox_lanes l
+                 where l.subscription_id = lease.subscription and l.key = lease.key
+                   and l.lease_token = lease.token and l.leased_by is not null offset 0) l
+          where lease.n not in (select n from held)",
     ),
 
     due_with_head: "
