@@ -368,13 +368,13 @@ impl Feed {
     }
 
     /// How many deliveries may start now. What a crash repeats counts as under way, also when its success is about to be
-    /// stored; in this process, where a delivery may take no time at all, that may be a batch more.
+    /// stored; in this process, where a delivery may take no time at all, that may be what was leased ahead.
     fn free(&self) -> usize {
         self.concurrency().saturating_sub(self.running).min(self.may_repeat().saturating_sub(self.open))
     }
 
     fn may_repeat(&self) -> usize {
-        let spare = if self.source.destination.is_outside() { 0 } else { self.source.options.batch };
+        let spare = if self.source.destination.is_outside() { 0 } else { MOST_AHEAD * self.source.options.batch };
         self.concurrency() + spare
     }
 
@@ -555,7 +555,7 @@ impl Feed {
         if self.look_at > Instant::now() || !self.wants_lanes() {
             return;
         }
-        let capacity = self.room().min(self.source.options.batch);
+        let capacity = self.room().min(self.ahead.max(self.source.options.batch));
         // Long runs fill the memory even when their lanes are few.
         let waiting: usize = self.lanes.values().map(|lane| lane.run.len()).sum();
         if self.lanes.len() >= self.concurrency() && waiting >= MOST_AHEAD * self.source.options.batch {

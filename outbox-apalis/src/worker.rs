@@ -192,7 +192,8 @@ impl Worker {
 
     /// Sets how many keys are claimed at once, and how many deliveries of each. Defaults to 100.
     ///
-    /// A worker leases twice as many keys as it has deliveries under way; while they are done fast, up to ten batches.
+    /// A worker leases twice as many keys as it has deliveries under way; while handlers in this process do them fast, up
+    /// to ten batches, and as many at once.
     ///
     /// # Errors
     ///

@@ -62,9 +62,10 @@ pub(crate) struct Pools {
 }
 
 /// A worker's statements look up single rows by their keys. While a table is small the planner would rather compare all
-/// its rows with all the keys, and go on so for a while when it has grown.
+/// its rows with all the keys, and go on so for a while when it has grown. Planning them anew brings nothing else.
 async fn look_up(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    sqlx::Executor::execute(connection, "set enable_seqscan = off").await.map(|_| ())
+    let settings = "set enable_seqscan = off; set plan_cache_mode = force_generic_plan";
+    sqlx::Executor::execute(connection, settings).await.map(|_| ())
 }
 
 impl Pools {

@@ -297,7 +297,7 @@ impl Outbox {
             let lane = LaneRef { subscription, key: key.clone(), token: row.try_get("", "lease_token")? };
             let attempts = row.try_get::<i32>("", "attempts")?.unsigned_abs();
             let attempt_log = row.try_get("", "attempt_log")?;
-            let order = (String::new(), i64::MAX);
+            let order = (f64::INFINITY, i64::MAX);
             claimed
                 .insert(key, (order, ClaimedLane { lane, attempts, attempt_log, run: Vec::new(), unreadable: None }));
         }
@@ -318,7 +318,7 @@ impl Outbox {
             }
             let position = row.try_get("", "queued")?;
             if lane.run.is_empty() {
-                *order = (row.try_get("", "due_at")?, position);
+                *order = (row.try_get("", "since")?, position);
             }
             match recorded(row) {
                 Ok(event) => lane.run.push(event),
@@ -338,7 +338,7 @@ impl Outbox {
         let (mut complete, empty): (Vec<_>, Vec<_>) =
             complete.into_iter().partition(|(_, lane)| !lane.run.is_empty() || lane.unreadable.is_some());
         self.give_back(empty.into_iter().map(|(_, lane)| lane)).await?;
-        complete.sort_by(|(a, _), (b, _)| a.cmp(b));
+        complete.sort_by(|((since_a, a), _), ((since_b, b), _)| since_a.total_cmp(since_b).then(a.cmp(b)));
         Ok(complete.into_iter().map(|(_, lane)| lane).collect())
     }
 

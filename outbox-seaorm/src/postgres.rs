@@ -76,6 +76,26 @@ macro_rules! old {
     };
 }
 
+/// From one subscription to the next along the index: however many rows there are, few are read.
+macro_rules! remove_orphans {
+    ($table:literal) => {
+        concat!(
+            "with recursive present as (
+                    (select subscription_id as id from ",
+            $table,
+            " order by 1 limit 1)
+                     union all
+                    select (select subscription_id from ",
+            $table,
+            " where subscription_id > present.id order by 1 limit 1)
+                      from present where present.id is not null)
+             delete from ",
+            $table,
+            " where subscription_id in (select id from present except select id from outbox_subscriptions)"
+        )
+    };
+}
+
 pub(crate) static POSTGRES: Sql = Sql {
     schema_version: "select schema_version from outbox_meta",
 
@@ -208,8 +228,7 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     runs: concat!(
         "select d.key, d.position as queued,
-                to_char(d.due_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS.US') as due_at,
-                d.due_at <= clock_timestamp() as due, ",
+                date_part('epoch', d.due_at) as since, d.due_at <= clock_timestamp() as due, ",
         event_columns!(),
         " from jsonb_array_elements_text($2::text::jsonb) lane(key)
          cross join lateral (
@@ -412,10 +431,7 @@ pub(crate) static POSTGRES: Sql = Sql {
         "delete from outbox_subscriptions where id = $1",
     ],
 
-    remove_orphans: &[
-        "delete from outbox_lanes where subscription_id not in (select id from outbox_subscriptions)",
-        "delete from outbox_deliveries where subscription_id not in (select id from outbox_subscriptions)",
-    ],
+    remove_orphans: &[remove_orphans!("outbox_lanes"), remove_orphans!("outbox_deliveries")],
 
     first_position_since: "
         select min(position) as position from outbox_events

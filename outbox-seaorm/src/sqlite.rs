@@ -138,7 +138,7 @@ pub(crate) static SQLITE: Sql = Sql {
      where id = $1 and circuit_until is not null",
 
     runs: "
-    select d.key, d.position as queued, d.due_at, d.due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as due, e.*
+    select d.key, d.position as queued, julianday(d.due_at) as since, d.due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as due, e.*
       from json_each($2) lane
      cross join outbox_deliveries d on d.subscription_id = $1 and d.key = lane.value
        and d.position in (select position from outbox_deliveries
