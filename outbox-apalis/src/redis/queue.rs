@@ -26,8 +26,9 @@ const SWEEP: usize = 1000;
 const HEARTBEAT: Duration = Duration::from_secs(10);
 const DEAD_AFTER: Duration = Duration::from_secs(120);
 
-/// A relay that holds the right to push longer than this has died.
-const TURN: Duration = Duration::from_secs(5);
+/// A relay that holds the right to push longer than this has died; the others wait for so long. One that was only slow
+/// exceeds the limit by what it pushes late, a batch.
+const TURN: Duration = Duration::from_secs(2);
 
 /// The jobs of one subscription in Redis.
 #[derive(Clone)]
