@@ -32,7 +32,7 @@ async fn post(url: &str, body: &serde_json::Value) {
 }
 
 /// The sum of a counter of one process, over all its labels.
-async fn counter(process: &Process, name: &str) -> f64 {
+pub(crate) async fn counter(process: &Process, name: &str) -> f64 {
     let metrics = Client::new().get(format!("{}/metrics", process.ops)).bearer_auth(OPS_TOKEN).send().await.unwrap();
     let metrics = metrics.text().await.unwrap();
     let lines = metrics.lines().filter(|line| line.starts_with(name));
@@ -89,9 +89,15 @@ async fn promise_5_ordered_per_key_whatever_fails_or_is_killed_while_many_are_un
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn promise_6_fenced_a_worker_that_slept_past_its_lease_changes_nothing() {
+    a_worker_sleeps_past_its_lease(&[]).await;
+}
+
+/// One of two workers with these settings, again and again.
+pub(crate) async fn a_worker_sleeps_past_its_lease(settings: &[(&str, &str)]) {
     let range = Range::new().await;
-    let api = range.start("serve", QUICK).await;
-    let mut workers = workers(&range, QUICK, 2).await;
+    let settings = [QUICK, settings].concat();
+    let api = range.start("serve", &settings).await;
+    let mut workers = workers(&range, &settings, 2).await;
     // The workers take turns.
     let round_of = |round: u32| round % 2;
     let mut dropped_before: HashMap<u32, f64> = HashMap::new();
