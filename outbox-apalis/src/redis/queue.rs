@@ -64,19 +64,28 @@ impl Window {
         Self { jobs: limit.min(BATCH), limit, changed_at: Duration::ZERO }
     }
 
-    /// With so many jobs, of which the first was pushed then; the time is since the epoch.
-    fn adapt(&mut self, held: usize, first_at: Option<Duration>, now: Duration, lease: Duration) {
+    /// With so many jobs that wait, of which the first was pushed then; the time is since the epoch.
+    fn adapt(&mut self, waiting: usize, first_at: Option<Duration>, now: Duration, lease: Duration) {
         // Only what was pushed since the last change says what came of it.
         let Some(first_at) = first_at.filter(|first_at| *first_at > self.changed_at) else { return };
         let waits = now.saturating_sub(first_at);
         let jobs = match self.jobs {
             jobs if waits > lease / 2 => (jobs / 2).max(FEWEST),
-            jobs if waits < lease / 8 && held + BATCH > jobs => jobs * 2,
+            jobs if waits < lease / 8 && waiting + BATCH > jobs => jobs * 2,
             _ => return,
         };
         self.jobs = jobs.min(self.limit);
         self.changed_at = now;
     }
+}
+
+/// The jobs of a queue.
+struct Held {
+    all: usize,
+    /// That nobody has taken out.
+    waiting: usize,
+    /// The one that waits longest, or nothing.
+    first: String,
 }
 
 impl std::fmt::Debug for Queue {
@@ -119,11 +128,12 @@ impl Queue {
             return Ok(None);
         }
         // Finished jobs take no room: what is waited for is work, not the next sweep.
-        let (held, first) = self.remove_finished().await?;
+        let Held { all, waiting, first } = self.remove_finished().await?;
         let first_at = first.split('-').next().and_then(|at| at.parse().ok()).map(Duration::from_millis);
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
-        window.adapt(held, first_at, since_epoch(), self.lease);
-        Ok(Some(window.jobs.saturating_sub(held)))
+        window.adapt(waiting, first_at, since_epoch(), self.lease);
+        // What a killed worker had taken out is no reason to wait.
+        Ok(Some(window.jobs.saturating_sub(waiting).min(window.limit.saturating_sub(all))))
     }
 
     pub(crate) async fn end_turn(&self, relay: &str) {
@@ -161,9 +171,8 @@ impl Queue {
         }
     }
 
-    /// Removes finished jobs, which apalis-redis keeps for ever; returns how many jobs are left, and the one that waits
-    /// longest, or nothing.
-    async fn remove_finished(&self) -> Result<(usize, String), RedisError> {
+    /// Removes finished jobs, which apalis-redis keeps for ever; returns what is left.
+    async fn remove_finished(&self) -> Result<Held, RedisError> {
         let script = redis::Script::new(
             "for _, set in ipairs({KEYS[2], KEYS[3]}) do
                local ids = redis.call('spop', set, ARGV[1])
@@ -173,9 +182,10 @@ impl Queue {
                end
              end
              local first = redis.call('lindex', KEYS[5], 0) or redis.call('zrange', KEYS[6], 0, 0)[1]
-             return {redis.call('hlen', KEYS[1]), first or ''}",
+             local waiting = redis.call('llen', KEYS[5]) + redis.call('zcard', KEYS[6])
+             return {redis.call('hlen', KEYS[1]), waiting, first or ''}",
         );
-        script
+        let (all, waiting, first) = script
             .key(self.config.job_data_hash())
             .key(self.config.done_jobs_set())
             .key(self.config.dead_jobs_set())
@@ -184,7 +194,8 @@ impl Queue {
             .key(self.config.scheduled_jobs_set())
             .arg(SWEEP)
             .invoke_async(&mut self.connection.clone())
-            .await
+            .await?;
+        Ok(Held { all, waiting, first })
     }
 
     /// Removes jobs whose lease has ended, whatever list they are in, and workers that died.
