@@ -60,7 +60,8 @@ impl Redis {
     /// is away stops nothing.
     ///
     /// A server with TLS must have a certificate of an authority that the machine trusts; those of the file that the
-    /// environment's `SSL_CERT_FILE` names, if it names one.
+    /// environment's `SSL_CERT_FILE` names, if it names one. If the process has chosen no `CryptoProvider` of rustls when
+    /// the worker starts, it is `ring`.
     ///
     /// # Errors
     ///

@@ -79,11 +79,9 @@ impl Window {
     }
 }
 
-/// The jobs of a queue.
-struct Held {
-    all: usize,
-    /// That nobody has taken out.
-    waiting: usize,
+/// The jobs that nobody has taken out. What a killed worker had taken, or a list that was evicted, is no reason to wait.
+struct Waiting {
+    jobs: usize,
     /// The one that waits longest, or nothing.
     first: String,
 }
@@ -128,12 +126,11 @@ impl Queue {
             return Ok(None);
         }
         // Finished jobs take no room: what is waited for is work, not the next sweep.
-        let Held { all, waiting, first } = self.remove_finished().await?;
+        let Waiting { jobs, first } = self.remove_finished().await?;
         let first_at = first.split('-').next().and_then(|at| at.parse().ok()).map(Duration::from_millis);
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
-        window.adapt(waiting, first_at, since_epoch(), self.lease);
-        // What a killed worker had taken out is no reason to wait.
-        Ok(Some(window.jobs.saturating_sub(waiting).min(window.limit.saturating_sub(all))))
+        window.adapt(jobs, first_at, since_epoch(), self.lease);
+        Ok(Some(window.jobs.saturating_sub(jobs)))
     }
 
     pub(crate) async fn end_turn(&self, relay: &str) {
@@ -171,8 +168,29 @@ impl Queue {
         }
     }
 
-    /// Removes finished jobs, which apalis-redis keeps for ever; returns what is left.
-    async fn remove_finished(&self) -> Result<Held, RedisError> {
+    /// Takes jobs out of the line whose data was evicted: each of them ends the worker that fetches it.
+    pub(crate) async fn remove_evicted(&self) {
+        let script = redis::Script::new(
+            "for _, id in ipairs(redis.call('lrange', KEYS[1], 0, -1)) do
+               if redis.call('hexists', KEYS[3], id) == 0 then redis.call('lrem', KEYS[1], 1, id) end
+             end
+             for _, id in ipairs(redis.call('zrange', KEYS[2], 0, -1)) do
+               if redis.call('hexists', KEYS[3], id) == 0 then redis.call('zrem', KEYS[2], id) end
+             end",
+        );
+        let removed: Result<(), RedisError> = script
+            .key(self.config.active_jobs_list())
+            .key(self.config.scheduled_jobs_set())
+            .key(self.config.job_data_hash())
+            .invoke_async(&mut self.connection.clone())
+            .await;
+        if let Err(error) = removed {
+            tracing::debug!(%error, "jobs that were evicted are still listed in Redis");
+        }
+    }
+
+    /// Removes finished jobs, which apalis-redis keeps for ever; returns what waits.
+    async fn remove_finished(&self) -> Result<Waiting, RedisError> {
         let script = redis::Script::new(
             "for _, set in ipairs({KEYS[2], KEYS[3]}) do
                local ids = redis.call('spop', set, ARGV[1])
@@ -183,9 +201,9 @@ impl Queue {
              end
              local first = redis.call('lindex', KEYS[5], 0) or redis.call('zrange', KEYS[6], 0, 0)[1]
              local waiting = redis.call('llen', KEYS[5]) + redis.call('zcard', KEYS[6])
-             return {redis.call('hlen', KEYS[1]), waiting, first or ''}",
+             return {waiting, first or ''}",
         );
-        let (all, waiting, first) = script
+        let (jobs, first) = script
             .key(self.config.job_data_hash())
             .key(self.config.done_jobs_set())
             .key(self.config.dead_jobs_set())
@@ -195,7 +213,7 @@ impl Queue {
             .arg(SWEEP)
             .invoke_async(&mut self.connection.clone())
             .await?;
-        Ok(Held { all, waiting, first })
+        Ok(Waiting { jobs, first })
     }
 
     /// Removes jobs whose lease has ended, whatever list they are in, and workers that died.
