@@ -52,7 +52,7 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
 pub(crate) enum Where {
     Here,
     /// This process too, with this Redis between relay and worker.
-    ThroughRedis(Redis),
+    ThroughRedis(Box<Redis>),
     OtherProcess,
     /// A consumer in bare SQL that is notified by each commit, after it.
     Bare,
@@ -66,7 +66,7 @@ pub(crate) async fn side(setup: &Setup, events: usize, place: Where) -> Result<V
     let (delivered, mut deliveries) = mpsc::unbounded_channel::<(usize, u128)>();
     let consumer = match place {
         Where::Here => here(Worker::new(outbox.clone()), delivered).await?,
-        Where::ThroughRedis(redis) => here(Worker::new(outbox.clone()).redis(redis), delivered).await?,
+        Where::ThroughRedis(redis) => here(Worker::new(outbox.clone()).redis(*redis), delivered).await?,
         Where::OtherProcess => other_process(&database, delivered).await?,
         Where::Bare => bare_listener(&database, delivered).await?,
     };

@@ -63,7 +63,8 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
         default.add(default_through, default_without);
         alone.add(through, bare);
 
-        let single = latency::side(setup, single_events, Where::ThroughRedis(Redis::new(&redis.url())?)).await?;
+        let through_redis = Where::ThroughRedis(Box::new(Redis::new(&redis.url())?));
+        let single = latency::side(setup, single_events, through_redis).await?;
         let single_without = latency::side(setup, single_events, Where::Here).await?;
         let single_bare = latency_alone(&redis, single_events).await?;
         for (measurement, other, share) in [

@@ -13,7 +13,11 @@ mod relay;
 use std::time::Duration;
 
 use apalis_redis::Client;
-use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+use redis::{
+    ConnectionAddr,
+    aio::{ConnectionManager, ConnectionManagerConfig},
+};
+use rustls::crypto::ring;
 
 use crate::feed::Source;
 pub(crate) use consumer::consume;
@@ -44,7 +48,7 @@ pub struct Redis {
 #[non_exhaustive]
 pub enum InvalidRedis {
     /// The URL is none, or of another kind.
-    #[error("the Redis URL is not of the form redis://USER:PASSWORD@HOST:PORT/DATABASE")]
+    #[error("the Redis URL is not of the form redis://USER:PASSWORD@HOST:PORT/DATABASE (rediss:// with TLS)")]
     Url(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// There would be no room for a job.
     #[error("at least one job of a subscription must be allowed in Redis, and at most 5,000")]
@@ -52,7 +56,12 @@ pub enum InvalidRedis {
 }
 
 impl Redis {
-    /// Uses the Redis server of this URL, `redis://…`. It is connected to later: a server that is away stops nothing.
+    /// Uses the Redis server of this URL, `redis://…`, or with TLS `rediss://…`. It is connected to later: a server that
+    /// is away stops nothing.
+    ///
+    /// A server with TLS must have a certificate of an authority that the machine trusts; those of the file that the
+    /// environment's `SSL_CERT_FILE` names, if it names one. If the process has chosen no `CryptoProvider` of rustls when
+    /// the worker starts, it is `ring`.
     ///
     /// # Errors
     ///
@@ -81,6 +90,11 @@ impl Redis {
     ///
     /// Outside of a tokio runtime.
     pub(crate) fn connection(&self) -> Result<ConnectionManager, redis::RedisError> {
+        if matches!(self.client.get_connection_info().addr(), ConnectionAddr::TcpTls { .. }) {
+            // The client wants a default of the process, and panics if the application has several to choose from and
+            // has chosen none.
+            let _ = ring::default_provider().install_default();
+        }
         let config = ConnectionManagerConfig::new()
             .set_response_timeout(Some(ANSWER_WITHIN))
             .set_connection_timeout(Some(ANSWER_WITHIN))

@@ -28,9 +28,6 @@ use crate::{
     thread::FeedThread,
 };
 
-/// What clocks of several machines may differ by before one throws away another's jobs.
-const VOID_MARGIN: Duration = Duration::from_secs(60);
-
 /// How often a worker shows that it is alive.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
@@ -331,11 +328,10 @@ impl Worker {
             let options = Options { concurrency: concurrency.unwrap_or(self.options.concurrency), ..self.options };
             let transport = self.redis.as_ref().zip(connection.clone()).map(|(redis, connection)| {
                 let (name, limit) = (subscription.name(), redis.jobs_limit());
-                let void_after = options.lease * (2 * RELAY_LEASES) + VOID_MARGIN;
-                let batch = options.concurrency.clamp(1, 100);
+                let (batch, lease) = (options.concurrency.clamp(1, 100), options.lease * RELAY_LEASES);
                 Transport {
                     health: health.clone(),
-                    queue: Queue::new(connection, &instance, name, limit, batch, void_after),
+                    queue: Queue::new(connection, &instance, name, limit, batch, lease),
                     jobs: Arc::new(Jobs::new(options.concurrency)),
                 }
             });

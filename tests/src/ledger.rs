@@ -59,6 +59,7 @@ pub struct Ledger {
     targets: Arc<Mutex<Vec<String>>>,
     stopped: Arc<AtomicBool>,
     successes: Arc<AtomicUsize>,
+    times: Arc<Mutex<Vec<Duration>>>,
 }
 
 /// The kinds of ops that a load is made of.
@@ -116,7 +117,9 @@ impl Ledger {
                     let body = op_body(&op, &format!("k{}", fastrand::u32(..load.keys)), n, &load.mode());
                     // In the ledger before it is sent: what is cut off may be stored.
                     ledger.note(&op, n, Answer::Unknown);
+                    let sent = Instant::now();
                     let answer = Answer::of(&http.post(format!("{url}/op")).json(&body).send().await);
+                    lock(&ledger.times).push(sent.elapsed());
                     ledger.note(&op, n, answer);
                     if answer == Answer::Unknown {
                         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -151,6 +154,18 @@ impl Ledger {
     #[must_use]
     pub fn count(&self, answer: Answer) -> usize {
         lock(&self.ops).values().filter(|(_, each)| *each == answer).count()
+    }
+
+    /// What 99 of 100 ops of the loads that ended since the last call did not take longer than.
+    ///
+    /// # Panics
+    ///
+    /// If no op has ended.
+    #[must_use]
+    pub fn p99(&self) -> Duration {
+        let mut times = std::mem::take(&mut *lock(&self.times));
+        times.sort_unstable();
+        *times.get(times.len() * 99 / 100).expect("ops have ended")
     }
 
     /// Waits until an op succeeds that was sent after this call: service is back.

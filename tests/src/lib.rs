@@ -205,6 +205,18 @@ impl Process {
         self.child.id().expect("the process runs")
     }
 
+    /// The most memory that it has had so far, in MB.
+    ///
+    /// # Panics
+    ///
+    /// If the process has ended.
+    #[must_use]
+    pub fn most_memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).expect("a system with /proc");
+        let most = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+        most.and_then(|kilobytes| kilobytes.parse::<u64>().ok()).expect("a number of kB") / 1024
+    }
+
     /// Sends a signal by name: `TERM`, `STOP`, `CONT`.
     ///
     /// # Panics

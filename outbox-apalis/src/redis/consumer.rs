@@ -43,6 +43,7 @@ pub(crate) async fn consume(source: &Source, transport: &Transport) {
         if source.stop.is_cancelled() {
             return;
         }
+        transport.queue.remove_evicted().await;
         wait = if started.elapsed() > LONGEST_REBUILD { REBUILD } else { (wait * 2).min(LONGEST_REBUILD) };
         tokio::time::sleep(wait).await;
     }

@@ -32,7 +32,7 @@ async fn post(url: &str, body: &serde_json::Value) {
 }
 
 /// The sum of a counter of one process, over all its labels.
-async fn counter(process: &Process, name: &str) -> f64 {
+pub(crate) async fn counter(process: &Process, name: &str) -> f64 {
     let metrics = Client::new().get(format!("{}/metrics", process.ops)).bearer_auth(OPS_TOKEN).send().await.unwrap();
     let metrics = metrics.text().await.unwrap();
     let lines = metrics.lines().filter(|line| line.starts_with(name));
@@ -89,9 +89,15 @@ async fn promise_5_ordered_per_key_whatever_fails_or_is_killed_while_many_are_un
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn promise_6_fenced_a_worker_that_slept_past_its_lease_changes_nothing() {
+    a_worker_sleeps_past_its_lease(&[]).await;
+}
+
+/// One of two workers with these settings, again and again.
+pub(crate) async fn a_worker_sleeps_past_its_lease(settings: &[(&str, &str)]) {
     let range = Range::new().await;
-    let api = range.start("serve", QUICK).await;
-    let mut workers = workers(&range, QUICK, 2).await;
+    let settings = [QUICK, settings].concat();
+    let api = range.start("serve", &settings).await;
+    let mut workers = workers(&range, &settings, 2).await;
     // The workers take turns.
     let round_of = |round: u32| round % 2;
     let mut dropped_before: HashMap<u32, f64> = HashMap::new();
@@ -195,13 +201,6 @@ fn open_sockets(process: &Process) -> usize {
     targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count()
 }
 
-/// The most memory that a process ever had, in megabytes.
-fn peak_memory(process: &Process) -> usize {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", process.id())).unwrap();
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")).unwrap();
-    peak.parse::<usize>().unwrap() / 1024
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn promise_7_isolated_destinations_that_misbehave_do_not_delay_one_that_does_not() {
     let range = Range::new().await;
@@ -228,7 +227,7 @@ async fn promise_7_isolated_destinations_that_misbehave_do_not_delay_one_that_do
     // Their subscriptions start at the beginning: all that was committed so far waits for them.
     let mut worker = range.start("worker", &settings).await;
     let (beside, sockets) = lateness(&range, &api, &worker, "beside").await;
-    let memory = peak_memory(&worker);
+    let memory = worker.most_memory();
     println!("p99 {alone:?} alone, {beside:?} beside; {sockets_alone} and {sockets} sockets; {memory} MB");
     assert!(worker.is_running());
     assert_eq!(range.sink.first_arrivals().len(), waiting + 600);
