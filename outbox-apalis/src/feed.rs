@@ -62,6 +62,11 @@ const SOON: Duration = Duration::from_millis(10);
 /// The shortest time from one claim to the next that only a commit has brought forward: many commits are one look.
 const COALESCE: Duration = Duration::from_millis(2);
 
+/// The same, and from one acknowledgement to the next, while this many come together: the load is high, and a few large
+/// statements cost less than many small ones.
+const COALESCE_LOADED: Duration = Duration::from_millis(10);
+const LOADED: usize = 8;
+
 /// Lanes that came full within this time let more be leased in advance; if they took longer, fewer.
 const FAST: Duration = Duration::from_millis(100);
 const SLOW: Duration = Duration::from_millis(500);
@@ -177,6 +182,8 @@ struct Feed {
     /// When to look for lanes next.
     look_at: Instant,
     claimed_at: Instant,
+    /// Whether the last claim found many.
+    loaded: bool,
     /// When the last claim that came back full began.
     full_at: Instant,
     /// How many lanes to lease: more while they are soon done.
@@ -256,6 +263,7 @@ pub(crate) fn start(source: Source) -> Ends {
         renew_at: now,
         look_at: now,
         claimed_at: now,
+        loaded: false,
         full_at: now,
         ahead: 0,
         idle_wait: source.poll / 8,
@@ -313,14 +321,18 @@ impl Feed {
                 }
                 (capacity, claimed) = finished(&mut self.claiming) => self.claimed(capacity, claimed, stopping),
                 taken = finished(&mut self.taking) => self.taken(taken, stopping),
-                () = arrived(self.source.transport.as_ref()), if !stopping && self.takes_jobs() => {}
+                () = arrived(self.source.transport.as_ref()), if stopping || self.takes_jobs() => {}
                 () = health_changes(self.source.transport.as_ref()), if !stopping => self.look_at = Instant::now(),
                 (reports, settled) = finished(&mut self.settling) => self.settled(reports, settled),
                 (lane, noted) = finished(&mut self.noting) => self.noted(&lane, noted),
                 (asked_at, lanes, held) = finished(&mut self.renewing) => self.renewed(asked_at, &lanes, held),
                 () = finished(&mut self.changing) => {}
                 () = outbox.woken(subscription), if !stopping && !self.is_relayed() => {
-                    let coalesce = if self.source.until == Until::Stopped { COALESCE } else { Duration::ZERO };
+                    let coalesce = match self.source.until {
+                        Until::Stopped if self.loaded => COALESCE_LOADED,
+                        Until::Stopped => COALESCE,
+                        _ => Duration::ZERO,
+                    };
                     self.look_at = self.look_at.min(Instant::now().max(self.claimed_at + coalesce));
                     self.idle_wait = self.source.poll / 8;
                 }
@@ -361,7 +373,7 @@ impl Feed {
     fn room(&self) -> usize {
         // A destination that comes back is not flooded.
         let outside = self.source.destination.is_outside();
-        let limited = outside || self.concurrency() < self.source.options.concurrency || self.is_relayed();
+        let limited = outside || self.concurrency() < self.source.options.concurrency;
         let ahead = if limited { self.least_ahead() } else { self.ahead.max(self.least_ahead()) };
         let enough = ahead > self.least_ahead() && self.lanes.len() * 2 > ahead;
         if enough { 0 } else { ahead.saturating_sub(self.lanes.len()) }
@@ -594,6 +606,7 @@ impl Feed {
         self.claim_failures = 0;
         self.claimed_once = true;
         let Claim { lanes, probe } = claim;
+        self.loaded = lanes.len() >= LOADED;
         // The destination was found down while the claim was under way.
         let too_late = self.circuit.is_open() && self.circuit.times_down() != times_down;
         if probe {
@@ -655,9 +668,14 @@ impl Feed {
             return;
         }
         let room = self.room().saturating_sub(self.arrived.len());
-        self.arrived.extend(transport.jobs.take(room));
+        let jobs = transport.jobs.take(room);
+        let full = jobs.len() >= room.min(self.source.options.batch);
+        self.arrived.extend(jobs);
         if self.arrived.is_empty() {
             return;
+        }
+        if full {
+            self.adapt(Instant::now());
         }
         let jobs = std::mem::take(&mut self.arrived);
         let Source { outbox, worker, options, .. } = self.source.clone();
@@ -1028,6 +1046,10 @@ impl Feed {
             }
         };
         self.settle_failures = 0;
+        // What is outside waits for its results to be stored before the next attempts begin.
+        if reports.len() >= LOADED && !self.source.destination.is_outside() {
+            self.settle_at = Instant::now() + COALESCE_LOADED;
+        }
         let mut busy = Vec::new();
         for (report, settled) in reports.into_iter().zip(settled) {
             if settled == Settled::Busy {

@@ -328,11 +328,13 @@ impl Worker {
             let options = Options { concurrency: concurrency.unwrap_or(self.options.concurrency), ..self.options };
             let transport = self.redis.as_ref().zip(connection.clone()).map(|(redis, connection)| {
                 let (name, limit) = (subscription.name(), redis.jobs_limit());
-                let (batch, lease) = (options.concurrency.clamp(1, 100), options.lease * RELAY_LEASES);
+                // Handlers in this process may be quick; what is outside leaves jobs to other workers.
+                let waiting = if destination.is_outside() { 0 } else { options.batch }.max(options.concurrency);
+                let (batch, lease) = (waiting.min(100), options.lease * RELAY_LEASES);
                 Transport {
                     health: health.clone(),
                     queue: Queue::new(connection, &instance, name, limit, batch, lease),
-                    jobs: Arc::new(Jobs::new(options.concurrency)),
+                    jobs: Arc::new(Jobs::new(waiting)),
                 }
             });
             sources.push(Source {

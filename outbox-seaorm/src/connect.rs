@@ -62,9 +62,10 @@ pub(crate) struct Pools {
 }
 
 /// A worker's statements look up single rows by their keys. While a table is small the planner would rather compare all
-/// its rows with all the keys, and go on so for a while when it has grown. Planning them anew brings nothing else.
+/// its rows with all the keys, and go on so for a while when it has grown. Planning or compiling them anew brings
+/// nothing.
 async fn look_up(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    let settings = "set enable_seqscan = off; set plan_cache_mode = force_generic_plan";
+    let settings = "set enable_seqscan = off; set plan_cache_mode = force_generic_plan; set jit = off";
     sqlx::Executor::execute(connection, settings).await.map(|_| ())
 }
 

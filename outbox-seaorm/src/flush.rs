@@ -106,27 +106,26 @@ async fn at_once(
     one: &'static str,
     many: &'static str,
 ) -> Result<(Vec<i32>, Option<CommitId>), DbErr> {
-    let mut rows = event_rows(batch);
-    let single = if rows.len() == 1 { rows.pop() } else { None };
-    let events = if single.is_none() { json(&rows)? } else { String::new() };
+    let rows = event_rows(batch);
+    let mut events = None;
     let mut known = outbox.known();
     loop {
         let matches: Vec<MatchRow> = matches(batch, &known).collect();
         let mut values = Vec::from(context_values(batch));
         values.push(known.generation.into());
-        let sql = match &single {
-            Some(event) => {
-                values.push(json(&matches)?.into());
-                values.extend(event.values(batch.events[0].id())?);
-                one
-            }
-            None => {
-                values.extend([events.as_str().into(), json(&matches)?.into()]);
-                many
-            }
+        let sql = if let ([event], [delivery]) = (&*rows, &*matches) {
+            values.extend([delivery.subscription.into(), delivery.key.as_str().into()]);
+            values.extend(event.values(batch.events[0].id())?);
+            one
+        } else {
+            let events = match &events {
+                Some(events) => events,
+                None => events.insert(json(&rows)?),
+            };
+            values.extend([events.as_str().into(), json(&matches)?.into()]);
+            many
         };
-        let row = tx.query_one_raw(outbox.statement(sql, values)).await?.ok_or(DbErr::RecordNotInserted)?;
-        if row.try_get::<i64>("", "events")? > 0 {
+        if let Some(row) = tx.query_one_raw(outbox.statement(sql, values)).await? {
             let woken = matches.into_iter().map(|each| each.subscription).collect();
             return Ok((woken, CommitId::read(&row)?));
         }

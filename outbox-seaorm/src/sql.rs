@@ -6,10 +6,10 @@
 /// How a database flushes.
 #[derive(Debug)]
 pub(crate) enum Flush {
-    /// In one round trip, any number of events or a single one. Both take what the events share as $1 … $7, then the
-    /// generation. `many`: $9 events, $10 matches (index of the event, subscription, key). `one`: $9 matches (subscription,
-    /// key), then the columns of the event. Returns the number of events, 0 if the generation is old, and what a `CommitId`
-    /// consists of.
+    /// In one round trip, any number of events, or one event for one subscription. Both take what the events share as
+    /// $1 … $7, then the generation. `many`: $9 events, $10 matches (index of the event, subscription, key). `one`: $9
+    /// subscription, $10 key, then the columns of the event. Returns what a `CommitId` consists of; nothing if the
+    /// generation is old.
     AtOnce { one: &'static str, many: &'static str },
     /// Statement by statement, where a statement costs no round trip. $1 events, in their order; $2 … $8 what they share.
     InSteps { insert_events: &'static str },

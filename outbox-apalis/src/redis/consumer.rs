@@ -9,6 +9,9 @@ use crate::feed::Source;
 /// How often an idle worker asks Redis: what a delivery waits there at most.
 const ASK_EVERY: Duration = Duration::from_millis(25);
 
+/// How many jobs are handed over at once: Redis is told of each that it is done, in a round trip.
+const HAND_OVERS: usize = 32;
+
 /// Before an apalis worker that has ended is built again.
 const REBUILD: Duration = Duration::from_millis(100);
 const LONGEST_REBUILD: Duration = Duration::from_secs(1);
@@ -24,7 +27,7 @@ pub(crate) async fn consume(source: &Source, transport: &Transport) {
         let jobs = transport.jobs.clone();
         let worker = WorkerBuilder::new(name.as_str())
             .backend(transport.queue.storage().poll_with_interval(ASK_EVERY))
-            .concurrency(1)
+            .concurrency(HAND_OVERS)
             .build(move |job: Readable| hand_over(jobs.clone(), job));
         let started = tokio::time::Instant::now();
         let stop = source.stop.clone();

@@ -10,7 +10,7 @@ use crate::feed::Source;
 pub(crate) const RELAY_LEASES: u32 = 2;
 
 /// How many lanes one push moves.
-pub(super) const BATCH: usize = 100;
+pub(super) const BATCH: usize = 500;
 
 /// While Redis holds as many jobs as it may, or another relay pushes.
 const FULL_WAIT: Duration = Duration::from_millis(10);
