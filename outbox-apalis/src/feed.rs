@@ -20,7 +20,7 @@ use apalis_core::{
     task::{Task, builder::TaskBuilder, task_id::TaskId},
 };
 use outbox_core::{AfterDeadLetter, DeliveryError, Outcome, Reason, RecordedEvent, RetryPolicy};
-use outbox_seaorm::{Claim, ClaimedLane, Finished, LaneRef, LaneReport, Next, NextDue, Outbox, Settled};
+use outbox_seaorm::{Claim, ClaimedLane, Finished, LaneRef, LaneReport, Next, Outbox, Settled};
 use sea_orm::{DbBackend, DbErr};
 use tokio::{
     runtime::Handle,
@@ -229,7 +229,6 @@ struct Taken {
 
 struct Claimed {
     claim: Claim,
-    next: Option<NextDue>,
     asked_at: Instant,
     /// How often the destination had been found down when it was asked for.
     times_down: u32,
@@ -584,16 +583,14 @@ impl Feed {
             let (lanes, run) = (count(capacity), count(options.batch));
             let claimed = async {
                 let claim = outbox.claim(subscription, &worker, lanes, run, options.lease).await?;
-                // What was found is not kept waiting for what comes later.
-                let next = if claim.lanes.is_empty() { outbox.next_due(subscription).await? } else { None };
-                Ok(Claimed { claim, next, asked_at, times_down })
+                Ok(Claimed { claim, asked_at, times_down })
             };
             (capacity, claimed.await)
         }));
     }
 
     fn claimed(&mut self, capacity: usize, claimed: Result<Claimed, DbErr>, stopping: bool) {
-        let Claimed { claim, next, asked_at, times_down } = match claimed {
+        let Claimed { claim, asked_at, times_down } = match claimed {
             Ok(claimed) => claimed,
             Err(error) => {
                 self.claim_failures += 1;
@@ -605,7 +602,7 @@ impl Feed {
         };
         self.claim_failures = 0;
         self.claimed_once = true;
-        let Claim { lanes, probe } = claim;
+        let Claim { lanes, probe, next } = claim;
         self.loaded = lanes.len() >= LOADED;
         // The destination was found down while the claim was under way.
         let too_late = self.circuit.is_open() && self.circuit.times_down() != times_down;

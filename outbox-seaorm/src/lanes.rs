@@ -61,6 +61,8 @@ pub struct Claim {
     /// The destination was down; this is one lane to find out whether it still is. Its end must be reported with
     /// [`Outbox::open_circuit`] or [`Outbox::close_circuit`].
     pub probe: bool,
+    /// When the next lane can be claimed, if none was leased.
+    pub next: Option<NextDue>,
 }
 
 /// When a subscription's next lane can be claimed.
@@ -250,22 +252,25 @@ impl Outbox {
         if !asks_first {
             let lanes = self.claim_lanes(subscription, worker, lanes, run, lease, (false, attempt)).await?;
             if !lanes.is_empty() {
-                return Ok(Claim { lanes, probe: false });
+                return Ok(Claim { lanes, ..Claim::default() });
             }
         }
-        let Some(NextDue { after: Some(Duration::ZERO), circuit }) = self.next_due(subscription).await? else {
-            return Ok(Claim::default());
+        let next = self.next_due(subscription).await?;
+        let nothing = Claim { next, ..Claim::default() };
+        let Some(NextDue { after: Some(Duration::ZERO), circuit }) = next else {
+            return Ok(nothing);
         };
         let Some(failures) = circuit else {
             if !asks_first {
-                return Ok(Claim::default());
+                return Ok(nothing);
             }
             let lanes = self.claim_lanes(subscription, worker, lanes, run, lease, (false, attempt)).await?;
-            return Ok(Claim { lanes, probe: false });
+            return Ok(Claim { lanes, ..nothing });
         };
         let values = [subscription.into(), seconds(lease).into()];
         if self.execute(self.store(), self.sql().take_probe, values).await? == 0 {
-            return Ok(Claim::default());
+            // Another worker probes.
+            return Ok(Claim { next: self.next_due(subscription).await?, ..nothing });
         }
         let lanes = self.claim_lanes(subscription, worker, 1, 1, lease, (true, attempt)).await?;
         if lanes.is_empty() {
@@ -273,7 +278,7 @@ impl Outbox {
             tracing::debug!(subscription, failures, "nothing to probe the destination with");
             self.open_circuit(subscription, PROBE_AGAIN, false).await?;
         }
-        Ok(Claim { probe: !lanes.is_empty(), lanes })
+        Ok(Claim { probe: !lanes.is_empty(), lanes, ..nothing })
     }
 
     async fn claim_lanes(

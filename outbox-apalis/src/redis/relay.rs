@@ -93,8 +93,7 @@ async fn claim_and_push(source: &Source, transport: &Transport, room: usize) -> 
     };
     let (claimed, probe) = (claim.lanes, claim.probe);
     if claimed.is_empty() {
-        let next = outbox.next_due(*subscription).await.ok().flatten().and_then(|next| next.after);
-        return Moved::All(next);
+        return Moved::All(claim.next.and_then(|next| next.after));
     }
     let full = claimed.len() == room;
     let jobs = claimed.iter().map(|lane| Job { lane: lane.clone(), probe }).collect();
