@@ -76,26 +76,6 @@ macro_rules! old {
     };
 }
 
-/// From one subscription to the next along the index: however many rows there are, few are read.
-macro_rules! remove_orphans {
-    ($table:literal) => {
-        concat!(
-            "with recursive present as (
-                    (select subscription_id as id from ",
-            $table,
-            " order by 1 limit 1)
-                     union all
-                    select (select subscription_id from ",
-            $table,
-            " where subscription_id > present.id order by 1 limit 1)
-                      from present where present.id is not null)
-             delete from ",
-            $table,
-            " where subscription_id in (select id from present except select id from outbox_subscriptions)"
-        )
-    };
-}
-
 pub(crate) static POSTGRES: Sql = Sql {
     schema_version: "select schema_version from outbox_meta",
 
@@ -429,7 +409,22 @@ pub(crate) static POSTGRES: Sql = Sql {
         "delete from outbox_subscriptions where id = $1",
     ],
 
-    remove_orphans: &[remove_orphans!("outbox_lanes"), remove_orphans!("outbox_deliveries")],
+    // From one subscription to the next along the indexes: however many rows there are, few are read.
+    orphans: Some(
+        "with recursive lanes as (
+                (select subscription_id as id from outbox_lanes order by 1 limit 1)
+                 union all
+                select (select subscription_id from outbox_lanes where subscription_id > lanes.id order by 1 limit 1)
+                  from lanes where lanes.id is not null),
+              deliveries as (
+                (select subscription_id as id from outbox_deliveries order by 1 limit 1)
+                 union all
+                select (select subscription_id from outbox_deliveries
+                         where subscription_id > deliveries.id order by 1 limit 1)
+                  from deliveries where deliveries.id is not null)
+         select id from (select id from lanes union select id from deliveries) found
+          where id is not null and id not in (select id from outbox_subscriptions)",
+    ),
 
     first_position_since: "
         select min(position) as position from outbox_events

@@ -147,8 +147,8 @@ pub(crate) struct Sql {
     /// $1 subscription; one after another.
     pub(crate) remove: &'static [&'static str],
 
-    /// What a flush that did not know of the removal has written for a subscription that is gone.
-    pub(crate) remove_orphans: &'static [&'static str],
+    /// Subscriptions that are gone, for which a flush that did not know of the removal has written something.
+    pub(crate) orphans: Option<&'static str>,
 
     /// The first position at or after time $1. Index: outbox_events_recorded.
     pub(crate) first_position_since: &'static str,

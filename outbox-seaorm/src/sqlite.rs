@@ -257,7 +257,7 @@ pub(crate) static SQLITE: Sql = Sql {
         "delete from outbox_subscriptions where id = $1",
     ],
 
-    remove_orphans: &[],
+    orphans: None,
 
     first_position_since: "
     select min(position) as position from outbox_events where recorded_at >= $1",

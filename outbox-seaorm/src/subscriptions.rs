@@ -207,8 +207,11 @@ impl Outbox {
                 after = last;
             }
         }
-        for statement in self.sql().remove_orphans {
-            self.execute(self.store(), statement, []).await?;
+        let Some(orphans) = self.sql().orphans else { return Ok(()) };
+        for row in self.query_all(self.store_reader(), orphans, []).await? {
+            for statement in self.sql().remove {
+                self.execute(self.store(), statement, [row.try_get::<i32>("", "id")?.into()]).await?;
+            }
         }
         Ok(())
     }

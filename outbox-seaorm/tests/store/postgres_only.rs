@@ -140,3 +140,29 @@ async fn a_schema_of_its_own_and_an_ordinary_role_are_enough() {
     assert_eq!(store.count("public.outbox_events").await, 0, "the tables of another application are left alone");
     drop(outbox);
 }
+
+#[tokio::test]
+async fn what_a_late_flush_writes_for_subscriptions_that_are_gone_goes_as_well() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.outbox.transaction(Context::default(), |_, events| async move { events.push(todo("1")) }).await.unwrap();
+    for gone in [id + 1, id + 5] {
+        store
+            .execute(&format!(
+                "insert into outbox_deliveries (subscription_id, key, position, due_at)
+                 select {gone}, key, position, due_at from outbox_deliveries where subscription_id = {id}"
+            ))
+            .await;
+    }
+    store
+        .execute(&format!(
+            "insert into outbox_lanes (subscription_id, key, pending, due_at)
+             select {id} + 5, key, pending, due_at from outbox_lanes where subscription_id = {id}"
+        ))
+        .await;
+    store.outbox.settle_subscriptions().await.unwrap();
+    for table in ["outbox_lanes", "outbox_deliveries"] {
+        let left = store.column::<i32>(&format!("select subscription_id from {table}")).await;
+        assert_eq!(left, [id], "{table}");
+    }
+}

@@ -115,8 +115,7 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
         ("retention again", POSTGRES.still_old, &still_old, &[event]),
         ("purge the history", POSTGRES.purge_delivered, "'[1,2,3]'", &["using outbox_delivered_pkey on"]),
         ("purge events", POSTGRES.purge_events, "'[1,2,3]'", &[event]),
-        ("orphan lanes", POSTGRES.remove_orphans[0], "", &[]),
-        ("orphan deliveries", POSTGRES.remove_orphans[1], "", &[]),
+        ("orphans", POSTGRES.orphans.unwrap(), "", &["using outbox_lanes_pkey on", "using outbox_deliveries_"]),
         ("beginning", POSTGRES.first_position_since, "now()::text", &[]),
     ] {
         // Of filters that may be null the server makes a plan for each call: a generic one costs more.
