@@ -75,14 +75,14 @@ const SLOW: Duration = Duration::from_millis(500);
 const MOST_AHEAD: usize = 10;
 
 /// How many tasks wait for the worker at most: enough to keep its threads busy.
-const MOST_WAITING: usize = 64;
+const MOST_WAITING: usize = 32;
 
 /// How long a lane goes on with its run before those that wait get its place. Quick deliveries of a run are so stored
 /// together, and slow ones hold nobody up.
 const TURN: Duration = Duration::from_millis(10);
 
 /// How long results of handlers in this process wait for the end of their lane's run.
-const RUN_ON: Duration = Duration::from_millis(20);
+const RUN_ON: Duration = Duration::from_millis(50);
 
 /// How long after the grace a worker that stops goes on trying to store results, if its leases last that long.
 const LAST_TRIES: Duration = Duration::from_secs(10);
