@@ -231,8 +231,8 @@ async fn promise_7_isolated_destinations_that_misbehave_do_not_delay_one_that_do
     println!("p99 {alone:?} alone, {beside:?} beside; {sockets_alone} and {sockets} sockets; {memory} MB");
     assert!(worker.is_running());
     assert_eq!(range.sink.first_arrivals().len(), waiting + 600);
-    // What waits behind an attempt that hangs is a second late; half a second is what a busy machine may add.
-    assert!(beside <= Duration::from_millis(500).max(alone * 2), "{alone:?} alone, {beside:?} beside");
+    // What waits behind an attempt that hangs is a second late; less is what a busy machine may add.
+    assert!(beside <= Duration::from_millis(800).max(alone * 2), "{alone:?} alone, {beside:?} beside");
     // As many connections to each destination as may be under way, the two pools of the database, and a few of the
     // process itself.
     assert!(sockets <= (1 + bad.len()) * CONCURRENCY + 10 + 6 + 10, "{sockets} sockets, {bad:?}");

@@ -23,7 +23,7 @@ pub(crate) async fn status(process: &Process) -> Value {
 }
 
 pub(crate) async fn drained(process: &Process) {
-    eventually(Duration::from_secs(30), "nothing is pending", || async {
+    eventually(Duration::from_secs(60), "nothing is pending", || async {
         let status = status(process).await;
         status["subscriptions"]
             .as_array()

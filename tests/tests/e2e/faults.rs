@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use outbox_tests::{Database, Process, texts};
+use outbox_tests::{Database, Process, eventually, texts};
 use reqwest::{Client, StatusCode};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -113,9 +113,14 @@ async fn promise_4_effect_exactly_once_although_the_process_is_killed_50_times_u
 
 async fn killed(database: Database) {
     let ledger = Ledger::default();
-    for _ in 0..50 {
+    for round in 0..50 {
         let app = start("all", &database, QUICK).await;
-        let clients = ledger.load(&app, 4);
+        let (clients, before) = (ledger.load(&app, 4), ledger.confirmed().len());
+        // However busy the machine is: every other one has done something when it is killed.
+        if round % 2 == 0 {
+            let confirms = || async { ledger.confirmed().len() > before };
+            eventually(Duration::from_secs(20), "a todo is confirmed", confirms).await;
+        }
         tokio::time::sleep(Duration::from_millis(fastrand::u64(5..120))).await;
         app.kill().await;
         clients.join_all().await;
@@ -123,7 +128,7 @@ async fn killed(database: Database) {
     let app = start("all", &database, QUICK).await;
     assert_consistent(&database, &ledger, &app).await;
     println!("{} todos confirmed over 50 kills", ledger.confirmed().len());
-    assert!(ledger.confirmed().len() > 50, "the load was no load");
+    assert!(ledger.confirmed().len() >= 25, "the load was no load");
 }
 
 #[tokio::test]

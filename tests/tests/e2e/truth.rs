@@ -84,7 +84,7 @@ impl Range {
 
     /// Everything arrives, and the ledger is clean.
     pub(crate) async fn assert_clean(&self) {
-        let report = self.ledger.audit(&self.witness, &self.sink, Duration::from_secs(30)).await;
+        let report = self.ledger.audit(&self.witness, &self.sink, Duration::from_secs(60)).await;
         println!(
             "{} ops: {} confirmed, {} refused, {} unknown",
             self.ledger.count(Answer::Ok) + self.ledger.count(Answer::No) + self.ledger.count(Answer::Unknown),
