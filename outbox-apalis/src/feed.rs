@@ -384,6 +384,7 @@ impl Feed {
         self.concurrency().saturating_sub(self.running).min(self.may_repeat().saturating_sub(self.open))
     }
 
+    /// How many deliveries a crash may repeat.
     fn may_repeat(&self) -> usize {
         let spare = if self.source.destination.is_outside() { 0 } else { MOST_AHEAD * self.source.options.batch };
         self.concurrency() + spare

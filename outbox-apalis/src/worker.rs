@@ -174,7 +174,7 @@ impl Worker {
     /// Sets how many deliveries each subscription has under way in this process. Defaults to 10.
     ///
     /// A crash repeats at most as many: for a publisher, a delivery whose success is not stored yet is still under way.
-    /// Handlers in this process, which may take no time at all, may have a [batch](Self::batch) more to store.
+    /// Handlers in this process, which may take no time at all, may have up to ten [batches](Self::batch) more to store.
     ///
     /// # Errors
     ///

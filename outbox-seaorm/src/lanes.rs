@@ -61,7 +61,7 @@ pub struct Claim {
     /// The destination was down; this is one lane to find out whether it still is. Its end must be reported with
     /// [`Outbox::open_circuit`] or [`Outbox::close_circuit`].
     pub probe: bool,
-    /// When the next lane can be claimed, if none was leased.
+    /// When the next lane can be claimed; known at least if none was leased.
     pub next: Option<NextDue>,
 }
 

@@ -118,8 +118,8 @@ async fn killed(database: Database) {
         let (clients, before) = (ledger.load(&app, 4), ledger.confirmed().len());
         // However busy the machine is: every other one has done something when it is killed.
         if round % 2 == 0 {
-            let confirms = || async { ledger.confirmed().len() > before };
-            eventually(Duration::from_secs(20), "a todo is confirmed", confirms).await;
+            let confirms = || async { ledger.confirmed().len() > before + 2 };
+            eventually(Duration::from_secs(20), "todos are confirmed", confirms).await;
         }
         tokio::time::sleep(Duration::from_millis(fastrand::u64(5..120))).await;
         app.kill().await;
@@ -128,7 +128,7 @@ async fn killed(database: Database) {
     let app = start("all", &database, QUICK).await;
     assert_consistent(&database, &ledger, &app).await;
     println!("{} todos confirmed over 50 kills", ledger.confirmed().len());
-    assert!(ledger.confirmed().len() >= 25, "the load was no load");
+    assert!(ledger.confirmed().len() > 50, "the load was no load");
 }
 
 #[tokio::test]
