@@ -33,6 +33,7 @@ mod status;
 mod subscriptions;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+mod to_its_end;
 mod tx;
 mod unit_of_work;
 mod why;

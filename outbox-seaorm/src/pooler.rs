@@ -11,6 +11,8 @@ use sea_orm::{
     QueryResult, SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait, sqlx::ConnectOptions,
 };
 
+use crate::to_its_end::to_its_end;
+
 /// The connections of one pool.
 #[derive(Clone, Debug)]
 pub(crate) struct Connections {
@@ -47,20 +49,18 @@ impl Connections {
         self.begin_with(TransactionOptions { isolation_level, ..TransactionOptions::default() }).await
     }
 
-    /// Begins in a task of its own: on PostgreSQL, sqlx leaves a poisoned connection in the pool when the future of a
-    /// BEGIN is dropped halfway (0.9.0), and request futures are dropped whenever a client hangs up.
+    /// A BEGIN is never left halfway: on PostgreSQL, sqlx leaves a poisoned connection in the pool when its future is
+    /// dropped (0.9.0), and request futures are dropped whenever a client hangs up.
     async fn begin_with(&self, options: TransactionOptions) -> Result<DatabaseTransaction, DbErr> {
         let Self { db, pooled } = self.clone();
-        let begin = tokio::spawn(async move {
+        let begin = to_its_end(async move {
             let transaction = db.begin_with_options(options).await?;
             if pooled {
                 transaction.execute_unprepared("deallocate all").await?;
             }
             Ok(transaction)
         });
-        begin
-            .await
-            .map_err(|error| DbErr::Custom(format!("the task that begins a transaction ended early: {error}")))?
+        begin.await.map_err(|panicked| DbErr::Custom(format!("no transaction was begun: {panicked}")))?
     }
 }
 

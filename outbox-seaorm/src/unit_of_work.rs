@@ -14,6 +14,7 @@ use crate::{
     lanes,
     metrics::Recorded,
     outcome::{self, CommitId, Outcome},
+    to_its_end::to_its_end,
     tx::{Shared, State, Tx},
 };
 
@@ -191,7 +192,7 @@ impl UnitOfWork {
     ///
     /// # Cancel safety
     ///
-    /// Flush and COMMIT run in a task of their own: once started they end even if this future is dropped.
+    /// Once started, flush and COMMIT end even if this future is dropped: then in a task of their own.
     pub async fn commit(self) -> Result<(), CommitError> {
         self.finish(None).await.map(|_| ())
     }
@@ -214,12 +215,12 @@ impl UnitOfWork {
     ///
     /// # Cancel safety
     ///
-    /// Runs in a task of its own: once started it ends even if this future is dropped.
+    /// Once started it ends even if this future is dropped: then in a task of its own.
     pub async fn rollback(mut self) {
         self.finished = true;
         let shared = self.source.shared.clone();
-        // In a task of its own: a client may hang up while this waits for a statement of a spawned task.
-        let _ = tokio::spawn(async move { shared.abandon().await }).await;
+        // A client may hang up while this waits for a statement of a spawned task.
+        let _ = to_its_end(async move { shared.abandon().await }).await;
     }
 
     async fn finish(mut self, report: Option<LaneReport>) -> Result<Settled, CommitError> {
@@ -229,7 +230,7 @@ impl UnitOfWork {
         // already is what a savepoint left that could not even mark its transaction as failed.
         let broken = shared.closed.swap(true, Ordering::SeqCst);
         let held = self.source.handles() > 0;
-        let task = tokio::spawn(async move {
+        let finished = to_its_end(async move {
             let result = if held {
                 Err(CommitError::HandleHeld)
             } else if broken {
@@ -240,8 +241,8 @@ impl UnitOfWork {
             shared.abandon().await;
             result
         });
-        task.await.unwrap_or_else(|error| {
-            Err(CommitError::Unknown(DbErr::Custom(format!("the task that commits ended early: {error}"))))
+        finished.await.unwrap_or_else(|panicked| {
+            Err(CommitError::Unknown(DbErr::Custom(format!("the commit ended early: {panicked}"))))
         })
     }
 }
