@@ -8,7 +8,7 @@ use axum::{
 };
 use outbox_axum::{Error, Events, OutboxLayer, Tx};
 use outbox_seaorm::Outbox;
-use sea_orm::{ConnectionTrait, DatabaseConnection, DbErr, EntityTrait, Set, TransactionTrait};
+use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, DbErr, EntityTrait, Set, Statement, TransactionTrait};
 use uuid::Uuid;
 
 use crate::{events::Happened, measure::Result};
@@ -95,30 +95,63 @@ async fn order_with_events(tx: Tx, events: Events, Path(number): Path<usize>) ->
     Ok(StatusCode::CREATED)
 }
 
-/// `POST /` writes an order and one event.
+/// `POST /{n}` writes an order and n rows of a hand-written outbox; `POST /least` writes an order and an event with the
+/// least that our tables take.
 pub(crate) fn by_hand(db: &DatabaseConnection) -> Router {
-    Router::new().route("/", post(order_by_hand)).with_state(db.clone())
+    Router::new().route("/{events}", post(order_by_hand)).route("/least", post(order_with_least)).with_state(db.clone())
 }
 
-async fn order_by_hand(State(db): State<DatabaseConnection>) -> Result<StatusCode, StatusCode> {
-    write_by_hand(&db).await.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
+async fn order_by_hand(State(db): State<DatabaseConnection>, Path(n): Path<usize>) -> Result<StatusCode, StatusCode> {
+    write_by_hand(&db, n).await.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
     Ok(StatusCode::CREATED)
 }
 
-async fn write_by_hand(db: &DatabaseConnection) -> Result<(), DbErr> {
+async fn write_by_hand(db: &DatabaseConnection, number: usize) -> Result<(), DbErr> {
+    let id = Uuid::now_v7();
+    let tx = db.begin().await?;
+    insert_order(&tx, id).await?;
+    let rows = (0..number)
+        .map(|n| {
+            let payload = serde_json::to_value(Happened::of(n, id.to_string()));
+            Ok(row::ActiveModel {
+                id: Set(Uuid::now_v7()),
+                event_type: Set("bench.happened".to_owned()),
+                aggregate_type: Set("bench".to_owned()),
+                aggregate_id: Set(id.to_string()),
+                payload: Set(payload.map_err(|error| DbErr::Json(error.to_string()))?),
+            })
+        })
+        .collect::<Result<Vec<_>, DbErr>>()?;
+    row::Entity::insert_many(rows).exec_without_returning(&tx).await?;
+    tx.commit().await
+}
+
+async fn order_with_least(State(db): State<DatabaseConnection>) -> Result<StatusCode, StatusCode> {
+    write_least(&db).await.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
+    Ok(StatusCode::CREATED)
+}
+
+/// Event, lane and delivery as constants wherever possible: no check whether the subscriptions are current, no context.
+async fn write_least(db: &DatabaseConnection) -> Result<(), DbErr> {
+    const LEAST: &str = "
+        with lane as (
+               insert into outbox_lanes as lane (subscription_id, key, pending, due_at)
+               values (1, $1, 1, clock_timestamp())
+               on conflict (subscription_id, key) do update set pending = lane.pending + 1),
+             event as (
+               insert into outbox_events (
+                   event_id, event_type, schema_version, aggregate_type, aggregate_id, payload, occurred_at)
+               values ($2, 'bench.happened', 1, 'bench', $1, $3::text::json, clock_timestamp())
+               returning position, recorded_at)
+        insert into outbox_deliveries (subscription_id, key, position, due_at)
+        select 1, $1, position, recorded_at from event";
     let id = Uuid::now_v7();
     let tx = db.begin().await?;
     insert_order(&tx, id).await?;
     let payload =
-        serde_json::to_value(Happened::of(0, id.to_string())).map_err(|error| DbErr::Json(error.to_string()))?;
-    let row = row::ActiveModel {
-        id: Set(Uuid::now_v7()),
-        event_type: Set("bench.happened".to_owned()),
-        aggregate_type: Set("bench".to_owned()),
-        aggregate_id: Set(id.to_string()),
-        payload: Set(payload),
-    };
-    row::Entity::insert(row).exec_without_returning(&tx).await?;
+        serde_json::to_string(&Happened::of(0, id.to_string())).map_err(|error| DbErr::Json(error.to_string()))?;
+    let values = [id.to_string().into(), Uuid::now_v7().into(), payload.into()];
+    tx.execute_raw(Statement::from_sql_and_values(DbBackend::Postgres, LEAST, values)).await?;
     tx.commit().await
 }
 

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use axum::Router;
 use outbox_core::Subscription;
 use outbox_seaorm::Outbox;
 use sea_orm::{
@@ -26,9 +27,12 @@ const TIME: Duration = Duration::from_secs(3);
 pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
     let mut w1 = Measurement::ratio("W1", "one event: layer ÷ by hand", "requests/s", 0.95, 1.1);
     let mut no_event = Measurement::shown("W0", "no event: layer ÷ by hand with event", "requests/s");
+    let mut least = Measurement::shown("W1b", "the least these tables take, by hand ÷ by hand", "requests/s");
     let mut w2 = Measurement::ratio("W2", "10 events ÷ one event in a request", "requests/s", 0.8, 0.9);
+    let mut w2b = Measurement::shown("W2b", "10 rows ÷ one row, both by hand", "requests/s");
     let mut w3 = Measurement::ratio("W3", "with a worker in the process ÷ without any", "requests/s", 0.95, 1.0);
     let mut w3b = Measurement::shown("W3b", "with a worker ÷ with a bare SQL consumer", "requests/s");
+    let mut w3c = Measurement::shown("W3c", "with a bare SQL consumer ÷ without any", "requests/s");
     let mut latency = Measurement::shown("W1 p99", "one event: layer ÷ by hand", "ms");
     let mut app = Measurement::shown("W1 app", "processor time of application and client: layer ÷ by hand", "µs");
     let mut db = Measurement::shown("W1 db", "processor time of the database: layer ÷ by hand", "µs");
@@ -41,12 +45,14 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
         outbox.register(&Subscription::new(SUBSCRIPTION)?).await?;
     }
     for round in 0..setup.rounds {
-        let by_hand = side(setup, &template, "/", time, Consumer::None).await?;
-        let one = side(setup, &template, "/1", time, Consumer::None).await?;
-        let ten = side(setup, &template, "/10", time, Consumer::None).await?;
-        let zero = side(setup, &template, "/0", time, Consumer::None).await?;
-        let with_worker = side(setup, &template, "/1", time, Consumer::Worker).await?;
-        let with_bare = side(setup, &template, "/1", time, Consumer::Bare).await?;
+        let by_hand = side(setup, &template, Shop::ByHand, "/1", time, Consumer::None).await?;
+        let one = side(setup, &template, Shop::Layer, "/1", time, Consumer::None).await?;
+        let with_least = side(setup, &template, Shop::ByHand, "/least", time, Consumer::None).await?;
+        let ten = side(setup, &template, Shop::Layer, "/10", time, Consumer::None).await?;
+        let ten_by_hand = side(setup, &template, Shop::ByHand, "/10", time, Consumer::None).await?;
+        let zero = side(setup, &template, Shop::Layer, "/0", time, Consumer::None).await?;
+        let with_worker = side(setup, &template, Shop::Layer, "/1", time, Consumer::Worker).await?;
+        let with_bare = side(setup, &template, Shop::Layer, "/1", time, Consumer::Bare).await?;
         progress(&format!(
             "write {} of {}: by hand {:.0}/s (p50 {:.1} ms), layer {:.0}/s, ten {:.0}/s, none {:.0}/s, with worker {:.0}/s",
             round + 1,
@@ -62,15 +68,18 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
         latency.add(one.load.p99, by_hand.load.p99);
         app.add(one.cost.app, by_hand.cost.app);
         db.add(one.cost.database, by_hand.cost.database);
+        least.add(with_least.load.per_second, by_hand.load.per_second);
         no_event.add(zero.load.per_second, by_hand.load.per_second);
         w2.add(ten.load.per_second, one.load.per_second);
+        w2b.add(ten_by_hand.load.per_second, by_hand.load.per_second);
         w3.add(with_worker.load.per_second, one.load.per_second);
         w3b.add(with_worker.load.per_second, with_bare.load.per_second);
+        w3c.add(with_bare.load.per_second, one.load.per_second);
         let (ours, by_hand) = sqlite(time).await?;
         s1.add(ours.p99, by_hand.p99);
     }
     template.drop().await?;
-    Ok(vec![w1, latency, app, db, no_event, w2, w3, w3b, s1])
+    Ok(vec![w1, least, latency, app, db, no_event, w2, w2b, w3, w3b, w3c, s1])
 }
 
 /// Who delivers meanwhile.
@@ -81,13 +90,36 @@ enum Consumer {
     Bare,
 }
 
+/// Who writes.
+#[derive(Clone, Copy)]
+enum Shop {
+    Layer,
+    ByHand,
+}
+
+impl Shop {
+    fn router(self, outbox: &Outbox) -> Router {
+        match self {
+            Self::Layer => shop::with_layer(outbox),
+            Self::ByHand => shop::by_hand(outbox.writer()),
+        }
+    }
+}
+
 /// A load, and what a request of it cost.
 struct Side {
     load: Load,
     cost: Cost,
 }
 
-async fn side(setup: &Setup, template: &Database, path: &str, time: Duration, consumer: Consumer) -> Result<Side> {
+async fn side(
+    setup: &Setup,
+    template: &Database,
+    shop: Shop,
+    path: &str,
+    time: Duration,
+    consumer: Consumer,
+) -> Result<Side> {
     let database = setup.server().await?.copy(template).await?;
     let outbox = database.outbox().await?;
     let consumer = match consumer {
@@ -95,8 +127,7 @@ async fn side(setup: &Setup, template: &Database, path: &str, time: Duration, co
         Consumer::Worker => Some(worker(&outbox).await?),
         Consumer::Bare => Some(bare_consumer(&database).await?),
     };
-    let router = if path == "/" { shop::by_hand(outbox.writer()) } else { shop::with_layer(&outbox) };
-    let served = Served::start(router).await?;
+    let served = Served::start(shop.router(&outbox)).await?;
     // Connections, statements and pages are warm before anything is measured.
     load(&served, path, CLIENTS, time / 10).await?;
     let meter = Meter::start(setup.server().await?).await?;
@@ -133,7 +164,7 @@ async fn bare_consumer(database: &Database) -> Result<JoinHandle<()>> {
 /// Ours and by hand, in one file each.
 async fn sqlite(time: Duration) -> Result<(Load, Load)> {
     let mut loads = Vec::new();
-    for path in ["/1", "/"] {
+    for shop in [Shop::Layer, Shop::ByHand] {
         let directory = tempfile::tempdir()?;
         let url = format!("sqlite://{}?mode=rwc", directory.path().join("bench.db").display());
         let (writer, reader) = (sqlite_pool(&url, 1).await?, sqlite_pool(&url, 4).await?);
@@ -141,10 +172,9 @@ async fn sqlite(time: Duration) -> Result<(Load, Load)> {
         migrate(&writer).await?;
         shop::create_tables(&writer, shop::SQLITE).await?;
         outbox.register(&Subscription::new(SUBSCRIPTION)?).await?;
-        let served =
-            Served::start(if path == "/" { shop::by_hand(&writer) } else { shop::with_layer(&outbox) }).await?;
-        load(&served, path, CLIENTS, time / 10).await?;
-        loads.push(load(&served, path, CLIENTS, time).await?);
+        let served = Served::start(shop.router(&outbox)).await?;
+        load(&served, "/1", CLIENTS, time / 10).await?;
+        loads.push(load(&served, "/1", CLIENTS, time).await?);
     }
     let by_hand = loads.pop().ok_or("no load")?;
     Ok((loads.pop().ok_or("no load")?, by_hand))
