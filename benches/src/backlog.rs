@@ -7,6 +7,7 @@ use crate::{
     database::{Database, Server},
     drain::worker,
     measure::{Measurement, Result, progress},
+    processor::{Cost, Meter},
     sink::{self, Drained, Tuning},
 };
 
@@ -27,6 +28,7 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
     let mut b2 = Measurement::ratio("B2", "last ÷ first tenth of a large backlog", "events/s", 0.75, 0.95);
     let mut b3 = Measurement::ratio("B3", "last ÷ first fifth, old snapshot held", "events/s", 0.75, 0.9);
     let mut b3b = Measurement::shown("B3b", "after 60 k: under an old snapshot ÷ without", "events/s");
+    let mut b3c = Measurement::shown("B3 db", "processor time of the database: old snapshot held ÷ none", "µs");
     let mut b4 = Measurement::ratio("B4", "large history kept ÷ none", "events/s", 0.9, 1.0);
     let server = setup.server().await?;
     let (small_events, large_events) = (setup.scaled(SMALL), setup.scaled(LARGE));
@@ -50,10 +52,11 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
         drop(outbox);
         database.drop().await?;
 
-        let free = drain_under(server, &snapshot, false).await?;
-        let held = drain_under(server, &snapshot, true).await?;
+        let (free, free_cost) = drain_under(server, &snapshot, false).await?;
+        let (held, held_cost) = drain_under(server, &snapshot, true).await?;
         b3.add(held.between(8, 10), held.between(0, 2));
         b3b.add(held.between(8, 10), free.between(8, 10));
+        b3c.add(held_cost.database, free_cost.database);
         progress(&format!(
             "backlog {} of {}: small {without:.0}/s, with history {with_history:.0}/s, large {:.0}/s, under a snapshot {:.0}/s",
             round + 1,
@@ -65,11 +68,11 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
     for database in [small, large, snapshot, aged] {
         database.drop().await?;
     }
-    Ok(vec![b1, b2, b3, b3b, b4])
+    Ok(vec![b1, b2, b3, b3b, b3c, b4])
 }
 
 /// Drains a copy, perhaps while somebody else holds a snapshot from before.
-async fn drain_under(server: &Server, filled: &Database, snapshot: bool) -> Result<Drained> {
+async fn drain_under(server: &Server, filled: &Database, snapshot: bool) -> Result<(Drained, Cost)> {
     let database = server.copy(filled).await?;
     let outbox = database.outbox().await?;
     let other = sea_orm::Database::connect(&database.url).await?;
@@ -77,10 +80,12 @@ async fn drain_under(server: &Server, filled: &Database, snapshot: bool) -> Resu
     if snapshot {
         old.execute_unprepared("select count(*) from outbox_meta").await?;
     }
+    let meter = Meter::start(server).await?;
     let drained = sink::drain(&outbox, SNAPSHOT, Tuning::Fast).await?;
+    let cost = meter.for_each_of(SNAPSHOT).await?;
     old.rollback().await?;
     other.close().await?;
     drop(outbox);
     database.drop().await?;
-    Ok(drained)
+    Ok((drained, cost))
 }
