@@ -20,7 +20,7 @@ use apalis_core::{
     task::{Task, builder::TaskBuilder, task_id::TaskId},
 };
 use outbox_core::{AfterDeadLetter, DeliveryError, Outcome, Reason, RecordedEvent, RetryPolicy};
-use outbox_seaorm::{Claim, ClaimedLane, Finished, LaneRef, LaneReport, Next, Outbox, Settled};
+use outbox_seaorm::{Claim, ClaimedLane, Finished, LaneRef, LaneReport, Mark, Next, Outbox, Settled};
 use sea_orm::{DbBackend, DbErr};
 use tokio::{
     runtime::Handle,
@@ -171,6 +171,11 @@ struct Feed {
     /// Reports whose storing failed: tried again as they are.
     unstored: Option<Vec<LaneReport>>,
     claiming: Option<JoinHandle<(usize, Result<Claimed, DbErr>)>>,
+    /// Where the next claim goes on.
+    mark: Option<Mark>,
+    /// Leased lanes that may have more deliveries than their run, and when one of them was last over.
+    long: HashSet<LaneRef>,
+    returned_at: Instant,
     /// Jobs that came through Redis and could not be taken over yet.
     arrived: Vec<Job>,
     taking: Option<JoinHandle<Result<Taken, DbErr>>>,
@@ -254,6 +259,9 @@ pub(crate) fn start(source: Source) -> Ends {
         report_now: false,
         unstored: None,
         claiming: None,
+        mark: None,
+        long: HashSet::new(),
+        returned_at: now,
         arrived: Vec::new(),
         taking: None,
         settling: None,
@@ -579,11 +587,12 @@ impl Feed {
         self.look_at = self.claimed_at + self.source.poll;
         let times_down = self.circuit.times_down();
         let Source { outbox, subscription, worker, options, .. } = self.source.clone();
+        let mark = self.mark.take();
         self.claiming = Some(tokio::spawn(async move {
             let asked_at = Instant::now();
             let (lanes, run) = (count(capacity), count(options.batch));
             let claimed = async {
-                let claim = outbox.claim(subscription, &worker, lanes, run, options.lease).await?;
+                let claim = outbox.claim_after(mark, subscription, &worker, lanes, run, options.lease).await?;
                 Ok(Claimed { claim, asked_at, times_down })
             };
             (capacity, claimed.await)
@@ -603,7 +612,8 @@ impl Feed {
         };
         self.claim_failures = 0;
         self.claimed_once = true;
-        let Claim { lanes, probe, next } = claim;
+        let Claim { lanes, probe, next, mark } = claim;
+        self.mark = mark.filter(|_| self.returned_at < asked_at);
         self.loaded = lanes.len() >= LOADED;
         // The destination was found down while the claim was under way.
         let too_late = self.circuit.is_open() && self.circuit.times_down() != times_down;
@@ -648,6 +658,9 @@ impl Feed {
         let lane = Lane::new(claimed, asked_at + self.source.options.lease, probe);
         // Only after our own lease had ended without our noticing: the old one is void.
         self.lose(&key);
+        if lane.run.len() >= self.source.options.batch {
+            self.long.insert(lane.lane.clone());
+        }
         let (attempts, log) = (lane.attempts, lane.log.clone());
         self.lanes.insert(key.clone(), lane);
         match unreadable {
@@ -764,9 +777,10 @@ impl Feed {
                 self.open -= 1;
                 self.delivered(&event);
                 self.answered(&key);
-                if self.lanes.get(&key).is_some_and(|lane| lane.run.is_empty()) {
+                let over = self.lanes.get(&key).filter(|lane| lane.run.is_empty()).map(|lane| lane.lane.clone());
+                if let Some(lane) = over {
                     self.lanes.remove(&key);
-                    self.look_at = Instant::now();
+                    self.look_again_for(&lane);
                 } else {
                     self.go_on(key);
                 }
@@ -1074,7 +1088,7 @@ impl Feed {
             }
             if !matches!(report.next, Next::Keep) {
                 // The lane may have more: its next delivery, or one that was flushed while it was leased.
-                self.look_at = Instant::now();
+                self.look_again_for(&report.lane);
             }
         }
         if !busy.is_empty() {
@@ -1090,7 +1104,15 @@ impl Feed {
             lane.cancelled.cancel();
             self.running -= usize::from(lane.running.is_some());
             self.open -= usize::from(lane.running.is_some()) + lane.finished.len();
-            self.look_at = Instant::now();
+            self.look_again_for(&lane.lane);
+        }
+    }
+
+    /// A lease is over. The lane may be due already, and lie behind the mark: it is as old as its next delivery.
+    fn look_again_for(&mut self, lane: &LaneRef) {
+        self.look_at = Instant::now();
+        if self.long.remove(lane) {
+            (self.mark, self.returned_at) = (None, self.look_at);
         }
     }
 

@@ -1,8 +1,9 @@
 use std::{
     collections::{HashMap, HashSet},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use chrono::{DateTime, Utc};
 use outbox_core::RecordedEvent;
 use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr};
 use serde::{Deserialize, Serialize};
@@ -16,6 +17,9 @@ use crate::{
 
 /// When to try again what a probe could not even begin.
 const PROBE_AGAIN: Duration = Duration::from_millis(100);
+
+/// How long claims go on from where the one before has ended, at most, without a look at what came to lie behind.
+const MARK_LASTS: Duration = Duration::from_secs(1);
 
 /// A lease on a lane: the ordered queue of one key of one subscription.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -63,6 +67,18 @@ pub struct Claim {
     pub probe: bool,
     /// When the next lane can be claimed; known at least if none was leased.
     pub next: Option<NextDue>,
+    /// Where the next claim may go on, if as many lanes were leased as were asked for.
+    pub mark: Option<Mark>,
+}
+
+/// Where a claim has ended. PostgreSQL keeps entries of the lanes that were claimed in the index, all of them as long as
+/// anybody has an older snapshot; the next claim need not walk over them.
+#[derive(Clone, Debug)]
+pub struct Mark {
+    due_at: DateTime<Utc>,
+    key: String,
+    /// When a claim last began with the lane that was due longest.
+    since: Instant,
 }
 
 /// When a subscription's next lane can be claimed.
@@ -192,6 +208,17 @@ impl<'a> From<&'a LaneReport> for LaneRow<'a> {
     }
 }
 
+/// What claims differ in.
+#[derive(Clone, Copy)]
+struct How<'a> {
+    /// How many attempts to count.
+    attempts: i32,
+    probe: bool,
+    mark: Option<&'a Mark>,
+}
+
+const ATTEMPT: How<'static> = How { attempts: 1, probe: false, mark: None };
+
 impl Outbox {
     /// Leases up to `lanes` lanes that are due, oldest first, with up to `run` deliveries of each.
     ///
@@ -214,7 +241,38 @@ impl Outbox {
         run: u32,
         lease: Duration,
     ) -> Result<Claim, DbErr> {
-        self.claim_counting(subscription, worker, lanes, run, lease, 1).await
+        self.claim_after(None, subscription, worker, lanes, run, lease).await
+    }
+
+    /// As [`claim`](Self::claim), from where the claim before has ended.
+    ///
+    /// Lanes may come to lie behind the mark: with a commit that took long, a priority, or more deliveries than fit in a
+    /// run. They are found when nothing is left before it, and at the latest after a second: then the mark is ignored.
+    ///
+    /// # Errors
+    ///
+    /// As [`claim`](Self::claim).
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`claim`](Self::claim).
+    pub async fn claim_after(
+        &self,
+        mark: Option<Mark>,
+        subscription: i32,
+        worker: &str,
+        lanes: u32,
+        run: u32,
+        lease: Duration,
+    ) -> Result<Claim, DbErr> {
+        let mark = mark.filter(|mark| mark.since.elapsed() < MARK_LASTS);
+        let claim = self
+            .claim_counting(subscription, worker, lanes, run, lease, How { mark: mark.as_ref(), ..ATTEMPT })
+            .await?;
+        if mark.is_some() && claim.lanes.is_empty() {
+            return self.claim_counting(subscription, worker, lanes, run, lease, ATTEMPT).await;
+        }
+        Ok(claim)
     }
 
     /// As [`claim`](Self::claim), without counting an attempt: for a relay, which hands the lanes to workers that
@@ -235,7 +293,7 @@ impl Outbox {
         run: u32,
         lease: Duration,
     ) -> Result<Claim, DbErr> {
-        self.claim_counting(subscription, relay, lanes, run, lease, 0).await
+        self.claim_counting(subscription, relay, lanes, run, lease, How { attempts: 0, ..ATTEMPT }).await
     }
 
     async fn claim_counting(
@@ -245,14 +303,14 @@ impl Outbox {
         lanes: u32,
         run: u32,
         lease: Duration,
-        attempt: i32,
+        how: How<'_>,
     ) -> Result<Claim, DbErr> {
         // On SQLite a claim that finds nothing takes the write lock all the same, so it is asked first.
         let asks_first = self.backend() == DbBackend::Sqlite;
         if !asks_first {
-            let lanes = self.claim_lanes(subscription, worker, lanes, run, lease, (false, attempt)).await?;
+            let (lanes, mark) = self.claim_lanes(subscription, worker, lanes, run, lease, how).await?;
             if !lanes.is_empty() {
-                return Ok(Claim { lanes, ..Claim::default() });
+                return Ok(Claim { lanes, mark, ..Claim::default() });
             }
         }
         let next = self.next_due(subscription).await?;
@@ -264,7 +322,7 @@ impl Outbox {
             if !asks_first {
                 return Ok(nothing);
             }
-            let lanes = self.claim_lanes(subscription, worker, lanes, run, lease, (false, attempt)).await?;
+            let (lanes, _) = self.claim_lanes(subscription, worker, lanes, run, lease, how).await?;
             return Ok(Claim { lanes, ..nothing });
         };
         let values = [subscription.into(), seconds(lease).into()];
@@ -272,7 +330,8 @@ impl Outbox {
             // Another worker probes.
             return Ok(Claim { next: self.next_due(subscription).await?, ..nothing });
         }
-        let lanes = self.claim_lanes(subscription, worker, 1, 1, lease, (true, attempt)).await?;
+        let how = How { probe: true, ..how };
+        let (lanes, _) = self.claim_lanes(subscription, worker, 1, 1, lease, how).await?;
         if lanes.is_empty() {
             // Somebody holds the lanes at this moment: nothing was found out.
             tracing::debug!(subscription, failures, "nothing to probe the destination with");
@@ -288,20 +347,37 @@ impl Outbox {
         lanes: u32,
         run: u32,
         lease: Duration,
-        (probe, attempt): (bool, i32),
-    ) -> Result<Vec<ClaimedLane>, DbErr> {
+        How { attempts, probe, mark }: How<'_>,
+    ) -> Result<(Vec<ClaimedLane>, Option<Mark>), DbErr> {
+        let begun = Instant::now();
         let lease = seconds(lease).into();
-        let values = [subscription.into(), lanes.into(), lease, worker.into(), probe.into(), attempt.into()];
+        let (after, key) = (mark.map(|mark| mark.due_at), mark.map_or("", |mark| &mark.key));
+        let values = [
+            subscription.into(),
+            lanes.into(),
+            lease,
+            worker.into(),
+            probe.into(),
+            attempts.into(),
+            after.into(),
+            key.into(),
+        ];
         let rows = self.query_all(self.store(), self.sql().claim, values).await?;
         if rows.is_empty() {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), None));
         }
+        let is_full = rows.len() >= lanes as usize;
+        let since = mark.map_or(begun, |mark| mark.since);
+        let mut next = None;
         let mut claimed = HashMap::with_capacity(rows.len());
         for row in &rows {
             let key: String = row.try_get("", "key")?;
             let lane = LaneRef { subscription, key: key.clone(), token: row.try_get("", "lease_token")? };
             let attempts = row.try_get::<i32>("", "attempts")?.unsigned_abs();
             let attempt_log = row.try_get("", "attempt_log")?;
+            if is_full && let Some(due_at) = row.try_get("", "was_due_at")? {
+                next = Some(Mark { due_at, key: key.clone(), since });
+            }
             let order = (f64::INFINITY, i64::MAX);
             claimed
                 .insert(key, (order, ClaimedLane { lane, attempts, attempt_log, run: Vec::new(), unreadable: None }));
@@ -344,7 +420,7 @@ impl Outbox {
             complete.into_iter().partition(|(_, lane)| !lane.run.is_empty() || lane.unreadable.is_some());
         self.give_back(empty.into_iter().map(|(_, lane)| lane)).await?;
         complete.sort_by(|((since_a, a), _), ((since_b, b), _)| since_a.total_cmp(since_b).then(a.cmp(b)));
-        Ok(complete.into_iter().map(|(_, lane)| lane).collect())
+        Ok((complete.into_iter().map(|(_, lane)| lane).collect(), next))
     }
 
     /// Gives back lanes that turned out to have nothing due: their head waits for its time.

@@ -45,7 +45,7 @@ pub use dead_letters::{Changed, DeadLetter, DeadLetterFilter};
 pub use deliveries::{DeliveryRecord, DeliveryState};
 pub use events::{DeliveryDetails, EventDetails, EventFilter, EventPage};
 pub use inbox::once;
-pub use lanes::{Claim, ClaimedLane, Finished, LaneRef, LaneReport, Next, NextDue, Settled, Unreadable};
+pub use lanes::{Claim, ClaimedLane, Finished, LaneRef, LaneReport, Mark, Next, NextDue, Settled, Unreadable};
 pub use outbox::{Outbox, SchemaError};
 pub use replay::Replay;
 pub use retention::{Purged, Retention};

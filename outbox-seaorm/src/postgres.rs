@@ -179,17 +179,22 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     // The array makes the planner read the due lanes first, in the order of outbox_lanes_due, and lock only those.
     claim: "
+        with due as materialized (
+                select key, due_at from outbox_lanes
+                 where subscription_id = $1 and due_at <= clock_timestamp()
+                   and (due_at, key) > (coalesce($7::timestamptz, '-infinity'), $8)
+                 order by due_at, key limit $2 for update skip locked),
+              last as materialized (
+                select key, due_at from due where due_at > '-infinity' order by due_at desc, key desc limit 1)
         update outbox_lanes
            set attempts = attempts + $6, lease_token = lease_token + 1, leased_by = $4,
                due_at = clock_timestamp() + $3 * interval '1 second'
          where subscription_id = $1
-           and key = any (array(
-                 select key from outbox_lanes
-                  where subscription_id = $1 and due_at <= clock_timestamp()
-                  order by due_at, key limit $2 for update skip locked))
+           and key = any (array(select key from due))
            and exists (select 1 from outbox_subscriptions
                         where id = $1 and paused_at is null and backfill_from is null and (circuit_until is null or $5))
-        returning key, lease_token, attempts + 1 - $6 as attempts, attempt_log::text as attempt_log",
+        returning key, lease_token, attempts + 1 - $6 as attempts, attempt_log::text as attempt_log,
+                  case when key = (select key from last) then (select due_at from last) end as was_due_at",
 
     take_probe: "
         update outbox_subscriptions set circuit_until = clock_timestamp() + $2 * interval '1 second'

@@ -83,7 +83,9 @@ pub(crate) struct Sql {
     pub(crate) next_due: &'static str,
 
     /// $1 subscription, $2 lanes, $3 lease, $4 worker, $5 whether this is the probe of an open circuit, $6 attempts to count:
-    /// 1, or 0 for a relay, whose claim is no attempt. Index: outbox_lanes_due.
+    /// 1, or 0 for a relay, whose claim is no attempt, $7 due time and $8 key of the lane after which it begins: null for the
+    /// first. The last of the lanes comes with the due time it had, `was_due_at`. SQLite, where a claim leaves nothing behind
+    /// in the index, always begins with the first. Index: outbox_lanes_due.
     pub(crate) claim: &'static str,
 
     /// $1 subscription, $2 seconds until another may probe if this one tells nothing. One caller wins.

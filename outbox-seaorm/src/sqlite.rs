@@ -120,7 +120,7 @@ pub(crate) static SQLITE: Sql = Sql {
                     order by due_at, key limit $2)
        and exists (select 1 from outbox_subscriptions
                     where id = $1 and paused_at is null and backfill_from is null and (circuit_until is null or $5))
-    returning key, lease_token, attempts + 1 - $6 as attempts, attempt_log",
+    returning key, lease_token, attempts + 1 - $6 as attempts, attempt_log, null as was_due_at",
 
     take_probe: "
     update outbox_subscriptions

@@ -6,7 +6,7 @@ use outbox_core::{Context, Subscription};
 use outbox_seaorm::{CommitError, Outbox, is_transient};
 use sea_orm::{ConnectionTrait, DbErr};
 
-use super::fixture::{LONG, Store, delivered_run, migrate, record, todo};
+use super::fixture::{LONG, Store, delivered_run, migrate, record, runs, todo};
 
 #[tokio::test]
 async fn the_victim_of_a_deadlock_of_the_application_may_try_again() {
@@ -165,4 +165,18 @@ async fn what_a_late_flush_writes_for_subscriptions_that_are_gone_goes_as_well()
         let left = store.column::<i32>(&format!("select subscription_id from {table}")).await;
         assert_eq!(left, [id], "{table}");
     }
+}
+
+#[tokio::test]
+async fn a_claim_that_goes_on_after_a_mark_does_not_look_behind_it() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record_todos(&["1", "2", "3", "4"]).await;
+    let first = store.outbox.claim(id, "worker", 2, 1, LONG).await.unwrap();
+    store.record([todo("5").priority(100)]).await;
+    let next = store.outbox.claim_after(first.mark, id, "worker", 1, 1, LONG).await.unwrap();
+    assert_eq!(runs(&next.lanes), [("todo/3", vec![3])]);
+    let from_the_first = store.outbox.claim(id, "worker", 1, 1, LONG).await.unwrap();
+    assert_eq!(runs(&from_the_first.lanes), [("todo/5", vec![5])]);
+    store.is_whole().await;
 }

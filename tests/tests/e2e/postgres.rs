@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -291,6 +291,64 @@ async fn writers_and_workers_on_five_hot_keys_never_deadlock() {
     assert_eq!((arrivals, delivered.len()), (pushed, pushed), "lost or doubled");
     assert_whole(&outbox).await;
     assert_eq!(texts(&outbox, "select key from outbox_lanes").await, Vec::<String>::new());
+}
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Ticked {
+    key: String,
+}
+
+impl Event for Ticked {
+    const TYPE: &'static str = "clock.ticked";
+    const AGGREGATE_TYPE: &'static str = "clock";
+
+    fn aggregate_id(&self) -> String {
+        self.key.clone()
+    }
+}
+
+/// Its runs of ten come back behind the mark of the claims for the others. At one run in a second it would be the last.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_lane_goes_on_while_there_is_a_backlog_of_others() {
+    const LONG: usize = 100;
+    const OTHERS: usize = 3000;
+    let (_database, outbox) = migrated().await;
+    outbox.register(&Subscription::new("ticks").unwrap()).await.unwrap();
+    let tick = |key: String| NewEvent::of(&Ticked { key }).unwrap();
+    for ticks in [vec!["long".to_owned(); LONG], (0..OTHERS).map(|n| n.to_string()).collect()] {
+        for ticks in ticks.chunks(1000) {
+            let events: Vec<_> = ticks.iter().cloned().map(tick).collect();
+            let commit = outbox.transaction(Context::default(), |_, collector| async move {
+                events.into_iter().try_for_each(|event| collector.push(event).map(|_| ()))
+            });
+            commit.await.unwrap();
+        }
+    }
+    let delivered: Arc<Mutex<Vec<String>>> = Arc::default();
+    let handlers = Handlers::new().on({
+        let delivered = delivered.clone();
+        move |event: Ticked, _| {
+            let delivered = delivered.clone();
+            async move {
+                if event.key != "long" {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                delivered.lock().unwrap().push(event.key);
+                Ok(())
+            }
+        }
+    });
+    let worker = Worker::new(outbox.clone()).batch(10).unwrap();
+    let worker = worker.handlers(Subscription::new("ticks").unwrap(), handlers).start().await.unwrap();
+    worker
+        .run_until(eventually(Duration::from_secs(60), "all are delivered", || async {
+            delivered.lock().unwrap().len() == LONG + OTHERS
+        }))
+        .await;
+    let last = delivered.lock().unwrap().iter().rposition(|key| key == "long").unwrap();
+    println!("{last} of {} before the last of the long lane", LONG + OTHERS);
+    assert!(last < LONG + OTHERS * 9 / 10, "{last}");
+    assert_whole(&outbox).await;
 }
 
 /// Transactions of up to half a second are under way while a subscription is added from the beginning: every event is
