@@ -77,11 +77,12 @@ const MOST_AHEAD: usize = 10;
 /// How many tasks wait for the worker at most: enough to keep its threads busy.
 const MOST_WAITING: usize = 32;
 
-/// How many suspects are tried at once at most, so that a crash leaves few to be tried alone. So many that the worker is
-/// kept busy, and that a thousand are some thirty notes and waits for the last of a group.
+/// How many suspects are tried as a group at most: few, so that a crash leaves few to be tried alone, and enough to keep
+/// the worker busy. A thousand of them are some thirty notes, and as many waits for the last of a group.
 const GROUP: usize = 32;
 
-/// As few suspects are tried alone at once: that is soon done, and spares whoever kills the worker a crash of its group.
+/// Up to so many are tried alone from the start: that is soon done, and if one of them kills the worker, it needs no
+/// crash of a group to be found.
 const FEW: usize = 6;
 
 /// How long a lane goes on with its run before those that wait get its place. Quick deliveries of a run are so stored
@@ -559,8 +560,8 @@ impl Feed {
     }
 
     /// Everything else is done: the next suspects are tried, in a group those that were leased when their worker was
-    /// killed, alone those that were in such a group. It is stored before they begin. So a crash is put down to those that
-    /// were under way, and counts only for one that was alone.
+    /// killed, alone those that were in such a group. That is stored before they begin. So a crash is put down to those
+    /// that were tried, and counts only for one that was alone.
     fn try_suspects(&mut self) {
         let ready = self.ready.iter().filter_map(|key| self.lanes.get(key));
         let suspects: Option<Vec<_>> = ready.map(|lane| Some((lane.suspicion?, lane))).collect();

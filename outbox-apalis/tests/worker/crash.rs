@@ -1,9 +1,13 @@
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering::SeqCst},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
 };
 
 use outbox_apalis::Handlers;
+use outbox_core::DeliveryError;
 use outbox_seaorm::{
     DeliveryState::{Dead, Delivered},
     Outbox,
@@ -11,7 +15,7 @@ use outbox_seaorm::{
 use tokio::runtime::Handle;
 
 use crate::fixture::{
-    Fixture, MS, Noted, Seen, each_noted, eventually, hanging, noted, policy, run, subscription, worker,
+    Fixture, MS, Noted, Seen, each_noted, eventually, hanging, noted, policy, run, subscription, within, worker,
 };
 
 /// How many deliveries are under way, and how many there were at most.
@@ -114,11 +118,13 @@ async fn what_a_killed_process_had_leased_in_advance_is_tried_in_small_groups() 
     let fixture = Fixture::new().await;
     let (outbox, notes) = counting_notes(&fixture).await;
     let under_way = UnderWay::default();
-    let worker = worker(&outbox).handlers(subscription("s").retry(policy(1)), under_way.handlers());
+    let worker = worker(&outbox).lease(Duration::from_secs(30)).unwrap();
+    let worker = worker.handlers(subscription("s").retry(policy(1)), under_way.handlers());
     let started = worker.start().await.unwrap();
     fixture.push((0..300).flat_map(|key| each_noted(&[&key.to_string()], 1))).await;
     fixture.execute("update outbox_lanes set leased_by = 'killed', attempts = 1").await;
-    started.run_until(fixture.delivered(300)).await;
+    let all = || async { fixture.count("outbox_delivered").await == 300 };
+    started.run_until(within(Duration::from_secs(30), "the deliveries", all)).await;
     let (most, notes) = (under_way.most(), notes.load(SeqCst));
     assert!(most > 1 && (300 / 32..=100).contains(&notes), "{most} at once, {notes} notes");
     // One attempt is all they had, and it was lost: that was not their fault.
@@ -131,7 +137,8 @@ async fn what_a_killed_process_had_in_a_group_is_tried_alone() {
     let fixture = Fixture::new().await;
     let (outbox, notes) = counting_notes(&fixture).await;
     let under_way = UnderWay::default();
-    let worker = worker(&outbox).handlers(subscription("s").retry(policy(1)), under_way.handlers());
+    let worker = worker(&outbox).lease(Duration::from_secs(30)).unwrap();
+    let worker = worker.handlers(subscription("s").retry(policy(1)), under_way.handlers());
     let started = worker.start().await.unwrap();
     fixture.push((0..20).flat_map(|key| each_noted(&[&key.to_string()], 1))).await;
     // Some were leased again, beside another group.
@@ -163,5 +170,22 @@ async fn those_that_were_tried_alone_come_last() {
     started.run_until(fixture.delivered(3)).await;
     assert_eq!(seen.calls().iter().map(|call| call.key.as_str()).collect::<Vec<_>>(), ["leased", "group", "alone"]);
     assert_eq!(fixture.states("s").await, [(Dead, 4), (Delivered, 4), (Delivered, 3), (Delivered, 2)]);
+    fixture.is_at_rest().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn however_often_a_delivery_was_lost_beside_others_that_counts_once() {
+    let fixture = Fixture::new().await;
+    let seen = Seen::default();
+    let handlers = seen.answering(|_, _| Err(DeliveryError::retry("no")));
+    let started = fixture.worker().handlers(subscription("s").retry(policy(3)), handlers).start().await.unwrap();
+    let keys: Vec<String> = (0..12).map(|key| key.to_string()).collect();
+    fixture.push(keys.iter().map(|key| noted(key, 0))).await;
+    let group = r#"[{"attempt":2,"counted":1,"milliseconds":null,"group":32}]"#;
+    fixture.execute("update outbox_lanes set leased_by = 'killed', attempts = 1 + abs(random() % 5)").await;
+    let tried = format!("attempts = 2 + abs(random() % 5), attempt_log = '{group}'");
+    fixture.execute(&format!("update outbox_lanes set {tried} where key in ('note/0', 'note/1', 'note/2')")).await;
+    started.run_until(fixture.dead(12)).await;
+    assert!(keys.iter().all(|key| seen.of(key) == [0, 0]), "one was lost, and two have failed");
     fixture.is_at_rest().await;
 }
