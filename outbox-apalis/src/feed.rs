@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     circuit::Circuit,
     destination::{AttemptResult, Destination, End, no_result},
-    lane::{Lane, Running},
+    lane::{Lane, Running, Suspicion},
     listing::task_id,
     metrics::{self, Failure},
     options::Options,
@@ -76,6 +76,14 @@ const MOST_AHEAD: usize = 10;
 
 /// How many tasks wait for the worker at most: enough to keep its threads busy.
 const MOST_WAITING: usize = 32;
+
+/// How many suspects are tried as a group at most: few, so that a crash leaves few to be tried alone, and enough to keep
+/// the worker busy. A thousand of them are some thirty notes, and as many waits for the last of a group.
+const GROUP: usize = 32;
+
+/// Up to so many are tried alone from the start: that is soon done, and if one of them kills the worker, it needs no
+/// crash of a group to be found.
+const FEW: usize = 6;
 
 /// How long a lane goes on with its run before those that wait get its place. Quick deliveries of a run are so stored
 /// together, and slow ones hold nobody up.
@@ -180,9 +188,11 @@ struct Feed {
     arrived: Vec<Job>,
     taking: Option<JoinHandle<Result<Taken, DbErr>>>,
     settling: Option<JoinHandle<(Vec<LaneReport>, Result<Vec<Settled>, DbErr>)>>,
-    /// Notes that a suspect is about to be tried alone.
-    noting: Option<JoinHandle<(LaneRef, Result<bool, DbErr>)>>,
-    renewing: Option<JoinHandle<(Instant, Vec<LaneRef>, Result<Renewal, DbErr>)>>,
+    /// Suspects are being tried: nothing else starts until their results are stored.
+    trial: bool,
+    /// Notes which suspects are about to be tried.
+    noting: Option<JoinHandle<(Vec<LaneRef>, Result<Leases, DbErr>)>>,
+    renewing: Option<JoinHandle<(Instant, Vec<LaneRef>, Result<Leases, DbErr>)>>,
     renew_at: Instant,
     /// When to look for lanes next.
     look_at: Instant,
@@ -217,9 +227,9 @@ enum Change {
     Pause,
 }
 
-/// What became of leases that were to be renewed; those in neither list are lost.
-struct Renewal {
-    extended: HashSet<LaneRef>,
+/// What became of leases that were to be renewed, or whose attempts were to be noted; those in neither list are lost.
+struct Leases {
+    done: HashSet<LaneRef>,
     /// Still held; a commit has the lanes at this moment.
     busy: HashSet<LaneRef>,
 }
@@ -265,6 +275,7 @@ pub(crate) fn start(source: Source) -> Ends {
         arrived: Vec::new(),
         taking: None,
         settling: None,
+        trial: false,
         noting: None,
         renewing: None,
         renew_at: now,
@@ -331,7 +342,7 @@ impl Feed {
                 () = arrived(self.source.transport.as_ref()), if stopping || self.takes_jobs() => {}
                 () = health_changes(self.source.transport.as_ref()), if !stopping => self.look_at = Instant::now(),
                 (reports, settled) = finished(&mut self.settling) => self.settled(reports, settled),
-                (lane, noted) = finished(&mut self.noting) => self.noted(&lane, noted),
+                (lanes, noted) = finished(&mut self.noting) => self.noted(&lanes, noted),
                 (asked_at, lanes, held) = finished(&mut self.renewing) => self.renewed(asked_at, &lanes, held),
                 () = finished(&mut self.changing) => {}
                 () = outbox.woken(subscription), if !stopping && !self.is_relayed() => {
@@ -405,14 +416,9 @@ impl Feed {
     }
 
     fn takes_jobs(&self) -> bool {
-        self.taking.is_none()
-            && self.changing.is_none()
-            && self.can_store()
-            && self.room() > 0
-            && !self.lanes.values().any(|lane| lane.suspect)
+        self.taking.is_none() && self.changing.is_none() && self.can_store() && self.room() > 0 && !self.has_suspects()
     }
 
-    /// While there are suspects nothing is claimed that a crash could take with it.
     fn wants_lanes(&self) -> bool {
         self.claiming.is_none()
             && !self.is_relayed()
@@ -420,7 +426,12 @@ impl Feed {
             && !(self.claimed_once && self.source.until == Until::Once)
             && self.can_store()
             && self.room() > 0
-            && !self.lanes.values().any(|lane| lane.suspect)
+            && !self.has_suspects()
+    }
+
+    /// While there are suspects nothing is claimed that a crash could take with it, or could be taken for theirs.
+    fn has_suspects(&self) -> bool {
+        self.trial || self.lanes.values().any(|lane| lane.suspicion.is_some())
     }
 
     /// Whether the next attempt waits for the pace.
@@ -471,6 +482,10 @@ impl Feed {
 
     fn start_ready(&mut self) {
         let options = self.source.options;
+        if self.trial && self.noting.is_none() && self.has_stored_all() {
+            let noted = |key: &String| self.lanes.get(key).is_some_and(|lane| lane.noted);
+            self.trial = self.ready.iter().any(noted);
+        }
         let mut waiting = VecDeque::new();
         let mut free = if self.ready.is_empty() || self.full { 0 } else { self.free() };
         while free > 0 && self.can_store() && !self.is_paced() {
@@ -482,7 +497,9 @@ impl Feed {
                 self.release(&key);
                 continue;
             }
-            if lane.suspect && lane.counted > self.source.retry.attempts(event.max_attempts) {
+            // Losses together with others cost no event its last attempt: only those alone are certainly its own.
+            let alone = lane.suspicion == Some(Suspicion::Alone);
+            if alone && lane.counted > self.source.retry.attempts(event.max_attempts) {
                 let begun = lane.attempts - 1;
                 tracing::warn!(subscription = &*self.source.name, event_id = %event.id, begun, "dead letter");
                 let log = lane.log.take();
@@ -493,7 +510,7 @@ impl Feed {
                 self.die(key, begun, log, error);
                 continue;
             }
-            if lane.suspect && !lane.noted {
+            if !lane.noted && (self.trial || lane.suspicion.is_some()) {
                 waiting.push_back(key);
                 continue;
             }
@@ -540,33 +557,50 @@ impl Feed {
             }
         }
         self.ready.append(&mut waiting);
-        if self.open == 0 && self.noting.is_none() && self.can_store() {
-            self.note_next_suspect();
+        if !self.trial && self.can_store() && self.has_stored_all() {
+            self.try_suspects();
         }
     }
 
-    /// Everything else is done: the next suspect is tried alone, and that is stored before it begins. So a crash counts
-    /// for the delivery that was under way, not for those that were leased beside it.
-    fn note_next_suspect(&mut self) {
-        let suspect = self.ready.iter().find_map(|key| self.lanes.get(key).filter(|lane| lane.suspect && !lane.noted));
-        let Some(suspect) = suspect else { return };
-        let (outbox, lane) = (self.source.outbox.clone(), suspect.lane.clone());
-        let begun = DeliveryError::retry("tried alone after a crash; its end is not known");
-        let log = suspect.logged(&self.source.worker, &begun, None);
+    /// Whether nothing is under way, and no result waits to be stored.
+    fn has_stored_all(&self) -> bool {
+        self.open == 0 && !self.has_reports() && self.settling.is_none()
+    }
+
+    /// Everything else is done: the next suspects are tried, in a group those that were leased when their worker was
+    /// killed, alone those that were in such a group. That is stored before they begin. So a crash is put down to those
+    /// that were tried, and counts only for one that was alone.
+    fn try_suspects(&mut self) {
+        let ready = self.ready.iter().filter_map(|key| self.lanes.get(key));
+        let suspects: Option<Vec<_>> = ready.map(|lane| Some((lane.suspicion?, lane))).collect();
+        // What is no suspect comes first.
+        let Some(mut suspects) = suspects.filter(|suspects| !suspects.is_empty()) else { return };
+        suspects.sort_by_key(|(suspicion, _)| *suspicion);
+        let leased = suspects.iter().filter(|(suspicion, _)| *suspicion == Suspicion::Leased).count();
+        let group = if leased > FEW { leased.min(GROUP) } else { 1 };
+        let notes: Vec<_> = suspects[..group]
+            .iter()
+            .map(|(_, lane)| (lane.lane.clone(), lane.begun(&self.source.worker, group)))
+            .collect();
+        let outbox = self.source.outbox.clone();
+        self.trial = true;
         self.noting = Some(tokio::spawn(async move {
-            let noted = outbox.note_attempt(&lane, &log).await;
-            (lane, noted)
+            let noted = note(&outbox, &notes).await;
+            (notes.into_iter().map(|(lane, _)| lane).collect(), noted)
         }));
     }
 
-    fn noted(&mut self, noted: &LaneRef, stored: Result<bool, DbErr>) {
-        let Some(lane) = self.lanes.get_mut(&noted.key).filter(|lane| lane.lane == *noted) else { return };
-        match stored {
-            Ok(true) => lane.noted = true,
-            Ok(false) => self.lose(&noted.key),
-            Err(error) => {
-                tracing::warn!(subscription = &*self.source.name, %error, "cannot note an attempt, trying again later");
-                self.release(&noted.key);
+    fn noted(&mut self, asked: &[LaneRef], noted: Result<Leases, DbErr>) {
+        if let Err(error) = &noted {
+            tracing::warn!(subscription = &*self.source.name, %error, "cannot note attempts, trying again later");
+        }
+        for lease in asked {
+            let Some(lane) = self.lanes.get_mut(&lease.key).filter(|lane| lane.lane == *lease) else { continue };
+            match &noted {
+                Ok(Leases { done, .. }) if done.contains(lease) => lane.noted = true,
+                Ok(Leases { busy, .. }) if busy.contains(lease) => {}
+                Ok(_) => self.lose(&lease.key),
+                Err(_) => self.release(&lease.key),
             }
         }
     }
@@ -766,7 +800,7 @@ impl Feed {
             End::Outcome(Outcome::Retry(error)) => self.failed(key, &event, &error, started),
             End::Outcome(Outcome::Permanent(error)) => {
                 tracing::warn!(subscription = &*self.source.name, event_id = %event.id, attempts, %error, "dead letter");
-                let log = Some(lane.logged(&self.source.worker, &error, Some(started)));
+                let log = Some(lane.logged(&self.source.worker, &error, started));
                 metrics::failed(&self.source.name, &event, Failure::Permanent);
                 self.answered(&key);
                 self.die(key, attempts, log, error.message().to_owned());
@@ -851,7 +885,7 @@ impl Feed {
             self.postpone(&key, wait, format!("{error}; the subscription was paused"));
             return;
         }
-        let log = lane.logged(&self.source.worker, error, Some(started));
+        let log = lane.logged(&self.source.worker, error, started);
         let (attempts, counted) = (lane.attempts, lane.counted);
         if error.reason() != Reason::Unavailable {
             self.answered(&key);
@@ -1164,8 +1198,8 @@ impl Feed {
         }
     }
 
-    fn renewed(&mut self, asked_at: Instant, asked: &[LaneRef], renewal: Result<Renewal, DbErr>) {
-        let Renewal { extended, busy } = match renewal {
+    fn renewed(&mut self, asked_at: Instant, asked: &[LaneRef], renewal: Result<Leases, DbErr>) {
+        let Leases { done, busy } = match renewal {
             Ok(renewal) => renewal,
             Err(error) => {
                 tracing::warn!(subscription = &*self.source.name, %error, "cannot renew leases, trying again");
@@ -1178,7 +1212,7 @@ impl Feed {
         }
         for lease in asked {
             let Some(lane) = self.lanes.get_mut(&lease.key).filter(|lane| lane.lane == *lease) else { continue };
-            if extended.contains(lease) {
+            if done.contains(lease) {
                 lane.leased_until = asked_at + self.source.options.lease;
                 continue;
             }
@@ -1249,11 +1283,28 @@ async fn health_changes(transport: Option<&Transport>) {
     }
 }
 
-async fn renew(outbox: &Outbox, lanes: &[LaneRef], lease: Duration) -> Result<Renewal, DbErr> {
-    let extended: HashSet<LaneRef> = outbox.renew(lanes, lease).await?.into_iter().collect();
-    let others: Vec<LaneRef> = lanes.iter().filter(|lane| !extended.contains(lane)).cloned().collect();
+async fn renew(outbox: &Outbox, lanes: &[LaneRef], lease: Duration) -> Result<Leases, DbErr> {
+    let done = outbox.renew(lanes, lease).await?.into_iter().collect();
+    with_busy(outbox, lanes.iter(), done).await
+}
+
+async fn note(outbox: &Outbox, notes: &[(LaneRef, String)]) -> Result<Leases, DbErr> {
+    let done = outbox.note_attempts(notes).await?;
+    let leases = with_busy(outbox, notes.iter().map(|(lane, _)| lane), done).await?;
+    if leases.done.is_empty() && !leases.busy.is_empty() {
+        tokio::time::sleep(BUSY_WAIT).await;
+    }
+    Ok(leases)
+}
+
+async fn with_busy(
+    outbox: &Outbox,
+    lanes: impl Iterator<Item = &LaneRef>,
+    done: HashSet<LaneRef>,
+) -> Result<Leases, DbErr> {
+    let others: Vec<LaneRef> = lanes.filter(|lane| !done.contains(lane)).cloned().collect();
     let busy = if others.is_empty() { Vec::new() } else { outbox.held(&others).await? };
-    Ok(Renewal { extended, busy: busy.into_iter().collect() })
+    Ok(Leases { done, busy: busy.into_iter().collect() })
 }
 
 /// The result of a background task; pending while there is none.

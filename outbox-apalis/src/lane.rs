@@ -16,15 +16,26 @@ use tokio_util::sync::CancellationToken;
 /// How many failed attempts of a delivery are remembered with error and time.
 const LOGGED_ATTEMPTS: usize = 20;
 
+/// Why a head may have killed its worker: its last attempt has left no result. In the order in which suspects are tried:
+/// the crashes are as many in any order, and so those that are probably innocent do not wait for all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Suspicion {
+    /// It was leased, among up to all that its worker had.
+    Leased,
+    /// It was tried in a small group.
+    Grouped,
+    /// It was tried alone.
+    Alone,
+}
+
 pub(crate) struct Lane {
     pub(crate) lane: LaneRef,
     /// Attempts of the head, the one under way included.
     pub(crate) attempts: u32,
     /// As `attempts`, without those that were lost in a crash together with others.
     pub(crate) counted: u32,
-    /// The last attempt of the head has left no result: it may have killed its worker, so it is tried alone.
-    pub(crate) suspect: bool,
-    /// It stands in the log that it is tried alone.
+    pub(crate) suspicion: Option<Suspicion>,
+    /// It stands in the log that this suspect is tried.
     pub(crate) noted: bool,
     pub(crate) log: Option<String>,
     pub(crate) run: VecDeque<Arc<RecordedEvent>>,
@@ -72,16 +83,19 @@ impl Lane {
     pub(crate) fn new(claimed: ClaimedLane, leased_until: Instant, probe: bool) -> Self {
         let last = attempt_log(claimed.attempt_log.as_deref()).pop();
         let of_last = |name: &str| last.as_ref().and_then(|entry| entry[name].as_u64()).unwrap_or(0);
+        let suspicion = match &last {
+            Some(last) if last["milliseconds"].is_null() && last["group"].is_null() => Some(Suspicion::Alone),
+            Some(last) if last["milliseconds"].is_null() => Some(Suspicion::Grouped),
+            _ => (of_last("attempt") + 1 < u64::from(claimed.attempts)).then_some(Suspicion::Leased),
+        };
         // An attempt that was begun alone and is not over has killed its worker, and counts by itself. Any number of
-        // attempts that were lost together with others count as one.
-        let begun_alone = last.as_ref().is_some_and(|entry| entry["milliseconds"].is_null());
-        let lost = !begun_alone && of_last("attempt") + 1 < u64::from(claimed.attempts);
-        let counted = of_last("counted") + 1 + u64::from(lost);
+        // attempts that were lost together with others count as one; that of a group is in its entry.
+        let counted = of_last("counted") + 1 + u64::from(suspicion == Some(Suspicion::Leased));
         Self {
             lane: claimed.lane,
             attempts: claimed.attempts,
             counted: u32::try_from(counted).unwrap_or(u32::MAX),
-            suspect: begun_alone || lost,
+            suspicion,
             noted: false,
             log: claimed.attempt_log,
             run: claimed.run.into_iter().map(Arc::new).collect(),
@@ -106,23 +120,43 @@ impl Lane {
     /// What comes next in the run has not been tried.
     pub(crate) fn next_head(&mut self) {
         (self.attempts, self.counted, self.log) = (1, 1, None);
-        (self.suspect, self.noted) = (false, false);
+        (self.suspicion, self.noted) = (None, false);
     }
 
-    /// The attempt log with one more entry; an attempt that has only begun has no start to measure from.
-    pub(crate) fn logged(&self, worker: &str, error: &DeliveryError, started: Option<Instant>) -> String {
-        let mut log = attempt_log(self.log.as_deref());
-        if log.len() >= LOGGED_ATTEMPTS {
-            log.remove(0);
-        }
-        log.push(serde_json::json!({
+    /// The attempt log with one more entry: the attempt that has failed.
+    pub(crate) fn logged(&self, worker: &str, error: &DeliveryError, started: Instant) -> String {
+        self.log_with(serde_json::json!({
             "attempt": self.attempts,
             "counted": self.counted,
             "at": chrono::Utc::now(),
             "worker": worker,
             "error": error.message(),
-            "milliseconds": started.map(|started| started.elapsed().as_millis()),
-        }));
+            "milliseconds": started.elapsed().as_millis(),
+        }))
+    }
+
+    /// The attempt log with one more entry: a suspect is about to be tried, in a group of this size. Nobody knows yet how
+    /// long it takes, and if it is lost in a group, nothing more is counted than before.
+    pub(crate) fn begun(&self, worker: &str, group: usize) -> String {
+        let alone = group == 1;
+        let how = if alone { "alone".to_owned() } else { format!("in a group of {group}") };
+        self.log_with(serde_json::json!({
+            "attempt": self.attempts,
+            "counted": self.counted - u32::from(!alone),
+            "at": chrono::Utc::now(),
+            "worker": worker,
+            "error": format!("tried {how} after a crash; its end is not known"),
+            "milliseconds": null,
+            "group": (!alone).then_some(group),
+        }))
+    }
+
+    fn log_with(&self, entry: serde_json::Value) -> String {
+        let mut log = attempt_log(self.log.as_deref());
+        if log.len() >= LOGGED_ATTEMPTS {
+            log.remove(0);
+        }
+        log.push(entry);
         serde_json::Value::from(log).to_string()
     }
 }

@@ -5,7 +5,7 @@ use std::{
 
 use chrono::{DateTime, Utc};
 use outbox_core::RecordedEvent;
-use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, QueryResult};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -552,19 +552,13 @@ impl Outbox {
     /// Dropping the future leaves open whether the leases are extended.
     pub async fn renew(&self, lanes: &[LaneRef], lease: Duration) -> Result<Vec<LaneRef>, DbErr> {
         let values = [leases(lanes)?.into(), seconds(lease).into()];
-        let rows = self.query_all(self.store(), self.sql().renew, values).await?;
-        let extended = rows
-            .iter()
-            .map(|row| {
-                let (subscription, key) = (row.try_get("", "subscription_id")?, row.try_get("", "key")?);
-                Ok(LaneRef { subscription, key, token: row.try_get("", "lease_token")? })
-            })
-            .collect::<Result<HashSet<LaneRef>, DbErr>>()?;
+        let extended = lane_refs(&self.query_all(self.store(), self.sql().renew, values).await?)?;
         Ok(lanes.iter().filter(|lane| extended.contains(lane)).cloned().collect())
     }
 
-    /// Stores the attempt log of a lane's head before an attempt begins, so that a crash leaves a trace of it. False if
-    /// the lease is not held any more.
+    /// Stores attempt logs of lanes' heads before their attempts begin, so that a crash leaves a trace of them, and returns
+    /// the leases of those that are stored. The others were taken over, or a commit holds their lanes at this moment;
+    /// [`held`](Self::held) tells which.
     ///
     /// # Errors
     ///
@@ -572,10 +566,15 @@ impl Outbox {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future leaves open whether the log is stored.
-    pub async fn note_attempt(&self, lane: &LaneRef, log: &str) -> Result<bool, DbErr> {
-        let values = [lane.subscription.into(), lane.key.as_str().into(), lane.token.into(), log.into()];
-        Ok(self.execute(self.store(), self.sql().note_attempt, values).await? == 1)
+    /// Dropping the future leaves open whether the logs are stored.
+    pub async fn note_attempts(&self, notes: &[(LaneRef, String)]) -> Result<HashSet<LaneRef>, DbErr> {
+        let notes: Vec<_> = notes
+            .iter()
+            .map(|(LaneRef { subscription, key, token }, log)| {
+                serde_json::json!({"subscription": subscription, "key": key, "token": token, "log": log})
+            })
+            .collect();
+        lane_refs(&self.query_all(self.store(), self.sql().note_attempts, [json(&notes)?.into()]).await?)
     }
 
     /// Returns the leases that nobody has taken over and their holder has not ended.
@@ -600,6 +599,16 @@ fn leases(lanes: &[LaneRef]) -> Result<String, DbErr> {
         .map(|lane| serde_json::json!({"subscription": lane.subscription, "key": lane.key, "token": lane.token}))
         .collect();
     json(&rows)
+}
+
+/// Leases as the statements return them.
+fn lane_refs(rows: &[QueryResult]) -> Result<HashSet<LaneRef>, DbErr> {
+    rows.iter()
+        .map(|row| {
+            let (subscription, key) = (row.try_get("", "subscription_id")?, row.try_get("", "key")?);
+            Ok(LaneRef { subscription, key, token: row.try_get("", "lease_token")? })
+        })
+        .collect()
 }
 
 pub(crate) async fn settle_in(

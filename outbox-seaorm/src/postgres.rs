@@ -230,9 +230,21 @@ pub(crate) static POSTGRES: Sql = Sql {
                 where l.subscription_id = r.subscription and l.key = r.key
                   and l.lease_token = r.token and l.leased_by is not null offset 0) l",
 
-    note_attempt: "
-        update outbox_lanes set attempt_log = case when attempts > 0 then $4::text::jsonb end
-         where subscription_id = $1 and key = $2 and lease_token = $3 and leased_by is not null",
+    note_attempts: "
+        with held as materialized (
+                select l.subscription_id, l.key, r.log
+                  from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, token bigint, log text)
+                 cross join lateral (
+                       select l.subscription_id, l.key from outbox_lanes l
+                        where l.subscription_id = r.subscription and l.key = r.key
+                          and l.lease_token = r.token and l.leased_by is not null
+                          for update skip locked) l)
+        update outbox_lanes l
+           set attempt_log = case when l.attempts > 0 then held.log::jsonb end
+          from held
+         where l.subscription_id = held.subscription_id and l.key = held.key
+           and l.key = any (array(select key from held))
+        returning l.subscription_id, l.key, l.lease_token",
 
     // One round trip. Everything depends on `held`, so the lanes are locked before anything of them changes, and `pending`
     // is that of the locked row. What the statement reads besides is from before the locks: a delivery that a commit has

@@ -104,8 +104,8 @@ pub(crate) struct Sql {
     /// $1 reports. The lanes whose lease is still held: neither taken over nor ended by its holder.
     pub(crate) held: &'static str,
 
-    /// $1 subscription, $2 key, $3 token, $4 log: of a lane whose lease is held.
-    pub(crate) note_attempt: &'static str,
+    /// $1 lanes with their attempt logs. Returns the lanes whose lease was still held.
+    pub(crate) note_attempts: &'static str,
 
     /// After `keep` the lease goes on; after `retry` the head waits; after `yield` and `release` the lane is due with its
     /// next delivery; after `hold` it is not due until an operator decides. A lane without deliveries is deleted.

@@ -151,9 +151,15 @@ pub(crate) static SQLITE: Sql = Sql {
       join outbox_lanes l on l.subscription_id = r.value->>'subscription' and l.key = r.value->>'key'
        and l.lease_token = r.value->>'token' and l.leased_by is not null",
 
-    note_attempt: "
-        update outbox_lanes set attempt_log = case when attempts > 0 then $4 end
-         where subscription_id = $1 and key = $2 and lease_token = $3 and leased_by is not null",
+    note_attempts: "
+    update outbox_lanes
+       set attempt_log = case when outbox_lanes.attempts > 0 then r.log end
+      from (select value->>'subscription' as subscription, value->>'key' as lane, value->>'token' as token,
+                   value->>'log' as log
+              from json_each($1)) r
+     where outbox_lanes.subscription_id = r.subscription and outbox_lanes.key = r.lane
+       and outbox_lanes.lease_token = r.token and outbox_lanes.leased_by is not null
+    returning outbox_lanes.subscription_id, outbox_lanes.key, outbox_lanes.lease_token",
 
     settle: Settle::InSteps(SettleSteps {
     delete_deliveries: "

@@ -48,6 +48,23 @@ async fn a_flush_that_may_not_wait_for_a_lock_may_be_tried_again() {
 }
 
 #[tokio::test]
+async fn attempts_are_noted_without_waiting_for_a_commit() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record_todos(&["1", "2"]).await;
+    let lanes: Vec<_> = store.outbox.claim(id, "w", 2, 1, LONG).await.unwrap().lanes;
+    let notes: Vec<_> = lanes.iter().map(|lane| (lane.lane.clone(), "[]".to_owned())).collect();
+    let refs = [lanes[0].lane.clone(), lanes[1].lane.clone()];
+    let holding = store.another_process().await.begin(Context::default());
+    holding.tx().execute_unprepared("select from outbox_lanes where key = 'todo/1' for update").await.unwrap();
+    assert_eq!(store.outbox.note_attempts(&notes).await.unwrap(), [refs[1].clone()].into());
+    assert_eq!(store.outbox.held(&refs).await.unwrap(), refs);
+    holding.rollback().await;
+    assert_eq!(store.outbox.note_attempts(&notes).await.unwrap(), refs.into());
+    store.is_whole().await;
+}
+
+#[tokio::test]
 async fn a_session_that_is_ended_between_two_statements_commits_nothing_and_its_successor_works() {
     let store = Store::new().await;
     let id = store.subscribe("s").await;

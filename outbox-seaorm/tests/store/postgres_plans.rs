@@ -100,7 +100,7 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
         ("held", POSTGRES.held, lanes, &[lane]),
         ("settle", settle, &settled, &[lane, delivery]),
         ("delete empty lanes", POSTGRES.delete_empty_lanes, lanes, &[lane]),
-        ("note attempt", POSTGRES.note_attempt, "1, 'todo/1', 1, '[]'", &[lane]),
+        ("note attempts", POSTGRES.note_attempts, lanes, &[lane]),
         ("renew", POSTGRES.renew, &renewed, &[lane]),
         ("list unfinished", POSTGRES.list_unfinished, "1, false, 50", &[listed, event]),
         ("list leased", POSTGRES.list_unfinished, "1, true, 50", &[event]),

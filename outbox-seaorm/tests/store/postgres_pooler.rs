@@ -105,7 +105,7 @@ async fn every_call_works_through_a_pooler() {
     assert_eq!(lanes.len(), 2);
     let refs = [lanes[0].lane.clone(), lanes[1].lane.clone()];
     assert_eq!(outbox.held(&refs).await.unwrap().len(), 2);
-    assert!(other.note_attempt(&refs[0], "[]").await.unwrap());
+    assert_eq!(other.note_attempts(&[(refs[0].clone(), "[]".to_owned())]).await.unwrap().len(), 1);
     assert_eq!(outbox.settle(&[failed(&lanes[0], LONG, "no")]).await.unwrap(), [Settled::Done]);
     let unit = other.begin(Context::default());
     unit.tx().execute_unprepared("insert into notes values ('effect')").await.unwrap();

@@ -473,6 +473,22 @@ async fn a_lost_lease_is_not_renewed() {
 }
 
 #[tokio::test]
+async fn attempts_are_noted_where_the_lease_is_held() {
+    let store = Store::new().await;
+    let (id, other) = (store.subscribe("s").await, store.subscribe("other").await);
+    store.record_todos(&["a"]).await;
+    let (lost, held) = taken_over(&store, id).await;
+    let others = store.claim_one(other, LONG).await;
+    let notes = [(&lost, "[1]"), (&others, "[2]"), (&held, "[3]")];
+    let notes = notes.map(|(lane, log)| (lane.lane.clone(), log.to_owned()));
+    assert_eq!(store.outbox.note_attempts(&notes).await.unwrap(), [others.lane, held.lane].into());
+    let logs = "select cast(attempt_log as text) from outbox_lanes order by subscription_id";
+    assert_eq!(store.column::<String>(logs).await, ["[3]", "[2]"]);
+    assert!(store.outbox.note_attempts(&[]).await.unwrap().is_empty());
+    store.is_whole().await;
+}
+
+#[tokio::test]
 async fn a_renewed_lease_ends_later() {
     let store = Store::new().await;
     let id = store.subscribe("s").await;

@@ -55,6 +55,7 @@ async fn flush_and_settle_touch_only_their_own_lanes_and_deliveries() {
         settle.insert_dead_letters,
         settle.advance_lanes,
         SQLITE.delete_empty_lanes,
+        SQLITE.note_attempts,
         SQLITE.renew,
     ] {
         let plan = plan(&store, sql).await;

@@ -10,6 +10,7 @@ use outbox_seaorm::{Outbox, entity::events};
 use outbox_tests::{
     Database, Process, TOKEN, command, eventually,
     sink::{SECRET, Sink},
+    texts,
 };
 use reqwest::{Client, StatusCode};
 use sea_orm::{ConnectionTrait, EntityTrait, Statement};
@@ -191,6 +192,48 @@ async fn an_event_that_ends_its_process_every_time_becomes_a_dead_letter() {
             assert!(ended <= 2, "each attempt counts");
         }
         assert_eq!(ended, 2);
+    }
+}
+
+/// A few hundred events that harm nobody, and in the middle of them one that ends its process every time.
+#[tokio::test]
+async fn of_all_that_was_leased_when_a_process_ended_only_the_event_that_ended_it_dies() {
+    for database in [Database::sqlite(), Database::postgres()] {
+        let settings = [("OUTBOX_LEASE_MS", "1000"), ("OUTBOX_POLL_MS", "50"), ("OUTBOX_MAX_ATTEMPTS", "1")];
+        let place = Place::on(database, &settings).await;
+        let serving = place.start("serve").await;
+        let (client, url) = (Client::new(), format!("{}/poison", serving.http));
+        for n in 0..300 {
+            let kind = if n == 150 { "abort" } else { "none" };
+            let body = json!({ "op": n.to_string(), "key": n.to_string(), "kind": kind });
+            assert_eq!(post(&client, &url, &body).await, StatusCode::CREATED);
+        }
+        let mut worker = place.start("worker").await;
+        let witness = place.database.open().await;
+        let is_over = || async {
+            let status = witness.status().await.unwrap();
+            status.subscriptions.iter().any(|each| each.name == "poison" && each.dead > 0 && each.pending == 0)
+        };
+        let (mut ended, started) = (0, Instant::now());
+        while !is_over().await {
+            assert!(started.elapsed() < Duration::from_secs(60), "the process ended {ended} times");
+            if !worker.is_running() {
+                ended += 1;
+                worker = place.start("worker").await;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let dead = "select e.aggregate_id || ': ' || x.error from outbox_dead_letters x
+                      join outbox_events e on e.position = x.position";
+        let dead = texts(&witness, dead).await;
+        assert!(
+            dead.len() == 1 && dead[0].starts_with("150: ") && dead[0].contains("ended without a result"),
+            "{dead:?}"
+        );
+        let delivered = "select cast(count(distinct position) as text) from outbox_delivered";
+        assert_eq!(texts(&witness, delivered).await, ["299"]);
+        // With others, in a group, and alone.
+        assert!((2..=3).contains(&ended), "the process ended {ended} times");
     }
 }
 
