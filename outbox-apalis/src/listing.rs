@@ -10,6 +10,7 @@ use apalis_core::{
 use chrono::{DateTime, Utc};
 use outbox_core::RecordedEvent;
 use outbox_seaorm::{DeliveryRecord, DeliveryState, SubscriptionStatus, WorkerStatus};
+use serde::de::IgnoredAny;
 
 use crate::{
     backend::{BackendError, OutboxBackend},
@@ -28,9 +29,14 @@ fn seconds(at: DateTime<Utc>) -> u64 {
     at.timestamp().unsigned_abs()
 }
 
-fn task(record: DeliveryRecord) -> Task<DeliveryTask> {
+fn task(mut record: DeliveryRecord) -> Task<DeliveryTask> {
+    if record.unreadable.is_some() && serde_json::from_str::<IgnoredAny>(&record.event.payload).is_err() {
+        // As text: one that is not JSON would cost the page all its other tasks.
+        record.event.payload = serde_json::Value::from(record.event.payload).to_string();
+    }
     let mut metadata = MetadataStore::new();
-    let shown = [("event_type", Some(record.event.event_type.clone())), ("error", record.error)];
+    let event_type = Some(record.event.event_type.clone());
+    let shown = [("event_type", event_type), ("error", record.error), ("unreadable", record.unreadable)];
     for (name, value) in shown {
         if let Some(value) = value {
             // Fails only for a name that is there already.

@@ -56,7 +56,8 @@ const READY_WITHIN: Duration = Duration::from_secs(2);
 /// | `GET /outbox/api/audit` | the last 50 changes by operators |
 /// | everything else | the [dashboard](Self::dashboard), or 404 |
 ///
-/// Lists are pages, `{"items":[…],"next":"cursor"|null}`; `limit` (50, at most 500) and `cursor` ask for the next.
+/// Lists are pages, `{"items":[…],"next":"cursor"|null}`; `limit` (50, at most 500) and `cursor` ask for the next. An event
+/// whose row somebody damaged has `null` for what cannot be read, and `unreadable` says what is wrong.
 ///
 /// All but the first two need the token: `Authorization: Bearer TOKEN`, or HTTP basic authentication with the token as
 /// the password of any user, so that a browser can log in; the audit shows that user's name. What changes something must

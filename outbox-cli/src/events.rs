@@ -3,7 +3,7 @@ use std::fmt::Write;
 use chrono::{DateTime, Utc};
 use clap::{Args, Subcommand};
 use outbox_core::RecordedEvent;
-use outbox_seaorm::{EventFilter, Outbox};
+use outbox_seaorm::{DamagedEvent, EventFilter, Outbox};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -89,41 +89,25 @@ async fn list(outbox: &Outbox, selected: List) -> Answer {
         until: selected.until,
     };
     let page = outbox.events(&filter, selected.cursor, selected.limit).await?;
-    let rows = page.events.iter().map(|event| {
-        [
-            time(event.recorded_at),
-            event.event_type.clone(),
-            format!("{}/{}", event.aggregate_type, event.aggregate_id),
-            or_dash(event.actor.as_ref().map(|actor| format!("{}/{}", actor.kind, actor.id))),
-            event.id.to_string(),
-        ]
-    });
-    let mut text = table(["recorded at", "type", "aggregate", "actor", "event"], rows);
+    let rows = page.rows();
+    let lines = rows.iter().map(|row| row.map_or_else(damaged_line, line));
+    let mut text = table(["recorded at", "type", "aggregate", "actor", "event"], lines);
     if let Some(next) = page.next {
         let _ = writeln!(text, "more: --cursor {next}");
     }
-    let items: Vec<Value> = page.events.iter().map(without_payload).collect();
+    let items: Vec<Value> = rows.into_iter().map(|row| row.map_or_else(without_unreadable, without_payload)).collect();
     Ok(Output::new(text, json!({ "items": items, "next": page.next.map(|next| next.to_string()) })))
 }
 
 async fn show(outbox: &Outbox, id: Uuid) -> Answer {
     let details = outbox.event(id).await?.ok_or_else(|| no_event(id))?;
-    let (mut shown, mut text) = match &details.event {
-        Ok(event) => {
-            let mut shown = without_payload(event);
-            shown["payload"] = serde_json::from_str(&event.payload).unwrap_or_else(|_| event.payload.as_str().into());
-            let text = format!(
-                "{} of {}/{}, recorded at {}\n{}\n\n",
-                event.event_type,
-                event.aggregate_type,
-                event.aggregate_id,
-                time(event.recorded_at),
-                plain(&event.payload),
-            );
-            (shown, text)
-        }
-        Err(error) => (json!({ "id": id, "unreadable": error }), format!("{error}\n\n")),
+    let (event, mut shown, mut text) = match &details.event {
+        Ok(event) => (event, without_payload(event), String::new()),
+        Err(damaged) => (&damaged.event, without_unreadable(damaged), format!("{}\n", plain(&damaged.error))),
     };
+    shown["payload"] = serde_json::from_str(&event.payload).unwrap_or_else(|_| event.payload.as_str().into());
+    let [recorded_at, event_type, aggregate, ..] = details.event.as_ref().map_or_else(damaged_line, line);
+    text += &format!("{event_type} of {aggregate}, recorded at {recorded_at}\n{}\n\n", plain(&event.payload));
     shown["deliveries"] = json!(details.deliveries);
     text += &table(
         ["subscription", "state", "attempts", "due at", "finished at", "error"],
@@ -147,6 +131,26 @@ pub(crate) async fn why(outbox: &Outbox, id: Uuid) -> Answer {
     Ok(Output::new(table(["subscription", "state", "why"], rows), &whys))
 }
 
+/// When, type, aggregate, actor, id.
+fn line(event: &RecordedEvent) -> [String; 5] {
+    [
+        time(event.recorded_at),
+        event.event_type.clone(),
+        format!("{}/{}", event.aggregate_type, event.aggregate_id),
+        or_dash(event.actor.as_ref().map(|actor| format!("{}/{}", actor.kind, actor.id))),
+        event.id.to_string(),
+    ]
+}
+
+/// With a dash for what cannot be read, and with what is wrong.
+fn damaged_line(damaged: &DamagedEvent) -> [String; 5] {
+    let DamagedEvent { event, missing, error } = damaged;
+    let [recorded_at, event_type, aggregate, actor, id] = line(event);
+    let read = |field, text: String| or_dash((!missing.contains(&field)).then_some(text));
+    let id = format!("{}, position {}: {error}", read("id", id), event.position);
+    [read("recorded_at", recorded_at), read("event_type", event_type), aggregate, actor, id]
+}
+
 fn no_event(id: Uuid) -> String {
     format!("there is no event {id}; retention may have taken it away")
 }
@@ -159,5 +163,15 @@ fn without_payload(event: &RecordedEvent) -> Value {
     if let Some(members) = shown.as_object_mut() {
         members.remove("payload");
     }
+    shown
+}
+
+/// With `null` for what cannot be read.
+fn without_unreadable(damaged: &DamagedEvent) -> Value {
+    let mut shown = without_payload(&damaged.event);
+    for field in &damaged.missing {
+        shown[*field] = Value::Null;
+    }
+    shown["unreadable"] = json!(damaged.error);
     shown
 }

@@ -110,7 +110,7 @@ pub(crate) async fn migrate(url: &str, command: Migrate) -> Answer {
 }
 
 async fn has_events(outbox: &Outbox) -> Result<bool, sea_orm::DbErr> {
-    Ok(!outbox.events(&outbox_seaorm::EventFilter::default(), None, 1).await?.events.is_empty())
+    Ok(!outbox.events(&outbox_seaorm::EventFilter::default(), None, 1).await?.rows().is_empty())
 }
 
 /// Migrations that are not ours are more likely those of an application than those of a later version.

@@ -5,6 +5,7 @@ use std::process::Command;
 use outbox_core::{Context, NewEvent, Subscription};
 use outbox_seaorm::{Finished, LaneReport, Next, Outbox};
 use outbox_test_servers::Postgres;
+use sea_orm::ConnectionTrait;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -105,6 +106,45 @@ async fn an_operator_finds_and_mends_a_dead_letter(url: &str) {
     let opened = Outbox::connect(url, 1).await.unwrap();
     let actors: Vec<String> = opened.audit_entries(10).await.unwrap().into_iter().map(|entry| entry.actor).collect();
     assert!(actors.len() >= 5 && actors.iter().all(|actor| actor == "anna"), "{actors:?}");
+}
+
+/// `id` says whether the id can still be read.
+async fn an_operator_finds_a_damaged_event(url: &str, damage: &str, unreadable: &str, id: bool) {
+    let (dead, waiting) = filled(url).await;
+    let opened = Outbox::connect(url, 1).await.unwrap();
+    let sql = format!("update outbox_events set tags = '[1]', {damage} where aggregate_id = 'a'");
+    opened.writer().execute_unprepared(&sql).await.unwrap();
+    let items = json_of(url, &["events"])["items"].clone();
+    let [whole, damaged] = items.as_array().unwrap().as_slice() else { panic!("{items}") };
+    assert_eq!((&whole["id"], &whole["unreadable"]), (&json!(waiting), &json!(null)));
+    assert_eq!((&damaged["event_type"], &damaged["aggregate_id"]), (&json!("order.placed"), &json!("a")));
+    assert_eq!(damaged["id"], if id { json!(dead) } else { json!(null) });
+    let told = damaged["unreadable"].as_str().unwrap();
+    assert!(told.contains("tags") && told.contains(unreadable), "{told}");
+    let text = ok(url, &["events"]).out;
+    assert!(text.contains(&waiting) && text.contains("order/a") && text.contains(told), "{text}");
+    if id {
+        let shown = json_of(url, &["events", "show", &dead]);
+        assert_eq!((&shown["unreadable"], &shown["payload"]), (&json!(told), &json!({"n": 1})));
+        assert!(ok(url, &["events", "show", &dead]).out.starts_with(told));
+        assert_eq!(outbox(url, &["why", &dead]).code, Some(0));
+    }
+    assert!(ok(url, &["dead"]).out.contains("order/a"));
+    assert_eq!(ok(url, &["status"]).code, Some(0));
+    assert_eq!(json_of(url, &["dead", "replay", "--all"]), json!({"matched": 1, "changed": 1}));
+}
+
+#[tokio::test]
+async fn an_operator_finds_a_damaged_event_on_sqlite() {
+    let directory = tempfile::tempdir().unwrap();
+    let damage = "event_id = x'00', recorded_at = 'never'";
+    an_operator_finds_a_damaged_event(&sqlite(&directory), damage, "event_id", false).await;
+}
+
+#[tokio::test]
+async fn an_operator_finds_a_damaged_event_on_postgresql() {
+    let damage = "recorded_at = '-infinity'";
+    an_operator_finds_a_damaged_event(&Postgres::shared().database(), damage, "recorded_at", true).await;
 }
 
 #[tokio::test]

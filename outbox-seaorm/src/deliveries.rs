@@ -1,9 +1,9 @@
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
 use chrono::{DateTime, Utc};
 use outbox_core::{Actor, RecordedEvent};
-use sea_orm::{ConnectionTrait, DbErr, QueryResult};
-use serde::Serialize;
+use sea_orm::{ConnectionTrait, DbErr, QueryResult, TryGetable};
+use serde::{Serialize, de::IgnoredAny};
 use uuid::Uuid;
 
 use crate::Outbox;
@@ -43,8 +43,10 @@ impl DeliveryState {
 pub struct DeliveryRecord {
     /// The name of the subscription.
     pub subscription: String,
-    /// The event.
+    /// The event. If its row cannot be read as a whole, what can be read of it; the rest is as in [`DamagedEvent`].
     pub event: RecordedEvent,
+    /// What is wrong with the event's row; `None` if nothing is.
+    pub unreadable: Option<String>,
     /// Where it stands.
     pub state: DeliveryState,
     /// How many attempts were begun.
@@ -97,9 +99,11 @@ impl Outbox {
         };
         let standings = self.standings(row.try_get("", "position")?, Some(id)).await?;
         let Some(delivery) = standings.into_iter().find_map(|standing| standing.delivery()) else { return Ok(None) };
+        let (event, unreadable) = shown(&row);
         Ok(Some(DeliveryRecord {
             subscription: delivery.subscription,
-            event: recorded(&row)?,
+            event,
+            unreadable,
             state: delivery.state,
             attempts: delivery.attempts,
             due_at: delivery.due_at,
@@ -173,9 +177,11 @@ impl Outbox {
         };
         rows.iter()
             .map(|row| {
+                let (event, unreadable) = shown(row);
                 let record = DeliveryRecord {
                     subscription: name.to_owned(),
-                    event: recorded(row)?,
+                    event,
+                    unreadable,
                     state,
                     attempts: 0,
                     due_at: None,
@@ -217,37 +223,117 @@ pub(crate) fn attempt_log(row: &QueryResult, column: &str) -> Vec<serde_json::Va
     log.and_then(|log| serde_json::from_str(&log).ok()).unwrap_or_default()
 }
 
-/// Reads a row that has all columns of the events.
-pub(crate) fn recorded(row: &QueryResult) -> Result<RecordedEvent, DbErr> {
-    let actor_kind: Option<String> = row.try_get("", "actor_kind")?;
-    let actor_id: Option<String> = row.try_get("", "actor_id")?;
-    let tags: Option<String> = row.try_get("", "tags")?;
-    Ok(RecordedEvent {
-        position: row.try_get("", "position")?,
-        id: row.try_get("", "event_id")?,
-        event_type: row.try_get("", "event_type")?,
-        schema_version: row.try_get("", "schema_version")?,
-        aggregate_type: row.try_get("", "aggregate_type")?,
-        aggregate_id: row.try_get("", "aggregate_id")?,
-        payload: row.try_get("", "payload")?,
-        occurred_at: time(row, "occurred_at")?,
-        recorded_at: time(row, "recorded_at")?,
-        tenant: row.try_get("", "tenant")?,
-        actor: actor_kind.zip(actor_id).map(|(kind, id)| Actor { kind, id }),
-        correlation_id: row.try_get("", "correlation_id")?,
-        causation_id: row.try_get("", "causation_id")?,
-        traceparent: row.try_get("", "traceparent")?,
-        tracestate: row.try_get("", "tracestate")?,
-        tags: tags
-            .map(|tags| serde_json::from_str(&tags))
-            .transpose()
-            .map_err(|error| DbErr::Json(format!("tags: {error}")))?
-            .unwrap_or_default(),
-        max_attempts: row.try_get::<Option<i32>>("", "max_attempts")?.map(i32::unsigned_abs),
-    })
+/// An event whose row somebody has damaged, as far as it can be read.
+#[derive(Clone, Debug)]
+pub struct DamagedEvent {
+    /// What can be read of it. The rest is empty: no text, no tags, the nil id, the beginning of 1970, the payload `null`.
+    pub event: RecordedEvent,
+    /// The fields of `event` that are empty because they cannot be read.
+    pub missing: Vec<&'static str>,
+    /// What is wrong with the row.
+    pub error: String,
 }
 
-fn time(row: &QueryResult, column: &str) -> Result<DateTime<Utc>, DbErr> {
-    let time: Option<DateTime<Utc>> = row.try_get("", column)?;
-    time.ok_or_else(|| DbErr::Type(format!("{column} is not a point in time")))
+/// Reads a row that has all columns of the events; says what is wrong with one that cannot be read as a whole.
+pub(crate) fn recorded(row: &QueryResult) -> Result<RecordedEvent, String> {
+    let mut reading = Reading::new(row);
+    let event = reading.event();
+    if reading.errors.is_empty() { Ok(event) } else { Err(reading.error()) }
+}
+
+/// Reads a row for people: one whose payload is not JSON is damaged as well. Workers leave that to who uses the payload.
+pub(crate) fn listed(row: &QueryResult) -> Result<RecordedEvent, Box<DamagedEvent>> {
+    let mut reading = Reading::new(row);
+    let event = reading.event();
+    if let Err(error) = serde_json::from_str::<IgnoredAny>(&event.payload) {
+        reading.errors.push(format!("payload: {error}"));
+    }
+    if reading.errors.is_empty() {
+        return Ok(event);
+    }
+    let error = reading.error();
+    Err(Box::new(DamagedEvent { event, missing: reading.missing, error }))
+}
+
+/// The event of a row, and what is wrong with it.
+fn shown(row: &QueryResult) -> (RecordedEvent, Option<String>) {
+    match listed(row) {
+        Ok(event) => (event, None),
+        Err(damaged) => (damaged.event, Some(damaged.error)),
+    }
+}
+
+/// Reads the columns of an event one by one, and goes on after one that cannot be read.
+struct Reading<'a> {
+    row: &'a QueryResult,
+    missing: Vec<&'static str>,
+    errors: Vec<String>,
+}
+
+impl<'a> Reading<'a> {
+    fn new(row: &'a QueryResult) -> Self {
+        Self { row, missing: Vec::new(), errors: Vec::new() }
+    }
+
+    fn event(&mut self) -> RecordedEvent {
+        RecordedEvent {
+            position: self.column("position", "position"),
+            id: self.column("event_id", "id"),
+            event_type: self.column("event_type", "event_type"),
+            schema_version: self.column("schema_version", "schema_version"),
+            aggregate_type: self.column("aggregate_type", "aggregate_type"),
+            aggregate_id: self.column("aggregate_id", "aggregate_id"),
+            payload: self.payload(),
+            occurred_at: self.time("occurred_at"),
+            recorded_at: self.time("recorded_at"),
+            tenant: self.column("tenant", "tenant"),
+            actor: self.actor(),
+            correlation_id: self.column("correlation_id", "correlation_id"),
+            causation_id: self.column("causation_id", "causation_id"),
+            traceparent: self.column("traceparent", "traceparent"),
+            tracestate: self.column("tracestate", "tracestate"),
+            tags: self.tags(),
+            max_attempts: self.column::<Option<i32>>("max_attempts", "max_attempts").map(i32::unsigned_abs),
+        }
+    }
+
+    fn column<T: TryGetable + Default>(&mut self, column: &str, field: &'static str) -> T {
+        let read = self.row.try_get("", column).map_err(|error| error.to_string());
+        self.or_empty(read, field)
+    }
+
+    fn or_empty<T: Default>(&mut self, read: Result<T, String>, field: &'static str) -> T {
+        read.unwrap_or_else(|error| {
+            self.missing.push(field);
+            self.errors.push(error);
+            T::default()
+        })
+    }
+
+    fn payload(&mut self) -> String {
+        let payload: String = self.column("payload", "payload");
+        if self.missing.contains(&"payload") { "null".to_owned() } else { payload }
+    }
+
+    fn time(&mut self, column: &'static str) -> DateTime<Utc> {
+        let time = self.row.try_get::<Option<DateTime<Utc>>>("", column).map_err(|error| error.to_string());
+        let time = time.and_then(|time| time.ok_or_else(|| format!("{column} is not a point in time")));
+        self.or_empty(time, column)
+    }
+
+    fn actor(&mut self) -> Option<Actor> {
+        let kind: Option<String> = self.column("actor_kind", "actor");
+        let id: Option<String> = self.column("actor_id", "actor");
+        kind.zip(id).map(|(kind, id)| Actor { kind, id })
+    }
+
+    fn tags(&mut self) -> BTreeMap<String, String> {
+        let Some(tags) = self.column::<Option<String>>("tags", "tags") else { return BTreeMap::new() };
+        let tags = serde_json::from_str(&tags).map_err(|error| format!("tags: {error}"));
+        self.or_empty(tags, "tags")
+    }
+
+    fn error(&self) -> String {
+        format!("the event's row cannot be read: {}", self.errors.join("; "))
+    }
 }

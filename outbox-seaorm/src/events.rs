@@ -1,10 +1,12 @@
+use std::cmp::Reverse;
+
 use chrono::{DateTime, Utc};
 use outbox_core::RecordedEvent;
 use sea_orm::{DbErr, Value};
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::{DeliveryState, Outbox, deliveries::recorded, flush::timestamp};
+use crate::{DamagedEvent, DeliveryState, Outbox, deliveries::listed, flush::timestamp};
 
 /// Which events; all conditions must hold. Defaults to all.
 #[derive(Clone, Debug, Default)]
@@ -28,17 +30,29 @@ pub struct EventFilter {
 /// One page of events.
 #[derive(Clone, Debug)]
 pub struct EventPage {
-    /// The events, the newest first. Those whose row cannot be read are left out; their deliveries are dead letters.
+    /// The events, the newest first, without the damaged ones.
     pub events: Vec<RecordedEvent>,
+    /// Those among them whose row somebody has damaged, the newest first.
+    pub damaged: Vec<DamagedEvent>,
     /// The position before which the next page begins; `None` if this is the last.
     pub next: Option<i64>,
+}
+
+impl EventPage {
+    /// All events of the page, the newest first, the damaged ones among the others.
+    #[must_use]
+    pub fn rows(&self) -> Vec<Result<&RecordedEvent, &DamagedEvent>> {
+        let mut rows: Vec<_> = self.events.iter().map(Ok).chain(self.damaged.iter().map(Err)).collect();
+        rows.sort_by_key(|row| Reverse(row.map_or_else(|damaged| damaged.event.position, |event| event.position)));
+        rows
+    }
 }
 
 /// An event with its deliveries.
 #[derive(Clone, Debug)]
 pub struct EventDetails {
-    /// The event; if its row cannot be read, what is wrong with it.
-    pub event: Result<RecordedEvent, String>,
+    /// The event.
+    pub event: Result<RecordedEvent, DamagedEvent>,
     /// Its position.
     pub position: i64,
     /// Its delivery to each subscription that has one, by name.
@@ -98,14 +112,14 @@ impl Outbox {
         let more = rows.len() > limit as usize;
         rows.truncate(limit as usize);
         let last = rows.last().filter(|_| more).map(|row| row.try_get("", "position")).transpose()?;
-        let events = rows.iter().filter_map(|row| {
-            let event = recorded(row);
-            if let Err(error) = &event {
-                tracing::warn!(%error, "the row of an event cannot be read");
+        let mut page = EventPage { events: Vec::with_capacity(rows.len()), damaged: Vec::new(), next: last };
+        for row in &rows {
+            match listed(row) {
+                Ok(event) => page.events.push(event),
+                Err(damaged) => page.damaged.push(*damaged),
             }
-            event.ok()
-        });
-        Ok(EventPage { events: events.collect(), next: last })
+        }
+        Ok(page)
     }
 
     /// One event with its deliveries, all of them as of one moment; `None` if it is not there.
@@ -118,7 +132,7 @@ impl Outbox {
             return Ok(None);
         };
         let position = row.try_get("", "position")?;
-        let event = recorded(&row).map_err(|error| format!("the event's row cannot be read: {error}"));
+        let event = listed(&row).map_err(|damaged| *damaged);
         let standings = self.standings(position, None).await?;
         let deliveries = standings.into_iter().filter_map(|standing| standing.delivery()).collect();
         Ok(Some(EventDetails { event, position, deliveries }))

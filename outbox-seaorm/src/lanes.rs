@@ -406,8 +406,8 @@ impl Outbox {
                 Err(error) => {
                     if lane.run.is_empty() {
                         let missing = row.try_get::<Option<i64>>("", "position").is_ok_and(|found| found.is_none());
-                        let error = if missing { "it is gone".to_owned() } else { error.to_string() };
-                        let error = format!("the event's row cannot be read: {error}");
+                        let error =
+                            if missing { "the event's row cannot be read: it is gone".to_owned() } else { error };
                         lane.unreadable = Some(Unreadable { position, error });
                     }
                     // Its turn comes when it is the head.

@@ -51,13 +51,18 @@ impl Connections {
 
     /// A BEGIN is never left halfway: on PostgreSQL, sqlx leaves a poisoned connection in the pool when its future is
     /// dropped (0.9.0), and request futures are dropped whenever a client hangs up.
-    async fn begin_with(&self, options: TransactionOptions) -> Result<DatabaseTransaction, DbErr> {
+    async fn begin_with(&self, mut options: TransactionOptions) -> Result<DatabaseTransaction, DbErr> {
         let Self { db, pooled } = self.clone();
         let begin = to_its_end(async move {
-            let transaction = db.begin_with_options(options).await?;
-            if pooled {
-                transaction.execute_unprepared("deallocate all").await?;
+            if !pooled {
+                return db.begin_with_options(options).await;
             }
+            // SeaORM prepares the statement that sets it, before the names are forgotten (2.0). It comes first: later
+            // statements find a snapshot.
+            let isolation = options.isolation_level.take();
+            let isolation = isolation.map(|level| format!("set transaction isolation level {level}; "));
+            let transaction = db.begin_with_options(options).await?;
+            transaction.execute_unprepared(&format!("{}deallocate all", isolation.unwrap_or_default())).await?;
             Ok(transaction)
         });
         begin.await.map_err(|panicked| DbErr::Custom(format!("no transaction was begun: {panicked}")))?

@@ -10,17 +10,26 @@
 
 use crate::sql::{Flush, ListEvents, Settle, Sql};
 
-/// The columns of the events `e` as the store reads them: JSON as text, and nothing for a time that is none, `infinity`
-/// for example, because the driver panics at it.
+/// A time of an event; nothing if it is none, `infinity` for example: the driver panics at it, and not every server can
+/// calculate with it.
+macro_rules! readable_time {
+    ($column:literal) => {
+        concat!("case when ", $column, " > '-infinity' and ", $column, " < '200000-01-01' then ", $column, " end")
+    };
+}
+
+/// The columns of the events `e` as the store reads them: JSON as text.
 macro_rules! event_columns {
     () => {
-        "e.position, e.event_id, e.event_type, e.schema_version, e.aggregate_type, e.aggregate_id,
-         e.payload::text as payload,
-         case when e.occurred_at > '-infinity' and e.occurred_at < '200000-01-01' then e.occurred_at end as occurred_at,
-         case when e.recorded_at > '-infinity' and e.recorded_at < '200000-01-01' then e.recorded_at end as recorded_at,
-         e.tenant, e.actor_kind, e.actor_id,
-         e.correlation_id, e.causation_id, e.traceparent, e.tracestate, e.tags::text as tags, e.max_attempts,
-         e.wait_seconds, e.not_before"
+        concat!(
+            "e.position, e.event_id, e.event_type, e.schema_version, e.aggregate_type, e.aggregate_id,
+             e.payload::text as payload, ",
+            readable_time!("e.occurred_at"),
+            " as occurred_at, ",
+            readable_time!("e.recorded_at"),
+            " as recorded_at, e.tenant, e.actor_kind, e.actor_id, e.correlation_id, e.causation_id, e.traceparent,
+             e.tracestate, e.tags::text as tags, e.max_attempts, e.wait_seconds, e.not_before"
+        )
     };
 }
 
@@ -153,13 +162,17 @@ pub(crate) static POSTGRES: Sql = Sql {
          select pg_current_xact_id()::text as transaction, pg_backend_pid() as session where exists (select from events)",
     },
 
-    insert_deliveries: "
-        insert into outbox_deliveries (subscription_id, key, position, due_at)
-        select d.subscription, d.key, d.position,
-               greatest(e.recorded_at + e.wait_seconds * interval '1 second', e.not_before)
-          from jsonb_to_recordset($1::text::jsonb) as d(subscription integer, key text, position bigint)
+    insert_deliveries: concat!(
+        "insert into outbox_deliveries (subscription_id, key, position, due_at)
+         select d.subscription, d.key, d.position,
+                greatest(coalesce(",
+        readable_time!("e.recorded_at"),
+        ", clock_timestamp()) + e.wait_seconds * interval '1 second', ",
+        readable_time!("e.not_before"),
+        ") from jsonb_to_recordset($1::text::jsonb) as d(subscription integer, key text, position bigint)
           join outbox_events e on e.position = d.position
-        on conflict do nothing",
+        on conflict do nothing"
+    ),
 
     // The lane of a delivery that waits keeps its due time; see the same statement for SQLite about the token.
     upsert_lanes: "
@@ -484,7 +497,7 @@ pub(crate) static POSTGRES: Sql = Sql {
                (select count(*) from outbox_dead_letters where subscription_id = s.id) as dead,
                (select greatest(0, extract(epoch from clock_timestamp() - recorded_at))::float8 from outbox_events
                  where position = (select min(position) from outbox_deliveries where subscription_id = s.id)
-               ) as oldest_pending_age_seconds,
+                   and recorded_at > '-infinity' and recorded_at < '200000-01-01') as oldest_pending_age_seconds,
                coalesce(l.last_error,
                         (select error from outbox_dead_letters
                           where subscription_id = s.id order by id desc limit 1)) as last_error

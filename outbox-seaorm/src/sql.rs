@@ -65,7 +65,7 @@ pub(crate) struct Sql {
     pub(crate) flush: Flush,
 
     /// $1 deliveries. Due after the wait of their events, or before if it is a head start; the later of it and
-    /// `not_before` counts.
+    /// `not_before` counts. An event whose time somebody broke is due from now.
     pub(crate) insert_deliveries: &'static str,
 
     /// $1 lanes with the number of their new deliveries. A lane that exists keeps its due time: it may be leased, backing

@@ -82,7 +82,8 @@ pub(crate) static SQLITE: Sql = Sql {
     insert_deliveries: "
     insert into outbox_deliveries (subscription_id, key, position, due_at)
     select d.value->>'subscription', d.value->>'key', e.position,
-           max(strftime('%Y-%m-%dT%H:%M:%fZ', e.recorded_at, printf('%+.3f seconds', e.wait_seconds)),
+           max(coalesce(strftime('%Y-%m-%dT%H:%M:%fZ', e.recorded_at, printf('%+.3f seconds', e.wait_seconds)),
+                        strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
                coalesce(e.not_before, ''))
       from json_each($1) d
      cross join outbox_events e on e.position = d.value->>'position'

@@ -142,6 +142,31 @@ async fn the_dashboard_lists_the_deliveries_of_each_state() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_dashboard_lists_damaged_events_among_the_others() {
+    let fixture = Fixture::new().await;
+    let (worker, board) = every_state(&fixture).await;
+    for (key, damage) in [
+        ("pending", "payload = '{'"),
+        ("leased", "tags = '[1]'"),
+        ("dead", "recorded_at = 'never', payload = x'ff'"),
+        ("delivered", "event_id = x'00'"),
+    ] {
+        fixture.execute(&format!("update outbox_events set {damage} where aggregate_id = '{key}'")).await;
+    }
+    let tasks = get(&board, "/api/v1/queues/mails/tasks").await;
+    assert_eq!(keys(&tasks), ["pending", "leased", "dead", "delivered"]);
+    for (task, wrong) in tasks.as_array().unwrap().iter().zip(["payload", "tags", "recorded_at", "event_id"]) {
+        let told = task["ctx"].to_string();
+        assert!(told.contains("the event's row cannot be read") && told.contains(wrong), "{told}");
+    }
+    assert_eq!(tasks[0]["args"]["payload"], json!("{"));
+    let id = tasks[2]["ctx"]["task_id"].as_str().unwrap();
+    assert_eq!(get(&board, &format!("/api/v1/queues/mails/tasks/{id}")).await, tasks[2]);
+    assert_eq!(get(&board, "/api/v1/tasks").await.as_array().unwrap().len(), 8);
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_dashboard_pages_through_all_subscriptions() {
     let fixture = Fixture::new().await;
     let (worker, board) = every_state(&fixture).await;

@@ -222,9 +222,10 @@ async function events(more) {
   found.next = page.next;
   const rows = page.items.map((item) => row(
     element("td", { class: "tight" }, time(item.recorded_at)),
-    element("button", { class: "link", onclick: safely(() => show(item.id)) }, item.event_type),
-    `${item.aggregate_type}/${item.aggregate_id}`, item.actor ? `${item.actor.kind}/${item.actor.id}` : "–",
-    element("span", { class: "mono" }, item.id),
+    item.id ? element("button", { class: "link", onclick: safely(() => show(item.id)) }, item.event_type || item.id)
+      : item.event_type || "–",
+    `${item.aggregate_type || "–"}/${item.aggregate_id || "–"}`, item.actor ? `${item.actor.kind}/${item.actor.id}` : "–",
+    element("span", item.unreadable ? { class: "bad" } : { class: "mono" }, item.unreadable || item.id),
   ));
   if (more) $("event-rows").append(...rows);
   else fill("event-rows", rows, 5, "No events match.");

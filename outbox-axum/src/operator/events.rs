@@ -4,7 +4,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use outbox_core::RecordedEvent;
-use outbox_seaorm::{EventDetails, EventFilter, Outbox, Why};
+use outbox_seaorm::{DamagedEvent, EventDetails, EventFilter, Outbox, Why};
 use serde::Serialize;
 use serde_json::{Value, json, value::RawValue};
 
@@ -29,7 +29,8 @@ pub(super) async fn list(State(outbox): State<Outbox>, fields: Fields) -> Result
         until: fields.time("until")?,
     };
     let found = outbox.events(&filter, fields.number("cursor")?, fields.limit()?).await?;
-    Ok(page(found.events.iter().map(shown).collect::<Vec<_>>(), found.next))
+    let items: Vec<Value> = found.rows().into_iter().map(|row| row.map_or_else(damaged, shown)).collect();
+    Ok(page(items, found.next))
 }
 
 pub(super) async fn show(
@@ -38,16 +39,13 @@ pub(super) async fn show(
     fields: Fields,
 ) -> Result<Response, Refusal> {
     fields.only(&[])?;
-    let EventDetails { event, position, deliveries } = outbox.event(id).await?.ok_or_else(Refusal::no_event)?;
-    let mut answer = match &event {
-        Ok(event) => shown(event),
-        Err(error) => json!({ "id": id, "position": position.to_string(), "unreadable": error }),
+    let EventDetails { event, deliveries, .. } = outbox.event(id).await?.ok_or_else(Refusal::no_event)?;
+    let (mut answer, payload) = match &event {
+        Ok(event) => (shown(event), &event.payload),
+        Err(event) => (damaged(event), &event.event.payload),
     };
     answer["deliveries"] = json!(deliveries);
-    Ok(match event {
-        Ok(event) => with_payload(answer, &event.payload),
-        Err(_) => Json(answer).into_response(),
-    })
+    Ok(with_payload(answer, payload))
 }
 
 pub(super) async fn why(
@@ -77,6 +75,16 @@ fn shown(event: &RecordedEvent) -> Value {
         "occurred_at": event.occurred_at,
         "recorded_at": event.recorded_at,
     })
+}
+
+/// With `null` for what cannot be read.
+fn damaged(damaged: &DamagedEvent) -> Value {
+    let mut answer = shown(&damaged.event);
+    for field in &damaged.missing {
+        answer[*field] = Value::Null;
+    }
+    answer["unreadable"] = json!(damaged.error);
+    answer
 }
 
 /// With the payload byte for byte, as JSON: numbers of any length stay what they are. One that is not JSON any more is

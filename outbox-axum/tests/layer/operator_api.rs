@@ -221,8 +221,42 @@ async fn payloads_are_shown_as_they_are() {
     api.outbox.writer().execute_unprepared("update outbox_events set recorded_at = 'never'").await.unwrap();
     let (status, event) = api.get(&format!("/outbox/api/events/{id}")).await;
     assert!(status == 200 && event["unreadable"].is_string(), "{event}");
-    assert_eq!(api.get("/outbox/api/events").await, (200, json!({"items": [], "next": null})));
     assert_eq!(api.get(&format!("/outbox/api/events/{id}/why")).await.0, 200);
+}
+
+/// What can be read of it is where it always is, and what cannot is `null`.
+async fn a_damaged_event_stands_among_the_others(api: Api, damage: &str, unreadable: &str) {
+    let whole = api.get("/outbox/api/events").await.1["items"].clone();
+    let sql = format!("update outbox_events set tags = '[1]', {damage} where aggregate_id = 'a'");
+    api.outbox.writer().execute_unprepared(&sql).await.unwrap();
+    let (status, page) = api.get("/outbox/api/events").await;
+    let [other, damaged] = page["items"].as_array().unwrap().as_slice() else { panic!("{page}") };
+    assert_eq!((status, other), (200, &whole[0]));
+    let told = damaged["unreadable"].as_str().unwrap();
+    assert!(told.contains("tags: ") && told.contains(unreadable), "{told}");
+    let mut expected = whole[1].clone();
+    (expected["tags"], expected[unreadable], expected["unreadable"]) = (Value::Null, Value::Null, json!(told));
+    assert_eq!(*damaged, expected);
+
+    let (status, details) = api.get(&format!("/outbox/api/events/{}", damaged["id"].as_str().unwrap())).await;
+    assert_eq!((status, &details["unreadable"], &details["event_type"]), (200, &json!(told), &whole[1]["event_type"]));
+    assert!(details["payload"].is_object() && details["deliveries"].as_array().unwrap().len() == 1, "{details}");
+    let (status, dead) = api.get("/outbox/api/dead-letters").await;
+    assert_eq!((status, dead["items"].as_array().unwrap().len()), (200, 2));
+    assert_eq!(api.get("/outbox/api/status").await.0, 200);
+    assert_eq!(api.get("/outbox/api/events?limit=1").await.1["items"], json!([other]));
+}
+
+#[tokio::test]
+async fn a_damaged_event_stands_among_the_others_on_sqlite() {
+    let damage = "recorded_at = 'never'";
+    a_damaged_event_stands_among_the_others(Api::new().await, damage, "recorded_at").await;
+}
+
+#[tokio::test]
+async fn a_damaged_event_stands_among_the_others_on_postgres() {
+    let damage = "occurred_at = 'infinity'";
+    a_damaged_event_stands_among_the_others(Api::on_postgres().await, damage, "occurred_at").await;
 }
 
 #[tokio::test]

@@ -15,6 +15,7 @@ mod sqlite {
 
     mod claim;
     mod connect;
+    mod damage;
     mod fixture;
     mod flush;
     mod operate;
@@ -38,6 +39,7 @@ mod postgres {
 
     mod claim;
     mod connect;
+    mod damage;
     mod fixture;
     mod flush;
     mod operate;

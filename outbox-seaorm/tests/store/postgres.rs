@@ -25,6 +25,16 @@ pub(crate) const UNSETTLED: &str = "select name from outbox_subscriptions where 
 /// How much earlier than its head a lane may be due: a flush locks its lanes first.
 pub(crate) const FLUSH_SECONDS: &str = "5";
 
+/// What somebody may do to the row of an event, and what is said about it.
+pub(crate) const DAMAGE: [(&str, &str); 6] = [
+    ("tags = '[1]'", "tags"),
+    ("occurred_at = 'infinity'", "occurred_at"),
+    ("recorded_at = '-infinity'", "recorded_at"),
+    ("recorded_at = 'infinity'", "recorded_at"),
+    ("occurred_at = '290000-01-01'", "occurred_at"),
+    ("tags = '7', recorded_at = '290000-01-01'", "tags"),
+];
+
 /// A database, gone when it is dropped.
 pub(crate) struct Place {
     url: String,

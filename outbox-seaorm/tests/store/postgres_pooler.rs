@@ -14,9 +14,9 @@ use super::{
     fixture::{LONG, Migrator, Store, delivered, delivered_run, failed, todo},
 };
 
-/// A pooler with two sessions, and the URL of a database behind it as the outbox wants it.
-fn behind_pooler(place: &Place) -> (PgBouncer, String) {
-    let pooler = PgBouncer::start(database::server(), 2);
+/// A pooler with so many sessions, and the URL of a database behind it as the outbox wants it.
+fn behind_pooler(place: &Place, sessions: u32) -> (PgBouncer, String) {
+    let pooler = PgBouncer::start(database::server(), sessions);
     let url = format!("{}?statement-cache-capacity=0", pooler.url(&place.url()));
     (pooler, url)
 }
@@ -24,7 +24,7 @@ fn behind_pooler(place: &Place) -> (PgBouncer, String) {
 #[tokio::test]
 async fn migrations_run_through_a_pooler_after_others_have_used_its_sessions() {
     let place = Place::empty().await;
-    let (_pooler, url) = behind_pooler(&place);
+    let (_pooler, url) = behind_pooler(&place, 2);
     let mut processes = JoinSet::new();
     for _ in 0..4 {
         let url = url.clone();
@@ -42,7 +42,7 @@ async fn migrations_run_through_a_pooler_after_others_have_used_its_sessions() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn writers_and_workers_share_two_sessions_and_lose_nothing() {
     let store = Store::new().await;
-    let (_pooler, url) = behind_pooler(&store.place);
+    let (_pooler, url) = behind_pooler(&store.place, 2);
     let id = Outbox::connect(&url, 1).await.unwrap().register(&Subscription::new("s").unwrap()).await.unwrap();
     let mut writers = JoinSet::new();
     for writer in 0..4 {
@@ -87,7 +87,7 @@ async fn writers_and_workers_share_two_sessions_and_lose_nothing() {
 #[tokio::test]
 async fn every_call_works_through_a_pooler() {
     let store = Store::new().await;
-    let (_pooler, url) = behind_pooler(&store.place);
+    let (_pooler, url) = behind_pooler(&store.place, 2);
     // Two that take turns on the same sessions, with the same names for other statements.
     let (outbox, other) = (Outbox::connect(&url, 1).await.unwrap(), Outbox::connect(&url, 1).await.unwrap());
     store.record_todos(&["old"]).await;
@@ -126,5 +126,26 @@ async fn every_call_works_through_a_pooler() {
     unit.rollback().await;
     assert!(other.remove("s").await.unwrap());
     assert_eq!(store.count("notes").await, 1);
+    store.is_whole().await;
+}
+
+/// The only session has all the names that a process gives its statements, for other statements.
+#[tokio::test]
+async fn listings_work_where_others_have_used_the_same_names() {
+    let store = Store::new().await;
+    store.subscribe("s").await;
+    store.record_todos(&["a"]).await;
+    let (_pooler, url) = behind_pooler(&store.place, 1);
+    let (outbox, other) = (Outbox::connect(&url, 1).await.unwrap(), Outbox::connect(&url, 1).await.unwrap());
+    for _ in 0..3 {
+        let prepare =
+            "do $$ begin for n in 0..200 loop execute format('prepare sqlx_s_%s as select 1', n); end loop; end $$";
+        other.writer().execute_unprepared("deallocate all").await.unwrap();
+        other.writer().execute_unprepared(prepare).await.unwrap();
+        assert_eq!(outbox.deliveries(Some("s"), None, 0, 10).await.unwrap().len(), 1);
+        other.writer().execute_unprepared("deallocate all").await.unwrap();
+        other.writer().execute_unprepared(prepare).await.unwrap();
+        assert_eq!(outbox.status().await.unwrap().subscriptions[0].pending, 1);
+    }
     store.is_whole().await;
 }

@@ -21,6 +21,19 @@ pub(crate) const UNSETTLED: &str = "select name from outbox_subscriptions where 
 /// How much earlier than its head a lane may be due: the times are the same.
 pub(crate) const FLUSH_SECONDS: &str = "0";
 
+/// What somebody may do to the row of an event, and what is said about it.
+pub(crate) const DAMAGE: [(&str, &str); 9] = [
+    ("payload = '{'", "payload"),
+    ("payload = x'ff00ff'", "payload"),
+    ("tags = '[1]'", "tags"),
+    ("event_id = x'00'", "event_id"),
+    ("occurred_at = 'yesterday'", "occurred_at"),
+    ("recorded_at = 'never'", "recorded_at"),
+    ("schema_version = 'two'", "schema_version"),
+    ("max_attempts = 'many'", "max_attempts"),
+    ("aggregate_type = x'ff', tenant = x'ff', actor_kind = x'ff', tags = '{', recorded_at = ''", "tags"),
+];
+
 /// A database, gone when it is dropped.
 pub(crate) struct Place {
     directory: TempDir,
