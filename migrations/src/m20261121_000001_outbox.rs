@@ -167,6 +167,7 @@ const SQLITE: &[&str] = &[
 //
 // `changed_in`, `settled_after`: a flush that began before a change of a subscription may commit after it. Until no such
 // transaction is left, events that the snapshot does not see are looked through for deliveries that are missing.
+// `backfill_from` is the largest number while a registration waits for such flushes.
 const POSTGRES: &[&str] = &[
     "create table outbox_meta (
        id smallint primary key check (id = 1),

@@ -391,15 +391,25 @@ pub(crate) static POSTGRES: Sql = Sql {
         select id, filter::text as filter, ordering::text as ordering, backfill_from
           from outbox_subscriptions where name = $1 for update",
 
+    // A backfill after the last position there can be: nothing to fill, and nothing to claim before it is ended.
     insert_subscription: "
         insert into outbox_subscriptions (name, filter, ordering, backfill_from)
-        values ($1, $2::text::jsonb, $3::text::jsonb, $4) on conflict (name) do nothing returning id",
+        values ($1, $2::text::jsonb, $3::text::jsonb, coalesce($4, 9223372036854775807))
+        on conflict (name) do nothing returning id",
 
     update_subscription: "
         update outbox_subscriptions
            set filter = $2::text::jsonb, ordering = $3::text::jsonb, changed_at = clock_timestamp(),
-               changed_in = pg_current_snapshot(), settled_after = null
+               changed_in = pg_current_snapshot(), settled_after = null,
+               backfill_from = coalesce(backfill_from, 9223372036854775807)
          where id = $1",
+
+    // A flush has this lock before its snapshot, and until its transaction ends.
+    flushes_under_way: Some(
+        "select virtualtransaction as flush from pg_locks
+          where relation = 'outbox_events'::regclass and mode = 'RowExclusiveLock' and granted
+            and database = (select oid from pg_database where datname = current_database())",
+    ),
 
     unsettled_subscriptions: "
         select name from outbox_subscriptions where changed_in is not null order by name",
@@ -425,7 +435,11 @@ pub(crate) static POSTGRES: Sql = Sql {
         returning settled_after <= pg_snapshot_xmin(pg_current_snapshot())
                   and changed_at < clock_timestamp() - interval '2 seconds' as settled",
 
-    forget_change: "update outbox_subscriptions set changed_in = null, settled_after = null where id = $1",
+    // It also ends the wait of a registration that was cut off.
+    forget_change: "
+        update outbox_subscriptions
+           set changed_in = null, settled_after = null, backfill_from = nullif(backfill_from, 9223372036854775807)
+         where id = $1",
 
     pause: "update outbox_subscriptions set paused_at = clock_timestamp() where name = $1 and paused_at is null",
 

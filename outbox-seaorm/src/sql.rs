@@ -121,11 +121,15 @@ pub(crate) struct Sql {
     /// $1 name.
     pub(crate) subscription_by_name: &'static str,
 
-    /// $1 name, $2 filter, $3 ordering, $4 first position of the backfill.
+    /// $1 name, $2 filter, $3 ordering, $4 first position of the backfill. Where a flush that is under way may miss it, it
+    /// cannot be claimed before its backfill is ended, even if there is nothing to fill; so with the next.
     pub(crate) insert_subscription: &'static str,
 
     /// $1 id, $2 filter, $3 ordering.
     pub(crate) update_subscription: &'static str,
+
+    /// The transactions that have written events and are not over, if they can miss a change that is committed.
+    pub(crate) flushes_under_way: Option<&'static str>,
 
     /// The names of subscriptions that a flush which is still under way may not know in their present form.
     pub(crate) unsettled_subscriptions: &'static str,

@@ -242,6 +242,8 @@ pub(crate) static SQLITE: Sql = Sql {
     update_subscription: "
     update outbox_subscriptions set filter = $2, ordering = $3 where id = $1",
 
+    flushes_under_way: None,
+
     // A change excludes every other writer: no flush can have missed it.
     unsettled_subscriptions: "select name from outbox_subscriptions where false",
 

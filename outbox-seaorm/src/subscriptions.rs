@@ -1,4 +1,7 @@
-use std::collections::HashSet;
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
 use outbox_core::{Filter, Ordering, RecordedEvent, StartPosition, Subject, Subscription};
 use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, QueryResult, Value};
@@ -12,6 +15,12 @@ use crate::{
 
 /// How many old events one transaction of a backfill looks at.
 const BACKFILL_BATCH: u64 = 500;
+
+/// How long a registration waits for the commits that are under way.
+const COMMITS_END_WITHIN: Duration = Duration::from_secs(5);
+
+/// How often it looks.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// A process' copy of the subscriptions, with the generation it was read at.
 #[derive(Debug, Default)]
@@ -69,6 +78,10 @@ impl Outbox {
     /// a start in the past, the deliveries of old events are written before this returns; workers claim none of them
     /// before all are there, so their order is kept. A crash in between is mended by the next registration.
     ///
+    /// On PostgreSQL a commit that is under way meanwhile may not know of the subscription or its change. This waits for
+    /// it, 5 s at most, and adds what it missed before workers claim anything. What commits even later is added
+    /// [by workers](Self::settle_subscriptions), and may come after a later event of its key.
+    ///
     /// # Errors
     ///
     /// [`RegisterError`] if the database fails; registering again continues.
@@ -80,8 +93,12 @@ impl Outbox {
         let named = |source| RegisterError { name: subscription.name().to_owned(), source };
         let (id, backfill) = self.upsert(subscription).await.map_err(named)?;
         if backfill {
+            self.flushes_end(subscription.name()).await.map_err(named)?;
+            self.add_missed(subscription.name()).await.map_err(named)?;
             while !self.backfill(id, subscription).await.map_err(named)? {}
-            self.wake(&[id]);
+            if self.next_due(id).await.map_err(named)?.is_some_and(|next| next.after.is_some()) {
+                self.wake(&[id]);
+            }
         }
         Ok(id)
     }
@@ -110,7 +127,8 @@ impl Outbox {
                     self.execute(&tx, self.sql().update_subscription, values).await?;
                     self.execute(&tx, self.sql().bump_generation, []).await?;
                 }
-                (id, row.try_get::<Option<i64>>("", "backfill_from")?.is_some())
+                let waits = !same && self.sql().flushes_under_way.is_some();
+                (id, waits || row.try_get::<Option<i64>>("", "backfill_from")?.is_some())
             }
             None => {
                 let from = self.first_position(&tx, subscription.start_position()).await?;
@@ -119,7 +137,7 @@ impl Outbox {
                     return Ok(None);
                 };
                 self.execute(&tx, self.sql().bump_generation, []).await?;
-                (row.try_get("", "id")?, from.is_some())
+                (row.try_get("", "id")?, from.is_some() || self.sql().flushes_under_way.is_some())
             }
         };
         tx.commit().await?;
@@ -136,13 +154,40 @@ impl Outbox {
         row.map_or(Ok(None), |row| row.try_get("", "position"))
     }
 
+    /// Waits until the flushes are over that may not know of a change that is committed now.
+    async fn flushes_end(&self, name: &str) -> Result<(), DbErr> {
+        let Some(sql) = self.sql().flushes_under_way else { return Ok(()) };
+        let under_way = async || {
+            let rows = self.query_all(self.store_reader(), sql, []).await?;
+            rows.iter().map(|row| row.try_get("", "flush")).collect::<Result<HashSet<String>, DbErr>>()
+        };
+        let (began, mut left) = (Instant::now(), under_way().await?);
+        while !left.is_empty() {
+            if began.elapsed() > COMMITS_END_WITHIN {
+                let commits = left.len();
+                tracing::warn!(subscription = name, commits, "commits from before the registration do not end");
+                break;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+            let now = under_way().await?;
+            left.retain(|flush| now.contains(flush));
+        }
+        Ok(())
+    }
+
     /// One batch; true when there is nothing left. Each batch is a transaction that also stores how far it came, so
     /// any number of processes may work on it.
     async fn backfill(&self, id: i32, subscription: &Subscription) -> Result<bool, DbErr> {
         let tx = self.begin_write().await?;
         let row = self.query_one(&tx, self.sql().subscription_by_name, [subscription.name().into()]).await?;
-        let from = row.map_or(Ok(None), |row| row.try_get::<Option<i64>>("", "backfill_from"))?;
-        let Some(from) = from else { return Ok(true) };
+        let Some(row) = row else { return Ok(true) };
+        let Some(from) = row.try_get::<Option<i64>>("", "backfill_from")? else { return Ok(true) };
+        if parsed::<Filter>(&row, "filter")? != *subscription.filter()
+            || parsed::<Ordering>(&row, "ordering")? != *subscription.key_choice()
+        {
+            // Another process has changed it meanwhile. It waits and fills for itself.
+            return Ok(true);
+        }
         let positions = self.next_positions(&tx, from - 1, i64::MAX, None, BACKFILL_BATCH).await?;
         // Retention may have taken some in between: what is locked is there.
         let rows = self.query_all(&tx, self.sql().lock_events, [json(&positions)?.into()]).await?;
@@ -189,7 +234,8 @@ impl Outbox {
     /// Mends what flushes missed that were under way while a subscription changed: they matched their events with the
     /// subscriptions as they were before, and committed afterwards. Workers call it every few seconds.
     ///
-    /// A delivery that is added here may come after a later one of its key. Never happens on SQLite.
+    /// A [registration](Self::register) has waited for most of them: what is added here was 5 s late, and may come after a
+    /// later delivery of its key. Never happens on SQLite.
     ///
     /// # Errors
     ///
@@ -200,18 +246,22 @@ impl Outbox {
     /// Safe: as a crash.
     pub async fn settle_subscriptions(&self) -> Result<(), DbErr> {
         for row in self.query_all(self.store_reader(), self.sql().unsettled_subscriptions, []).await? {
-            let name: String = row.try_get("", "name")?;
-            let (mut after, mut settled) = (0, true);
-            // A page is a transaction: so many locks at most, and so many events in memory.
-            while let Some(last) = self.settle_subscription(&name, after, &mut settled).await? {
-                after = last;
-            }
+            self.add_missed(&row.try_get::<String>("", "name")?).await?;
         }
         let Some(orphans) = self.sql().orphans else { return Ok(()) };
         for row in self.query_all(self.store_reader(), orphans, []).await? {
             for statement in self.sql().remove {
                 self.execute(self.store(), statement, [row.try_get::<i32>("", "id")?.into()]).await?;
             }
+        }
+        Ok(())
+    }
+
+    /// In pages, each a transaction: so many locks at most, and so many events in memory.
+    async fn add_missed(&self, name: &str) -> Result<(), DbErr> {
+        let (mut after, mut settled) = (0, true);
+        while let Some(last) = self.settle_subscription(name, after, &mut settled).await? {
+            after = last;
         }
         Ok(())
     }

@@ -206,7 +206,7 @@ impl Standing {
             return (reason, Some(paused), json!({ "cause": "paused" }));
         }
         if self.backfill {
-            let reason = "the subscription is still being filled with old events".to_owned();
+            let reason = "the subscription is still being filled with events from before its registration".to_owned();
             return (reason, None, json!({ "cause": "backfill" }));
         }
         if let Some(until) = self.circuit_until {

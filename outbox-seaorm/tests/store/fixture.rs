@@ -302,7 +302,7 @@ pub(crate) async fn hang_up_after<F: Future>(polls: usize, future: F) -> Option<
 }
 
 /// Asks again and again until there is an answer.
-async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+pub(crate) async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         if let Some(answer) = ask().await {

@@ -1,12 +1,13 @@
 //! What only a server can do: let many write at once, and end it for one of them.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use outbox_core::{Context, Subscription};
+use outbox_core::{Context, StartPosition, Subscription};
 use outbox_seaorm::{CommitError, Outbox, is_transient};
-use sea_orm::{ConnectionTrait, DbErr};
+use sea_orm::{ConnectionTrait, DbErr, TransactionTrait};
+use tokio::task::JoinHandle;
 
-use super::fixture::{LONG, Store, delivered_run, migrate, record, runs, todo};
+use super::fixture::{LONG, Store, delivered_run, eventually, migrate, record, runs, todo};
 
 #[tokio::test]
 async fn the_victim_of_a_deadlock_of_the_application_may_try_again() {
@@ -195,5 +196,180 @@ async fn a_claim_that_goes_on_after_a_mark_does_not_look_behind_it() {
     assert_eq!(runs(&next.lanes), [("todo/3", vec![3])]);
     let from_the_first = store.outbox.claim(id, "worker", 1, 1, LONG).await.unwrap();
     assert_eq!(runs(&from_the_first.lanes), [("todo/5", vec![5])]);
+}
+
+/// A commit of another process that is held up between its flush and its end.
+struct HeldCommit {
+    commit: JoinHandle<Result<(), CommitError>>,
+    gate: sea_orm::DatabaseTransaction,
+}
+
+impl HeldCommit {
+    /// Commits an event of the todo `1`. Those of a test have numbers from 1 on.
+    async fn begin(store: &Store, number: u32) -> Self {
+        if number == 1 {
+            store
+                .execute(
+                    "create function wait() returns trigger language plpgsql as $$
+                         begin perform pg_advisory_xact_lock_shared(new.text::integer); return null; end $$;
+                     create constraint trigger wait after insert on notes deferrable initially deferred
+                         for each row when (new.text ~ '^[0-9]+$') execute function wait()",
+                )
+                .await;
+        }
+        let gate = store.another_process().await.writer().begin().await.unwrap();
+        gate.execute_unprepared(&format!("select pg_advisory_xact_lock({number})")).await.unwrap();
+        let process = store.another_process().await;
+        let commit = tokio::spawn(async move {
+            let unit = process.begin(Context::default());
+            unit.tx().execute_unprepared(&format!("insert into notes values ('{number}')")).await.unwrap();
+            unit.events().push(todo("1")).unwrap();
+            unit.commit().await.map(|_| ())
+        });
+        let waits = format!(
+            "select pid from pg_locks where locktype = 'advisory' and objid = {number} and not granted
+                and database = (select oid from pg_database where datname = current_database())"
+        );
+        eventually("the end of the flush", async || (!store.column::<i32>(&waits).await.is_empty()).then_some(()))
+            .await;
+        Self { commit, gate }
+    }
+
+    async fn end(self) {
+        self.gate.rollback().await.unwrap();
+        self.commit.await.unwrap().unwrap();
+    }
+}
+
+/// Registers a subscription to all events while a commit is held up, and returns when the others can see it.
+async fn register_meanwhile(store: &Store, start: StartPosition) -> JoinHandle<i32> {
+    let (outbox, late) = (store.another_process().await, Subscription::new("late").unwrap().start(start));
+    let registering = tokio::spawn(async move { outbox.register(&late).await.unwrap() });
+    let known = "select name from outbox_subscriptions where name = 'late' and filter::text !~ 'none|other'";
+    eventually("the registration", async || (!store.column::<String>(known).await.is_empty()).then_some(())).await;
+    registering
+}
+
+async fn id_of_late(store: &Store) -> i32 {
+    store.value("select id from outbox_subscriptions where name = 'late'").await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_subscription_added_during_a_commit_gets_its_event_before_the_next_one_of_the_key() {
+    for start in [StartPosition::Now, StartPosition::Beginning] {
+        let store = Store::new().await;
+        // Its lane makes the commits of the key one after another.
+        store.subscribe("a").await;
+        let held = HeldCommit::begin(&store, 1).await;
+        let registering = register_meanwhile(&store, start).await;
+        let next = tokio::spawn({
+            let process = store.another_process().await;
+            async move { record(&process, [todo("1")]).await }
+        });
+        held.end().await;
+        next.await.unwrap();
+        let mut delivered = store.deliver_all(id_of_late(&store).await).await;
+        let id = registering.await.unwrap();
+        delivered.extend(store.deliver_all(id).await);
+        store.settle_subscriptions().await;
+        delivered.extend(store.deliver_all(id).await);
+        assert_eq!(delivered, [1, 2], "{start:?}");
+        store.is_whole().await;
+    }
+}
+
+/// Nothing holds up the commit of the later event here.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_subscription_waits_for_the_commits_that_do_not_know_it() {
+    let store = Store::new().await;
+    let held = HeldCommit::begin(&store, 1).await;
+    let registering = register_meanwhile(&store, StartPosition::Now).await;
+    store.record_todos(&["1", "2"]).await;
+    let id = id_of_late(&store).await;
+    assert_eq!(store.deliver_all(id).await, [] as [i64; 0]);
+    assert!(!registering.is_finished());
+    held.end().await;
+    assert_eq!(registering.await.unwrap(), id);
+    let delivered = store.deliver_all(id).await;
+    assert_eq!(delivered.iter().copied().filter(|position| *position != 3).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(delivered.len(), 3);
+    store.settle_subscriptions().await;
+    assert_eq!(store.deliver_all(id).await, [] as [i64; 0]);
+    store.is_whole().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_subscription_that_takes_more_waits_for_the_commits_that_do_not_know_it() {
+    let store = Store::new().await;
+    let id = store.register(Subscription::new("late").unwrap().events(["other"]).unwrap()).await;
+    let held = HeldCommit::begin(&store, 1).await;
+    let registering = register_meanwhile(&store, StartPosition::Now).await;
+    store.record_todos(&["1"]).await;
+    assert_eq!(store.deliver_all(id).await, [] as [i64; 0]);
+    held.end().await;
+    assert_eq!(registering.await.unwrap(), id);
+    assert_eq!(store.deliver_all(id).await, [1, 2]);
+    store.is_whole().await;
+}
+
+/// The end of the first registration must not open what the second one waits for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_subscription_that_is_changed_while_it_is_registered_waits_for_both() {
+    let store = Store::new().await;
+    store.register(Subscription::new("late").unwrap().events(["none"]).unwrap()).await;
+    let first = HeldCommit::begin(&store, 1).await;
+    let outbox = store.another_process().await;
+    let narrow = Subscription::new("late").unwrap().events(["other"]).unwrap();
+    let narrowing = tokio::spawn(async move { outbox.register(&narrow).await.unwrap() });
+    let known = "select name from outbox_subscriptions where filter::text like '%other%'";
+    eventually("the registration", async || (!store.column::<String>(known).await.is_empty()).then_some(())).await;
+    let second = HeldCommit::begin(&store, 2).await;
+    let registering = register_meanwhile(&store, StartPosition::Now).await;
+    first.end().await;
+    let id = narrowing.await.unwrap();
+    store.record_todos(&["1"]).await;
+    assert_eq!(store.deliver_all(id).await, [] as [i64; 0]);
+    second.end().await;
+    registering.await.unwrap();
+    assert_eq!(store.deliver_all(id).await, [1, 2, 3]);
+    store.is_whole().await;
+}
+
+/// The process that registers ends while it waits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_registration_that_was_cut_off_while_it_waited_is_continued_by_the_next_or_by_a_worker() {
+    for again in [true, false] {
+        let store = Store::new().await;
+        let held = HeldCommit::begin(&store, 1).await;
+        let registering = register_meanwhile(&store, StartPosition::Now).await;
+        registering.abort();
+        assert!(registering.await.is_err());
+        store.record_todos(&["1"]).await;
+        held.end().await;
+        let id = id_of_late(&store).await;
+        assert_eq!(store.deliver_all(id).await, [] as [i64; 0]);
+        if again {
+            store.subscribe("late").await;
+        } else {
+            store.settle_subscriptions().await;
+        }
+        assert_eq!(store.deliver_all(id).await, [1, 2]);
+        store.is_whole().await;
+    }
+}
+
+/// What commits after that comes late: it is delivered, but not in its order.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_that_does_not_end_holds_up_no_registration_for_ever() {
+    let store = Store::new().await;
+    let held = HeldCommit::begin(&store, 1).await;
+    let began = Instant::now();
+    let id = store.subscribe("late").await;
+    assert!((Duration::from_secs(5)..Duration::from_secs(9)).contains(&began.elapsed()), "{:?}", began.elapsed());
+    store.record_todos(&["1"]).await;
+    assert_eq!(store.deliver_all(id).await, [2]);
+    held.end().await;
+    store.settle_subscriptions().await;
+    assert_eq!(store.deliver_all(id).await, [1]);
     store.is_whole().await;
 }
