@@ -90,7 +90,8 @@ async fn send(db: &Connections, subscriptions: BTreeSet<i32>) {
     let payload = subscriptions.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let notify = Statement::from_sql_and_values(
         DbBackend::Postgres,
-        "select pg_notify($1, $2)",
+        // It stores nothing, so it does not wait for the disk, nor does a commit or a claim wait behind it.
+        "select set_config('synchronous_commit', 'off', true), pg_notify($1, $2)",
         [CHANNEL.into(), payload.into()],
     );
     if let Err(error) = db.execute_raw(notify).await {
