@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use outbox_apalis::Handlers;
+use outbox_apalis::{Handlers, Worker};
 use outbox_core::DeliveryError;
 use outbox_seaorm::{
     DeliveryState::{Dead, Delivered},
@@ -113,14 +113,18 @@ async fn nothing_of_a_dropped_worker_goes_on() {
     eventually("its tasks end", || async { tasks() <= before }).await;
 }
 
+/// A worker whose deliveries have a single attempt.
+fn with_one_attempt(outbox: &Outbox, under_way: &UnderWay) -> Worker {
+    let worker = worker(outbox).lease(Duration::from_secs(30)).unwrap();
+    worker.handlers(subscription("s").retry(policy(1)), under_way.handlers())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_killed_process_had_leased_in_advance_is_tried_in_small_groups() {
     let fixture = Fixture::new().await;
     let (outbox, notes) = counting_notes(&fixture).await;
     let under_way = UnderWay::default();
-    let worker = worker(&outbox).lease(Duration::from_secs(30)).unwrap();
-    let worker = worker.handlers(subscription("s").retry(policy(1)), under_way.handlers());
-    let started = worker.start().await.unwrap();
+    let started = with_one_attempt(&outbox, &under_way).start().await.unwrap();
     fixture.push((0..300).flat_map(|key| each_noted(&[&key.to_string()], 1))).await;
     fixture.execute("update outbox_lanes set leased_by = 'killed', attempts = 1").await;
     let all = || async { fixture.count("outbox_delivered").await == 300 };
@@ -137,9 +141,7 @@ async fn what_a_killed_process_had_in_a_group_is_tried_alone() {
     let fixture = Fixture::new().await;
     let (outbox, notes) = counting_notes(&fixture).await;
     let under_way = UnderWay::default();
-    let worker = worker(&outbox).lease(Duration::from_secs(30)).unwrap();
-    let worker = worker.handlers(subscription("s").retry(policy(1)), under_way.handlers());
-    let started = worker.start().await.unwrap();
+    let started = with_one_attempt(&outbox, &under_way).start().await.unwrap();
     fixture.push((0..20).flat_map(|key| each_noted(&[&key.to_string()], 1))).await;
     // Some were leased again, beside another group.
     let group = r#"[{"attempt":2,"counted":1,"error":"tried in a group","milliseconds":null,"group":32}]"#;
