@@ -20,6 +20,9 @@ use tokio::{
 
 pub(crate) const MS: Duration = Duration::from_millis(1);
 
+/// How long a busy machine may take for what a quiet one does at once.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
 /// A poll that no test waits for.
 pub(crate) const NEVER: Duration = Duration::from_secs(3600);
 
@@ -255,7 +258,7 @@ impl Running {
     pub(crate) async fn stop(self) -> Duration {
         let asked = Instant::now();
         let _ = self.stop.send(());
-        tokio::time::timeout(Duration::from_secs(5), self.task).await.expect("the worker stops").unwrap();
+        tokio::time::timeout(PATIENCE, self.task).await.expect("the worker stops").unwrap();
         asked.elapsed()
     }
 
@@ -355,7 +358,7 @@ pub(crate) fn hanging(seen: &Seen) -> Handlers {
 
 /// Waits until a condition holds.
 pub(crate) async fn eventually<Fut: Future<Output = bool>>(what: &str, condition: impl FnMut() -> Fut) {
-    within(Duration::from_secs(5), what, condition).await;
+    within(PATIENCE, what, condition).await;
 }
 
 /// Waits until a condition holds, but not longer than `time`.

@@ -4,12 +4,18 @@ use std::{
 };
 
 use outbox_apalis::{Effect, Handlers};
-use outbox_core::{Actor, Context, DeliveryError, NewEvent, PushError, RecordedEvent};
-use outbox_seaorm::DeliveryState::{Dead, Delivered};
-use sea_orm::{ConnectionTrait, DbErr};
-use serde_json::json;
+use outbox_core::{Actor, Context, DeliveryError, PushError, RecordedEvent};
+use outbox_seaorm::{
+    DeliveryState::{Dead, Delivered},
+    Outbox,
+};
+use outbox_test_servers::Postgres;
+use sea_orm::{ConnectionTrait, DbBackend, DbErr, Statement};
 
-use crate::fixture::{Fixture, MS, Noted, Seen, counted, each_noted, eventually, noted, policy, run, subscription};
+use crate::fixture::{
+    Fixture, MS, Migrator, Noted, Seen, counted, each_noted, eventually, noted, policy, push, run, subscription,
+    within, worker,
+};
 
 /// What the handlers of these tests write.
 async fn write(event: &Noted, effect: &Effect) -> Result<(), DbErr> {
@@ -198,41 +204,48 @@ async fn a_handle_that_outlives_its_handler_fails_the_attempt() {
     assert_eq!((fixture.count("effects").await, kept.lock().unwrap().len()), (0, 1));
 }
 
+/// On PostgreSQL, where a deferred trigger makes the COMMIT itself wait for the test.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_attempt_that_is_committing_is_not_cancelled() {
-    let fixture = Fixture::new().await;
-    let seen = Seen::default();
-    // Events that nobody subscribes to: their flush takes much longer than is left of the handler's time.
-    let many: Arc<Mutex<Vec<NewEvent>>> = Arc::default();
-    many.lock()
-        .unwrap()
-        .extend((0..20_000).map(|n| NewEvent::dynamic("bulk.made", "bulk", n.to_string(), &json!(n)).unwrap()));
+    let outbox = Outbox::connect(&Postgres::shared().database(), 4).await.unwrap();
+    outbox_migrations::up::<Migrator>(outbox.writer()).await.unwrap();
+    let gate = "
+        create table effects (key text, n integer, attempt integer);
+        create function wait() returns trigger language plpgsql as
+            $$ begin perform pg_advisory_xact_lock(7); return null; end $$;
+        create constraint trigger wait after insert on effects deferrable initially deferred
+            for each row execute function wait()";
+    outbox.writer().execute_unprepared(gate).await.unwrap();
+    let holder = outbox.begin(Context::default());
+    holder.tx().execute_unprepared("select pg_advisory_xact_lock(7)").await.unwrap();
+    let one = async |sql: &str| {
+        let row = outbox.reader().query_one_raw(Statement::from_string(DbBackend::Postgres, sql)).await.unwrap();
+        row.unwrap().try_get_by_index::<String>(0).unwrap()
+    };
+
+    let (seen, time) = (Seen::default(), 1000 * MS);
     let handlers = {
         let seen = seen.clone();
         Handlers::new().on_tx(move |event: Noted, effect| {
             seen.add(&event, effect.delivery());
-            let (many, begun) = (std::mem::take(&mut *many.lock().unwrap()), Instant::now());
-            async move {
-                if event.n == 0 {
-                    for event in many {
-                        effect.events().push(event)?;
-                    }
-                    tokio::time::sleep_until((begun + 900 * MS).into()).await;
-                }
-                Ok(write(&event, &effect).await?)
-            }
+            async move { Ok(write(&event, &effect).await?) }
         })
     };
-    let subscription = subscription("s").events(["note.noted"]).unwrap();
-    let worker = fixture.worker().lease(5000 * MS).unwrap().timeout(1000 * MS).unwrap();
-    let worker = run(worker.handlers(subscription, handlers)).await;
-    fixture.push(each_noted(&["a"], 3)).await;
-    fixture.delivered(3).await;
+    let worker = worker(&outbox).lease(10_000 * MS).unwrap().timeout(time).unwrap();
+    let worker = run(worker.handlers(subscription("s"), handlers)).await;
+    push(&outbox, each_noted(&["a"], 3)).await;
+    let waiting = "select count(*)::text from pg_locks where locktype = 'advisory' and not granted";
+    eventually("a COMMIT that waits", || async { one(waiting).await == "1" }).await;
+    let committing = Instant::now();
+    within(10 * time, "the end of the handler's time", || async { committing.elapsed() > 2 * time }).await;
+    assert_eq!(one(waiting).await, "1", "it still waits");
+    holder.rollback().await;
+    let delivered = "select count(*)::text from outbox_delivered";
+    eventually("the deliveries", || async { one(delivered).await == "3" }).await;
     worker.stop().await;
-    assert_eq!(fixture.states("s").await, [(Delivered, 1); 3]);
-    assert_eq!(fixture.column::<Option<String>>("select attempt_log from outbox_delivered").await, [None, None, None]);
-    assert_eq!(seen.of("a"), [0, 1, 2]);
-    fixture.is_at_rest().await;
+    let logs = "select string_agg(attempts || coalesce(' ' || attempt_log::text, ''), ', ') from outbox_delivered";
+    assert_eq!(one(logs).await, "1, 1, 1");
+    assert_eq!((seen.of("a"), one("select count(*)::text from effects").await.as_str()), (vec![0, 1, 2], "3"));
 }
 
 /// While a transaction writes, SQLite lets no lease be renewed: the handler's own time must end before its lease.

@@ -1,6 +1,6 @@
 //! What goes wrong is a definite answer, and stores nothing.
 
-use std::sync::{Arc, Mutex};
+use std::{cell::RefCell, sync::Once};
 
 use axum::{Router, body::Body, routing::post as post_to};
 use futures_util::FutureExt;
@@ -222,13 +222,31 @@ async fn missing_layer_names_the_fix() {
     }
 }
 
-/// The log of this thread.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
+thread_local! {
+    static LOGGED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Writes to the log of the thread that logs.
+#[derive(Clone, Copy)]
+struct Log;
+
+impl Log {
+    /// One subscriber for the whole process: beside a thread that has its own alone, tracing may take what another
+    /// thread logs first for something that nobody wants, for good.
+    fn start() {
+        static STARTED: Once = Once::new();
+        STARTED.call_once(|| tracing_subscriber::fmt().with_ansi(false).with_writer(|| Self).init());
+        LOGGED.with_borrow_mut(Vec::clear);
+    }
+
+    fn of_this_thread() -> String {
+        LOGGED.with_borrow(|log| String::from_utf8(log.clone()).unwrap())
+    }
+}
 
 impl std::io::Write for Log {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
+        LOGGED.with_borrow_mut(|log| log.extend_from_slice(bytes));
         Ok(bytes.len())
     }
 
@@ -239,17 +257,14 @@ impl std::io::Write for Log {
 
 #[tokio::test]
 async fn a_failed_commit_is_logged_with_method_route_and_cause() {
-    let log = Log::default();
-    let writer = log.clone();
-    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
-    let _guard = tracing::subscriber::set_default(subscriber);
+    Log::start();
     let store = Store::new().await;
     let handler = |tx: Tx| async move {
         tx.execute_unprepared("insert into lines values ('missing')").await.unwrap();
     };
     let router = Router::new().route("/orders/{id}", post_to(handler)).layer(store.layer());
     send(&router, Request::post("/orders/7?secret=1").body(Body::empty()).unwrap()).await;
-    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    let log = Log::of_this_thread();
     for expected in ["ERROR", "method=POST", r#"path="/orders/{id}""#, "FOREIGN KEY constraint failed"] {
         assert!(log.contains(expected), "{expected} is not in {log}");
     }

@@ -381,8 +381,12 @@ async fn promise_1_atomic_an_api_that_is_killed_every_second_leaves_no_partial_o
     let range = Range::new().await;
     let _worker = range.start("worker", &[]).await;
     let load = range.ledger.load(&Load { clients: 8, sleeps: 0..20, ..Load::default() });
-    let (mut kills, ended) = (0, Instant::now() + sized(Duration::from_secs(8), Duration::from_secs(60)));
-    while Instant::now() < ended {
+    let (mut kills, started) = (0, Instant::now());
+    // How much that is in a second depends on the machine.
+    let enough =
+        |kills| kills >= sized(6, 60) && range.ledger.count(Answer::Ok) > 50 && range.ledger.count(Answer::Unknown) > 0;
+    while !enough(kills) {
+        assert!(started.elapsed() < sized(Duration::from_secs(90), Duration::from_secs(600)), "{kills} kills");
         let api = range.start("serve", &[]).await;
         range.ledger.send_to(&[&api.http]);
         tokio::time::sleep(Duration::from_millis(fastrand::u64(300..900))).await;
@@ -393,8 +397,6 @@ async fn promise_1_atomic_an_api_that_is_killed_every_second_leaves_no_partial_o
     range.ledger.stop(load).await;
     range.assert_clean().await;
     range.assert_no_attempt_was_burnt().await;
-    assert!(kills >= 4 && range.ledger.count(Answer::Ok) > 50, "{kills} kills");
-    assert!(range.ledger.count(Answer::Unknown) > 0, "no request was cut off");
 }
 
 /// Few sessions behind a pooler, and each transaction gets any of them. Notifications do not get through.
