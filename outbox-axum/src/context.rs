@@ -8,12 +8,22 @@ pub(crate) type Read = dyn Fn(&Parts) -> Context + Send + Sync;
 pub(crate) fn of_request(parts: &Parts, read: Option<&Read>) -> Context {
     let mut context = of_headers(&parts.headers);
     if let Some(read) = read {
-        lay_over(&mut context, read(parts));
+        context.lay_over(read(parts));
     }
     if let Some(own) = parts.extensions.get::<Context>() {
-        lay_over(&mut context, own.clone());
+        context.lay_over(own.clone());
     }
     context.correlation_id.get_or_insert_with(|| Uuid::now_v7().to_string());
+    context
+}
+
+/// What a layer inside another one adds. Headers, and an extension that the outer layer has `seen`, are in the unit of
+/// work already, and what was set there since then is newer.
+pub(crate) fn of_inner(parts: &Parts, read: Option<&Read>, seen: Option<&Context>) -> Context {
+    let mut context = read.map(|read| read(parts)).unwrap_or_default();
+    if let Some(own) = parts.extensions.get::<Context>().filter(|own| Some(*own) != seen) {
+        context.lay_over(own.clone());
+    }
     context
 }
 
@@ -23,17 +33,6 @@ fn of_headers(headers: &HeaderMap) -> Context {
     context.traceparent = traceparent(headers);
     context.tracestate = context.traceparent.as_ref().and_then(|_| tracestate(headers));
     context
-}
-
-fn lay_over(context: &mut Context, over: Context) {
-    if over.traceparent.is_some() {
-        context.traceparent = over.traceparent;
-        context.tracestate = over.tracestate;
-    }
-    context.tenant = over.tenant.or(context.tenant.take());
-    context.actor = over.actor.or(context.actor.take());
-    context.correlation_id = over.correlation_id.or(context.correlation_id.take());
-    context.causation_id = over.causation_id.or(context.causation_id.take());
 }
 
 fn id(headers: &HeaderMap, name: &'static str) -> Option<String> {

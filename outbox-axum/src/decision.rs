@@ -3,11 +3,16 @@ use std::convert::Infallible;
 use axum::response::{IntoResponse, IntoResponseParts, Response, ResponseParts};
 use http::StatusCode;
 
+use crate::grpc;
+
 /// Whether a response commits, when its status does not say it.
 ///
-/// gRPC and GraphQL report errors inside a 200; a refused login answers 401 and counts the attempt. Part of the
-/// response, like a header; a middleware puts it into the response's extensions. Overrides the status, never a failure:
-/// a transaction with a failed statement does not commit.
+/// GraphQL reports errors inside a 200; a refused login answers 401 and counts the attempt. Part of the response, like a
+/// header; a middleware puts it into the response's extensions. Overrides the status, never a failure: a transaction
+/// with a failed statement does not commit.
+///
+/// gRPC needs none as long as the error is the whole response: a `grpc-status` other than 0 in its headers rolls back.
+/// One in the trailers, behind a stream of messages, comes after the commit.
 ///
 /// ```
 /// use axum::{http::StatusCode, response::IntoResponse};
@@ -28,7 +33,16 @@ pub enum Decision {
 }
 
 impl Decision {
-    pub(crate) fn by_status(status: StatusCode) -> Self {
+    /// What the response says: its own decision, else its gRPC status, else its status.
+    pub(crate) fn of(response: &mut Response) -> Self {
+        match response.extensions_mut().remove() {
+            Some(decided) => decided,
+            None if grpc::is_error(response.headers()) => Self::Rollback,
+            None => Self::by_status(response.status()),
+        }
+    }
+
+    fn by_status(status: StatusCode) -> Self {
         if status == StatusCode::SWITCHING_PROTOCOLS || status.is_success() || status.is_redirection() {
             Self::Commit
         } else {

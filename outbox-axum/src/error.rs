@@ -5,27 +5,32 @@ use axum::{
 use http::{HeaderValue, StatusCode, header::RETRY_AFTER};
 use outbox_core::PushError;
 use outbox_seaorm::{SavepointError, is_transient};
-use sea_orm::DbErr;
+use sea_orm::{DbErr, RuntimeErr};
 use serde::Serialize;
+
+use crate::grpc;
 
 pub(crate) const INTERNAL: &str = "the request failed; the log of the service says why";
 pub(crate) const CONFLICT: &str = "this does not fit what is stored already; change the request";
-const BUSY: &str = "the service is busy; send the request again in a moment";
+pub(crate) const BUSY: &str = "the service is busy; send the request again in a moment";
 const TOO_LARGE: &str = "this is more than one request may do; send less at once";
 const INVALID: &str = "a value of the request is not valid; change the request";
 
 /// What a handler answers when the database or the collector refused: `?` makes it from their errors.
 ///
-/// | cause | status |
-/// |---|---|
-/// | unique or foreign key violated | 409 |
-/// | no connection free, database busy, serialization failure, deadlock | 503 with `retry-after: 1` |
-/// | event or number of events too large | 413 |
-/// | name or payload of an event not valid | 422 |
-/// | everything else | 500 |
+/// | cause | status | gRPC |
+/// |---|---|---|
+/// | unique, foreign key or exclusion constraint violated | 409 | `ABORTED` |
+/// | a value that the database cannot store: not-null or check constraint, wrong type, out of range, too long, a NUL in a text (PostgreSQL) | 422 | `INVALID_ARGUMENT` |
+/// | no connection free, database busy, serialization failure, deadlock | 503 with `retry-after: 1` | `UNAVAILABLE` |
+/// | event or number of events too large | 413 | `RESOURCE_EXHAUSTED` |
+/// | name or payload of an event not valid | 422 | `INVALID_ARGUMENT` |
+/// | everything else | 500 | `INTERNAL` |
 ///
 /// All of them roll the request back. The body is `{"error":"…"}` with a fixed sentence; what the database said goes to
-/// the log alone. An application with more to say wraps it in an error type of its own.
+/// the log alone. An application with more to say wraps it in an error type of its own. A service that answers in
+/// another protocol takes [`status`](Self::status) or [`grpc_code`](Self::grpc_code), and
+/// [`sentence`](Self::sentence).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -46,13 +51,51 @@ impl Error {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::Database(error) if is_transient(error) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Database(error) if error.sql_err().is_some() => StatusCode::CONFLICT,
+            Self::Database(error) => refusal(error).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
             Self::Push(
                 PushError::PayloadTooLarge { .. } | PushError::TooManyEvents { .. } | PushError::TooManyBytes { .. },
             ) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Push(PushError::Name(_) | PushError::Payload { .. }) => StatusCode::UNPROCESSABLE_ENTITY,
-            Self::Database(_) | Self::Push(_) | Self::Savepoint => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Push(_) | Self::Savepoint => StatusCode::INTERNAL_SERVER_ERROR,
         }
+    }
+
+    /// The code of a gRPC status that says the same: `tonic::Code::from(error.grpc_code())`.
+    #[must_use]
+    pub fn grpc_code(&self) -> i32 {
+        grpc::code(self.status())
+    }
+
+    /// What the client is told: one of a few fixed sentences, without a word of the database.
+    #[must_use]
+    pub fn sentence(&self) -> &'static str {
+        match self.status() {
+            StatusCode::SERVICE_UNAVAILABLE => BUSY,
+            StatusCode::CONFLICT => CONFLICT,
+            StatusCode::PAYLOAD_TOO_LARGE => TOO_LARGE,
+            StatusCode::UNPROCESSABLE_ENTITY => INVALID,
+            _ => INTERNAL,
+        }
+    }
+}
+
+/// The status of a statement, or a COMMIT, that was refused because of its values.
+pub(crate) fn refusal(error: &DbErr) -> Option<StatusCode> {
+    let (DbErr::Exec(RuntimeErr::SqlxError(cause)) | DbErr::Query(RuntimeErr::SqlxError(cause))) = error else {
+        return error.sql_err().map(|_| StatusCode::CONFLICT);
+    };
+    let code = cause.as_database_error()?.code()?;
+    match &*code {
+        // PostgreSQL: restrict, foreign key, unique, exclusion. SQLite: foreign key, primary key, unique, rowid.
+        "23001" | "23503" | "23505" | "23P01" | "787" | "1555" | "2067" | "2579" => Some(StatusCode::CONFLICT),
+        // PostgreSQL: not null, check; too large for an index, nested too deeply. SQLite: too big, mismatch, check,
+        // not null, type of a strict table.
+        "23502" | "23514" | "54000" | "54001" | "18" | "20" | "275" | "1299" | "3091" => {
+            Some(StatusCode::UNPROCESSABLE_ENTITY)
+        }
+        // PostgreSQL: data exceptions, such as a NUL in a text, a number out of range, a text that is too long.
+        code if code.len() == 5 && code.starts_with("22") => Some(StatusCode::UNPROCESSABLE_ENTITY),
+        _ => None,
     }
 }
 
@@ -75,13 +118,7 @@ impl IntoResponse for Error {
         } else {
             tracing::debug!(error = source, "a handler refused the request");
         }
-        match status {
-            StatusCode::SERVICE_UNAVAILABLE => busy(),
-            StatusCode::CONFLICT => answer(status, CONFLICT),
-            StatusCode::PAYLOAD_TOO_LARGE => answer(status, TOO_LARGE),
-            StatusCode::UNPROCESSABLE_ENTITY => answer(status, INVALID),
-            _ => answer(status, INTERNAL),
-        }
+        answer_or_retry(status, self.sentence())
     }
 }
 
@@ -95,9 +132,12 @@ pub(crate) fn answer(status: StatusCode, sentence: &'static str) -> Response {
     (status, Json(Sentence { error: sentence })).into_response()
 }
 
-pub(crate) fn busy() -> Response {
-    let mut response = answer(StatusCode::SERVICE_UNAVAILABLE, BUSY);
-    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+/// As [`answer`], with the time after which a busy service may be asked again.
+pub(crate) fn answer_or_retry(status: StatusCode, sentence: &'static str) -> Response {
+    let mut response = answer(status, sentence);
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    }
     response
 }
 

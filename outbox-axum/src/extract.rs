@@ -5,7 +5,7 @@ use axum::{
     extract::FromRequestParts,
     response::{IntoResponse, Response},
 };
-use http::{StatusCode, request::Parts};
+use http::{Extensions, StatusCode, request::Parts};
 use outbox_seaorm::{SavepointError, TxSource};
 use sea_orm::{ConnectionTrait, DbBackend, DbErr, ExecResult, QueryResult, Statement};
 
@@ -32,16 +32,30 @@ pub struct Tx(pub outbox_seaorm::Tx);
 #[derive(Clone, Debug)]
 pub struct Events(pub outbox_core::Events);
 
-/// An extractor that was used on a route without [`OutboxLayer`](crate::OutboxLayer). Answers 500; the text names the
-/// fix.
+/// An extractor that was used on a route without [`OutboxLayer`](crate::OutboxLayer) around it. Answers 500; the text
+/// names the fix.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("`{extractor}` used without `OutboxLayer`; add `.layer(OutboxLayer::new(…))` to the router")]
+#[error(
+    "`{extractor}` used without `OutboxLayer` around it; add `.layer(OutboxLayer::new(…))` to the router, after its routes, \
+     nested routers and fallback: one that is added later is outside of the layer, a middleware that is added later too, \
+     and `route_layer` leaves out the fallback"
+)]
 #[non_exhaustive]
 pub struct MissingLayer {
     extractor: &'static str,
 }
 
 impl Tx {
+    /// The transaction of the request with these extensions, where there is no extractor: in a gRPC service,
+    /// `Tx::from_extensions(request.extensions())`.
+    ///
+    /// # Errors
+    ///
+    /// [`MissingLayer`] if there is no layer around the service.
+    pub fn from_extensions(extensions: &Extensions) -> Result<Self, MissingLayer> {
+        Ok(Self(source(extensions, "Tx")?.tx()))
+    }
+
     /// Runs `work` in a savepoint. If it answers with an error, or a statement in it failed, what it wrote is rolled
     /// back and the events pushed meanwhile are dropped; the transaction goes on.
     ///
@@ -86,6 +100,17 @@ impl Tx {
     }
 }
 
+impl Events {
+    /// The collector of the request with these extensions, where there is no extractor.
+    ///
+    /// # Errors
+    ///
+    /// [`MissingLayer`] if there is no layer around the service.
+    pub fn from_extensions(extensions: &Extensions) -> Result<Self, MissingLayer> {
+        Ok(Self(source(extensions, "Events")?.events()))
+    }
+}
+
 impl Deref for Tx {
     type Target = outbox_seaorm::Tx;
 
@@ -106,7 +131,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Tx {
     type Rejection = MissingLayer;
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Self::Rejection> {
-        Ok(Self(source(parts, "Tx")?.tx()))
+        Self::from_extensions(&parts.extensions)
     }
 }
 
@@ -114,12 +139,12 @@ impl<S: Send + Sync> FromRequestParts<S> for Events {
     type Rejection = MissingLayer;
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Self::Rejection> {
-        Ok(Self(source(parts, "Events")?.events()))
+        Self::from_extensions(&parts.extensions)
     }
 }
 
-fn source<'a>(parts: &'a Parts, extractor: &'static str) -> Result<&'a TxSource, MissingLayer> {
-    parts.extensions.get().ok_or(MissingLayer { extractor })
+fn source<'a>(extensions: &'a Extensions, extractor: &'static str) -> Result<&'a TxSource, MissingLayer> {
+    extensions.get().ok_or(MissingLayer { extractor })
 }
 
 impl MissingLayer {

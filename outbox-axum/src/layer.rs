@@ -1,4 +1,4 @@
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use http::request::Parts;
 use outbox_core::Context;
@@ -13,11 +13,26 @@ use crate::{OutboxService, context};
 /// the client hangs up. A response can [decide otherwise](crate::Decision). The [crate page](crate) has the whole
 /// table, and what a crash does at each moment.
 ///
-/// A layer inside another one (on a route and on the router around it) uses the unit of work of the outer one: a
-/// request has one transaction, and the outermost layer ends it.
+/// # Other layers
 ///
-/// Other layers work on both sides. One that is added earlier is inside: a timeout there answers 408 and the
-/// transaction rolls back. One that is added later is outside: it sees the response after the commit.
+/// One that is added earlier is inside: a timeout there answers 408 and the transaction rolls back. One that is added
+/// later is outside: it sees the response after the commit, and the answers that this layer gives itself (500, 503, 409,
+/// 408). So CORS, compression, request ids and the log of requests belong outside, or browsers do not get to see those
+/// answers. A timeout outside leaves open what became of the request: what it cuts off before the commit has started
+/// rolls back, a commit that has started ends by itself, and the client gets the timeout's answer in both cases, without
+/// `outbox-outcome`. The same goes for a proxy's timeout, and for a client's own.
+///
+/// # A layer inside another one
+///
+/// A request has one transaction, and the outermost layer ends it. A layer of the same outbox inside another one (on a
+/// route and on the router around it, say) lays its [`context`](Self::context) over the outer one's and does what
+/// [`eager`](Self::eager) and [`max_age`](Self::max_age) say; the limits of the outer outbox hold. Outboxes are the same
+/// when they are clones, or made of clones of one `DatabaseConnection`, with one table prefix.
+///
+/// A layer of another outbox there answers 500, and the log names both: two transactions cannot end as one. So does one
+/// that does not find the outer layer's transaction, because a middleware between them replaced the request's
+/// extensions, or because a handler calls a router of this process as if it was another service. Such a call has a
+/// transaction of its own in a task: `tokio::spawn(router.oneshot(request)).await`.
 ///
 /// ```no_run
 /// use axum::{Router, routing::get};
@@ -34,23 +49,68 @@ use crate::{OutboxService, context};
 pub struct OutboxLayer {
     outbox: Outbox,
     eager: bool,
+    max_age: Option<Duration>,
+    only_events: OnlyEvents,
     read: Option<Arc<context::Read>>,
+}
+
+/// How long a transaction may be open. What waits for it (on SQLite every writer) has given up long before, and so has
+/// the proxy in front of most services.
+const MAX_AGE: Duration = Duration::from_secs(30);
+
+/// What becomes of a request that pushes events and executes no statement through [`Tx`](crate::Tx).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnlyEvents {
+    /// It commits: for services whose events are all there is to store.
+    #[default]
+    Allow,
+    /// It commits, with a warning in the log that names the route.
+    Warn,
+    /// It rolls back and answers 500; the log names the route.
+    Refuse,
 }
 
 impl OutboxLayer {
     /// Uses this outbox, or the outbox of this `DatabaseConnection`.
     #[must_use]
     pub fn new(outbox: impl Into<Outbox>) -> Self {
-        Self { outbox: outbox.into(), eager: false, read: None }
+        Self { outbox: outbox.into(), eager: false, max_age: None, only_events: OnlyEvents::Allow, read: None }
     }
 
     /// Begins the transaction before the handler runs, instead of with its first statement. Defaults to `false`.
     ///
     /// If it cannot begin, the handler is not called and the client gets 503 or 500. Costs a round trip and a
-    /// connection for every request, also for those that need neither.
+    /// connection for every request, also for those that need neither, and holds it while the body of the request arrives:
+    /// on SQLite all other writers wait for a slow client then, at most for [`max_age`](Self::max_age).
     #[must_use]
     pub fn eager(mut self, eager: bool) -> Self {
         self.eager = eager;
+        self
+    }
+
+    /// Sets how long a transaction may be open, from its BEGIN to the answer of the handler. Defaults to 30 s;
+    /// `Duration::MAX` is without a limit.
+    ///
+    /// When it is over, the handler is dropped, the transaction rolls back, and the client gets 408 with
+    /// `outbox-outcome: rolled-back`. Time before the first statement does not count: a slow upload that is read before is
+    /// no matter. Nor does the commit, or the response's stream.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
+    #[must_use]
+    pub fn max_age(mut self, max_age: Duration) -> Self {
+        assert!(!max_age.is_zero(), "a transaction needs some time");
+        self.max_age = Some(max_age);
+        self
+    }
+
+    /// Sets what becomes of a request that pushes events and executes no statement through [`Tx`](crate::Tx), as one does
+    /// that still writes with a connection or a transaction of its own: row and event are stored apart then. Defaults to
+    /// [`OnlyEvents::Allow`]. Sees nothing with [`eager`](Self::eager).
+    #[must_use]
+    pub fn only_events(mut self, only_events: OnlyEvents) -> Self {
+        self.only_events = only_events;
         self
     }
 
@@ -95,14 +155,37 @@ impl OutboxLayer {
         self.eager
     }
 
+    /// As it was set, if it was.
+    pub(crate) fn own_max_age(&self) -> Option<Duration> {
+        self.max_age
+    }
+
+    pub(crate) fn max_age_or_default(&self) -> Duration {
+        self.max_age.unwrap_or(MAX_AGE)
+    }
+
+    pub(crate) fn about_only_events(&self) -> OnlyEvents {
+        self.only_events
+    }
+
     pub(crate) fn context_of(&self, parts: &Parts) -> Context {
         context::of_request(parts, self.read.as_deref())
+    }
+
+    /// What this layer adds to the context of the one around it, which has `seen` that extension.
+    pub(crate) fn inner_context_of(&self, parts: &Parts, seen: Option<&Context>) -> Context {
+        context::of_inner(parts, self.read.as_deref(), seen)
     }
 }
 
 impl fmt::Debug for OutboxLayer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("OutboxLayer").field("outbox", &self.outbox).field("eager", &self.eager).finish_non_exhaustive()
+        f.debug_struct("OutboxLayer")
+            .field("outbox", &self.outbox)
+            .field("eager", &self.eager)
+            .field("max_age", &self.max_age_or_default())
+            .field("only_events", &self.only_events)
+            .finish_non_exhaustive()
     }
 }
 

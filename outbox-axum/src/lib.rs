@@ -82,18 +82,21 @@
 //! | the handler | the client gets | stored | `outbox-outcome` |
 //! |---|---|---|---|
 //! | answers 101, 2xx or 3xx | its response, after COMMIT | all of it | `committed` |
-//! | answers 4xx or 5xx | its response, after ROLLBACK | nothing | `rolled-back` |
+//! | answers 4xx, 5xx or a gRPC error | its response, at once; the rollback ends by itself | nothing | `rolled-back` |
 //! | answers with a [`Decision`] | its response | as decided | as decided |
 //! | panics | 500 | nothing | `rolled-back` |
 //! | ignores the error of a statement outside a savepoint, or cancels one | 500 | nothing | `rolled-back` |
 //! | leaves a [`Tx`] in a spawned task or in the response's stream | 500 | nothing | `rolled-back` |
-//! | succeeds, and no connection is free or the database is busy | 503, `retry-after: 1` | nothing | `rolled-back` |
+//! | succeeds, and no connection was free or the database was busy | 503, `retry-after: 1` | nothing | `rolled-back` |
+//! | keeps its transaction open for longer than [`max_age`](OutboxLayer::max_age) | 408 | nothing | `rolled-back` |
 //! | succeeds, and a deferred constraint refuses the COMMIT | 409 | nothing | `rolled-back` |
 //! | succeeds, and the connection dies during COMMIT | 503 | not known | `unknown` |
 //! | is cut off because the client hangs up | nothing | nothing | – |
 //!
 //! The transaction begins with the first statement through [`Tx`], or with the flush when there are only events: a
 //! request that uses neither costs no round trip. A client that hangs up while the commit runs does not stop it.
+//! A transaction that is rolled back is closed before the answer leaves, and can never commit afterwards; on SQLite the
+//! next writer waits until its last statement has ended. A gRPC request gets the layer's own answers as gRPC.
 //! A crash of the process before the database has received COMMIT leaves nothing; a crash afterwards leaves
 //! everything, though the client did not hear of it.
 //!
@@ -102,6 +105,8 @@
 //! - Finish with [`Tx`] before the response is ready. Streamed bodies and spawned tasks use a `DatabaseConnection`.
 //! - Statements that may fail go into [`Tx::savepoint`]; after any other failed statement only an error answer makes
 //!   sense.
+//! - Nothing slow between the first statement and the end: the transaction is open meanwhile. Take the body of the
+//!   request as an argument (it is read before the handler runs), not as a stream after the first statement.
 //! - Reads that need no transaction use the application's own connection
 //!   ([`Outbox::reader`](outbox_seaorm::Outbox::reader)). On SQLite, `Tx` takes the one write lock.
 //!
@@ -111,7 +116,9 @@ mod context;
 mod decision;
 mod error;
 mod extract;
+mod grpc;
 mod layer;
+mod nested;
 mod operator;
 mod outcome;
 mod service;
@@ -120,7 +127,7 @@ mod token;
 pub use decision::Decision;
 pub use error::Error;
 pub use extract::{Events, MissingLayer, Tx};
-pub use layer::OutboxLayer;
+pub use layer::{OnlyEvents, OutboxLayer};
 pub use operator::Operator;
 pub use service::OutboxService;
 pub use token::InvalidToken;

@@ -210,6 +210,16 @@ impl Events {
         self.set(|context| context.correlation_id = Some(id))
     }
 
+    /// Replaces what the events of this request share by each field that `over` has, see [`Context::lay_over`].
+    ///
+    /// # Errors
+    ///
+    /// [`PushError::Name`] if a field of `over` is not valid, [`PushError::Closed`] if the request has ended.
+    pub fn lay_over(&self, over: Context) -> Result<(), PushError> {
+        over.check()?;
+        self.set(|context| context.lay_over(over))
+    }
+
     fn set(&self, change: impl FnOnce(&mut Context)) -> Result<(), PushError> {
         let mut collector = self.lock();
         if collector.closed {

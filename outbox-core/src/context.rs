@@ -52,6 +52,18 @@ pub struct Context {
 }
 
 impl Context {
+    /// Replaces each field that `over` has. `tracestate` belongs to its `traceparent`: both come from one of the two.
+    pub fn lay_over(&mut self, over: Self) {
+        if over.traceparent.is_some() {
+            self.traceparent = over.traceparent;
+            self.tracestate = over.tracestate;
+        }
+        self.tenant = over.tenant.or(self.tenant.take());
+        self.actor = over.actor.or(self.actor.take());
+        self.correlation_id = over.correlation_id.or(self.correlation_id.take());
+        self.causation_id = over.causation_id.or(self.causation_id.take());
+    }
+
     /// The fields can be set to anything; what no database stores is found before it gets there.
     pub(crate) fn check(&self) -> Result<(), InvalidName> {
         for (what, id) in [

@@ -5,7 +5,11 @@ use std::{
 };
 
 use outbox_core::{Clock, Limits, SystemClock};
-use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, DbErr, QueryResult, RuntimeErr, Statement, Value, sqlx};
+use sea_orm::{
+    ConnectionTrait, DatabaseConnection, DatabaseConnectionType as Connection, DbBackend, DbErr, QueryResult,
+    RuntimeErr, Statement, Value,
+    sqlx::{self, postgres::PgConnectOptions, sqlite::SqliteConnectOptions},
+};
 use tokio::sync::Notify;
 
 use crate::{
@@ -142,6 +146,25 @@ impl Outbox {
         &self.pools.writer.db
     }
 
+    /// Whether both use the same tables through the same connections, as clones do, and outboxes that were made of clones
+    /// of one `DatabaseConnection`: a unit of work of one is a unit of work of the other.
+    #[must_use]
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        self.prefix == other.prefix && is_same_pool(self.writer(), other.writer())
+    }
+
+    /// Where the tables are, for people: file, or host, port and database, and the prefix of their names. Without user and
+    /// password.
+    #[must_use]
+    pub fn location(&self) -> String {
+        let file = sqlite_options(self.writer()).map(|options| options.get_filename().display().to_string());
+        let server = postgres_options(self.writer()).map(|options| {
+            format!("{}:{}/{}", options.get_host(), options.get_port(), options.get_database().unwrap_or_default())
+        });
+        let database = file.or(server).unwrap_or_else(|| "no database".to_owned());
+        format!("{database} ({}…)", self.prefix.as_deref().unwrap_or(DEFAULT_PREFIX))
+    }
+
     /// Makes sure that the tables exist and are not from a later version.
     ///
     /// # Errors
@@ -273,6 +296,24 @@ impl Outbox {
     ) -> Result<Vec<QueryResult>, DbErr> {
         db.query_all_raw(self.statement(sql, values)).await
     }
+}
+
+/// The options of a pool are its own, so they tell pools apart.
+fn is_same_pool(one: &DatabaseConnection, other: &DatabaseConnection) -> bool {
+    let same_file =
+        sqlite_options(one).zip(sqlite_options(other)).is_some_and(|(one, other)| Arc::ptr_eq(&one, &other));
+    let (one, other) = (postgres_options(one), postgres_options(other));
+    same_file || one.zip(other).is_some_and(|(one, other)| Arc::ptr_eq(&one, &other))
+}
+
+fn sqlite_options(db: &DatabaseConnection) -> Option<Arc<SqliteConnectOptions>> {
+    let is_sqlite = matches!(db.inner, Connection::SqlxSqlitePoolConnection(_));
+    is_sqlite.then(|| db.get_sqlite_connection_pool().connect_options())
+}
+
+fn postgres_options(db: &DatabaseConnection) -> Option<Arc<PgConnectOptions>> {
+    let is_postgres = matches!(db.inner, Connection::SqlxPostgresPoolConnection(_));
+    is_postgres.then(|| db.get_postgres_connection_pool().connect_options())
 }
 
 fn is_missing_table(error: &DbErr) -> bool {

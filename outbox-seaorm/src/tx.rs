@@ -4,12 +4,13 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Instant,
 };
 
 use async_trait::async_trait;
 use outbox_core::Events;
-use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, ExecResult, QueryResult, Statement};
-use tokio::sync::{Mutex, MutexGuard};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, ExecResult, QueryResult, RuntimeErr, Statement};
+use tokio::sync::{Mutex, MutexGuard, SetOnce};
 
 use crate::{pooler::Connections, unit_of_work::is_transient};
 
@@ -42,6 +43,8 @@ pub(crate) struct Shared {
     pub(crate) writer: Connections,
     pub(crate) events: Events,
     pub(crate) closed: AtomicBool,
+    /// When the transaction has begun.
+    pub(crate) begun: SetOnce<Instant>,
     pub(crate) state: Mutex<State>,
 }
 
@@ -94,13 +97,18 @@ impl Tx {
             return Err(DbErr::Custom(CLOSED.to_owned()));
         }
         if state.failed {
-            return Err(DbErr::Custom(FAILED.to_owned()));
+            // Still about load or chance, if the first error was.
+            return Err(match state.transient {
+                true => DbErr::Conn(RuntimeErr::Internal(FAILED.to_owned())),
+                false => DbErr::Custom(FAILED.to_owned()),
+            });
         }
         state.failed = true;
         if state.transaction.is_none() {
             let begun = self.shared.writer.begin().await;
             state.transient = begun.as_ref().is_err_and(is_transient);
             state.transaction = Some(begun?);
+            let _once = self.shared.begun.set(Instant::now());
         }
         Ok(InProgress { state })
     }

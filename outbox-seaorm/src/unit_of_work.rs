@@ -6,7 +6,10 @@ use std::{
 
 use outbox_core::{Batch, Context, Events};
 use sea_orm::{DatabaseTransaction, DbErr, RuntimeErr, sqlx};
-use tokio::{runtime::Handle, sync::Mutex};
+use tokio::{
+    runtime::Handle,
+    sync::{Mutex, SetOnce},
+};
 
 use crate::{
     LaneReport, Outbox, Settled,
@@ -37,6 +40,7 @@ pub struct UnitOfWork {
 /// Hands out the handles of a unit of work without counting as one itself; what a request carries in its extensions.
 #[derive(Clone, Debug)]
 pub struct TxSource {
+    outbox: Outbox,
     shared: Arc<Shared>,
     in_use: Arc<std::sync::Mutex<std::sync::Weak<()>>>,
 }
@@ -55,6 +59,27 @@ impl TxSource {
     #[must_use]
     pub fn events(&self) -> Events {
         self.shared.events.clone()
+    }
+
+    /// Waits until the transaction has begun, and returns when that was.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe.
+    pub async fn begun(&self) -> Instant {
+        *self.shared.begun.wait().await
+    }
+
+    /// Whether the transaction has begun.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        self.shared.begun.initialized()
+    }
+
+    /// The outbox of the unit of work.
+    #[must_use]
+    pub fn outbox(&self) -> &Outbox {
+        &self.outbox
     }
 
     fn handles(&self) -> usize {
@@ -78,6 +103,10 @@ pub enum CommitError {
          `tx.savepoint(…)` for statements that may fail"
     )]
     StatementFailed,
+    /// No connection was free, or the database was busy or out of reach, for a statement of the transaction, and the
+    /// work ended with a success nevertheless. Rolled back.
+    #[error("the database was not there for a statement of the transaction, so the transaction was rolled back")]
+    StatementBusy,
     /// The transaction could not begin. Nothing was written.
     #[error("the transaction could not begin")]
     Begin(#[source] DbErr),
@@ -102,7 +131,7 @@ impl CommitError {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Begin(error) | Self::Flush(error) | Self::Commit(error) => is_transient(error),
-            Self::Busy => true,
+            Self::Busy | Self::StatementBusy => true,
             Self::HandleHeld | Self::StatementFailed | Self::Unknown(_) => false,
         }
     }
@@ -150,9 +179,10 @@ impl UnitOfWork {
             writer: outbox.connections().clone(),
             events: Events::with_clock(outbox.push_limits(), context, outbox.push_clock()),
             closed: AtomicBool::new(false),
+            begun: SetOnce::new(),
             state: Mutex::new(State::default()),
         };
-        let source = TxSource { shared: Arc::new(shared), in_use: Arc::default() };
+        let source = TxSource { outbox: outbox.clone(), shared: Arc::new(shared), in_use: Arc::default() };
         Self { outbox, source, finished: false, runtime: Handle::try_current().ok() }
     }
 
@@ -238,7 +268,10 @@ impl UnitOfWork {
             } else {
                 commit(&outbox, &shared, report).await
             };
-            shared.abandon().await;
+            if result.is_err() {
+                // A statement may be in progress: the answer does not wait for its end. Closed, so nothing commits.
+                tokio::spawn(async move { shared.abandon().await });
+            }
             result
         });
         finished.await.unwrap_or_else(|panicked| {
@@ -266,7 +299,7 @@ async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) ->
     let mut state = shared.state.lock().await;
     let batch = shared.events.close();
     if state.failed {
-        return Err(CommitError::StatementFailed);
+        return Err(if state.transient { CommitError::StatementBusy } else { CommitError::StatementFailed });
     }
     let transaction = match state.transaction.take() {
         Some(transaction) => transaction,

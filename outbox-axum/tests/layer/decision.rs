@@ -158,27 +158,6 @@ async fn commit_happens_before_the_first_byte() {
 }
 
 #[tokio::test]
-async fn a_layer_inside_a_layer_uses_the_outer_unit_of_work() {
-    let store = Store::new().await;
-    let handler = |tx: Tx| async move {
-        place(&tx, "handler").await;
-        (StatusCode::CONFLICT, Decision::Commit)
-    };
-    let outer = |tx: Tx, request: axum::extract::Request, next: axum::middleware::Next| async move {
-        place(&tx, "middleware").await;
-        drop(tx);
-        let response = next.run(request).await;
-        assert!(!response.headers().contains_key("outbox-outcome"), "the inner layer has ended nothing");
-        response
-    };
-    let inner = route(store.layer(), handler);
-    let router = inner.layer(axum::middleware::from_fn(outer)).layer(store.layer());
-    assert_eq!(send(&router, post()).await.facts(), (409, "committed"));
-    assert_eq!(store.orders().await, ["handler", "middleware"]);
-    assert_eq!(store.payloads().await.len(), 2);
-}
-
-#[tokio::test]
 async fn an_eager_transaction_begins_before_the_handler() {
     let app = build_app_with(|layer| layer.eager(true), |tx: Tx| async move { place(&tx, "a").await }).await;
     assert_eq!(app.post().await.facts(), (200, "committed"));

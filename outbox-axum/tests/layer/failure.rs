@@ -1,16 +1,18 @@
 //! What goes wrong is a definite answer, and stores nothing.
 
-use std::{cell::RefCell, sync::Once};
-
 use axum::{Router, body::Body, routing::post as post_to};
 use futures_util::FutureExt;
 use http::{Request, StatusCode};
-use outbox_axum::{Error, Events, OutboxLayer, Tx};
+use outbox_axum::{Error, Events, OnlyEvents, OutboxLayer, Tx};
 use outbox_core::Context;
 use outbox_seaorm::Outbox;
+use outbox_test_servers::Postgres;
 use sea_orm::ConnectionTrait;
 
-use crate::support::{Answer, App, Store, build_app, build_app_with, insert, place, placed, post, send};
+use crate::{
+    log,
+    support::{Answer, App, Store, build_app, build_app_with, insert, place, placed, post, route, send},
+};
 
 /// Takes some milliseconds, and long enough to be cancelled.
 const SLOW: &str = "insert into orders
@@ -207,6 +209,112 @@ async fn a_busy_database_is_a_503_with_a_time_to_retry() {
     assert_eq!(send(&router, post()).await.facts(), (201, "committed"));
 }
 
+/// Handlers that live on without the database: they ignore that a statement failed, or use what came of the second.
+fn with_a_fallback(db: impl Into<Outbox>) -> Router {
+    let falls_back = |tx: Tx| async move {
+        let _ignored = insert(&tx, "a").await;
+        "from the cache"
+    };
+    let tries_again = |tx: Tx| async move {
+        let _ignored = insert(&tx, "a").await;
+        insert(&tx, "a").await?;
+        Ok::<_, Error>("stored")
+    };
+    Router::new().route("/", post_to(falls_back)).route("/events", post_to(tries_again)).layer(OutboxLayer::new(db))
+}
+
+#[tokio::test]
+async fn a_database_that_was_not_there_and_was_ignored_is_a_503() {
+    let store = Store::new().await;
+    let outbox = Outbox::new(store.impatient().await);
+    let held = outbox.begin(Context::default());
+    held.tx().begin().await.unwrap();
+    are_503_with_a_time_to_retry(&with_a_fallback(outbox)).await;
+    // The same of a database that is busy.
+    are_503_with_a_time_to_retry(&with_a_fallback(store.impatient().await)).await;
+    held.rollback().await;
+}
+
+/// What the database refuses because of the values.
+async fn refused(router: &Router, sql: &str) -> (u16, String) {
+    let answer = send(router, Request::post("/").body(Body::from(sql.to_owned())).unwrap()).await;
+    assert!(is_quiet(&answer), "{answer:?}");
+    assert_eq!(answer.header("outbox-outcome"), Some("rolled-back"), "{sql}");
+    (answer.status.as_u16(), answer.body)
+}
+
+fn executes(layer: OutboxLayer) -> Router {
+    let handler = |tx: Tx, sql: String| async move {
+        tx.execute_unprepared(&sql).await?;
+        Ok::<_, Error>(StatusCode::CREATED)
+    };
+    Router::new().route("/", post_to(handler)).layer(layer)
+}
+
+const INVALID: &str = r#"{"error":"a value of the request is not valid; change the request"}"#;
+
+const VALUES: &str = "create table amounts (id integer primary key, n integer not null check (n > 0), t text unique)";
+
+#[tokio::test]
+async fn a_value_that_sqlite_refuses_is_a_422() {
+    let store = Store::new().await;
+    let db = store.outbox.writer();
+    db.execute_unprepared(VALUES).await.unwrap();
+    db.execute_unprepared("create table strict_amounts (n integer) strict").await.unwrap();
+    let router = executes(store.layer());
+    for sql in [
+        "insert into amounts (n) values (0)",
+        "insert into amounts (n) values (null)",
+        "insert into amounts (id, n) values ('no number', 1)",
+        "insert into strict_amounts values ('no number')",
+        "insert into amounts (n, t) values (1, zeroblob(2000000000))",
+    ] {
+        assert_eq!(refused(&router, sql).await, (422, INVALID.to_owned()), "{sql}");
+    }
+    let twice = "insert into amounts (rowid, n) values (1, 1), (1, 1)";
+    assert_eq!(refused(&router, twice).await.0, 409);
+}
+
+#[tokio::test]
+async fn a_value_that_postgresql_refuses_is_a_422() {
+    let outbox = Outbox::connect(&Postgres::shared().database(), 2).await.unwrap();
+    let db = outbox.writer();
+    db.execute_unprepared(VALUES).await.unwrap();
+    let ranges = "create table ranges (r int4range, exclude using gist (r with &&))";
+    db.execute_unprepared(ranges).await.unwrap();
+    let router = executes(OutboxLayer::new(outbox.clone()));
+    for sql in [
+        "insert into amounts values (1, 0)",
+        "insert into amounts values (1, null)",
+        "insert into amounts values (1, 'no number')",
+        "insert into amounts values (1, 2147483647 + 1)",
+        "insert into amounts select 1, 1, string_agg(random()::text, '') from generate_series(1, 10000)",
+        "select '1'::varchar(1)::date",
+        "select repeat('[', 100000)::jsonb",
+    ] {
+        assert_eq!(refused(&router, sql).await, (422, INVALID.to_owned()), "{sql}");
+    }
+    for sql in ["insert into amounts values (1, 1, 'a'), (2, 1, 'a')", "insert into ranges values ('[1,5]'), ('[2,3]')"]
+    {
+        assert_eq!(refused(&router, sql).await.0, 409, "{sql}");
+    }
+    assert_eq!(refused(&router, "select * from nowhere").await.0, 500);
+}
+
+#[tokio::test]
+async fn a_text_with_a_nul_is_a_422_on_postgresql_and_stored_by_sqlite() {
+    let handler = |tx: Tx| async move {
+        insert(&tx, "a\0b").await?;
+        Ok::<_, Error>(StatusCode::CREATED)
+    };
+    let app = build_app(handler).await;
+    assert_eq!(app.post().await.facts(), (201, "committed"));
+    let outbox = Outbox::connect(&Postgres::shared().database(), 2).await.unwrap();
+    outbox.writer().execute_unprepared("create table orders (op text primary key)").await.unwrap();
+    let answer = send(&route(OutboxLayer::new(outbox), handler), post()).await;
+    assert_eq!((answer.facts(), answer.body.as_str()), ((422, "rolled-back"), INVALID));
+}
+
 #[tokio::test]
 async fn missing_layer_names_the_fix() {
     let with_tx = |_: Tx| async {};
@@ -215,58 +323,73 @@ async fn missing_layer_names_the_fix() {
     for (path, name) in [("/tx", "Tx"), ("/events", "Events")] {
         let answer = send(&router, Request::post(path).body(Body::empty()).unwrap()).await;
         assert_eq!(answer.status, StatusCode::INTERNAL_SERVER_ERROR);
-        assert_eq!(
-            answer.body,
-            format!("`{name}` used without `OutboxLayer`; add `.layer(OutboxLayer::new(…))` to the router")
-        );
-    }
-}
-
-thread_local! {
-    static LOGGED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Writes to the log of the thread that logs.
-#[derive(Clone, Copy)]
-struct Log;
-
-impl Log {
-    /// One subscriber for the whole process: beside a thread that has its own alone, tracing may take what another
-    /// thread logs first for something that nobody wants, for good.
-    fn start() {
-        static STARTED: Once = Once::new();
-        STARTED.call_once(|| tracing_subscriber::fmt().with_ansi(false).with_writer(|| Self).init());
-        LOGGED.with_borrow_mut(Vec::clear);
-    }
-
-    fn of_this_thread() -> String {
-        LOGGED.with_borrow(|log| String::from_utf8(log.clone()).unwrap())
-    }
-}
-
-impl std::io::Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        LOGGED.with_borrow_mut(|log| log.extend_from_slice(bytes));
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
+        let what =
+            format!("`{name}` used without `OutboxLayer` around it; add `.layer(OutboxLayer::new(…))` to the router");
+        assert!(answer.body.starts_with(&what), "{}", answer.body);
     }
 }
 
 #[tokio::test]
+async fn missing_layer_names_the_orders_that_are_wrong() {
+    let store = Store::new().await;
+    let handler = |tx: Tx| async move { place(&tx, "a").await };
+    let outer = |_: Tx, request: axum::extract::Request, next: axum::middleware::Next| next.run(request);
+    let layered = || Router::new().route("/other", post_to(handler)).layer(store.layer());
+    let routes = |path| Router::new().route(path, post_to(handler));
+    for router in [
+        layered().route("/in", post_to(handler)),
+        layered().merge(routes("/in")),
+        layered().nest("/in", routes("/")),
+        layered().fallback(handler),
+        routes("/other").fallback(handler).route_layer(store.layer()),
+        routes("/in").layer(store.layer()).layer(axum::middleware::from_fn(outer)),
+    ] {
+        let answer = send(&router, Request::post("/in").body(Body::empty()).unwrap()).await;
+        assert_eq!(answer.facts(), (500, "no outcome"));
+        for order in
+            ["after its routes, nested routers and fallback", "a middleware that is added later", "`route_layer`"]
+        {
+            assert!(answer.body.contains(order), "{}", answer.body);
+        }
+    }
+    assert!(store.is_empty().await);
+}
+
+#[tokio::test]
+async fn only_events_can_be_refused_or_warned_about() {
+    log::record();
+    let store = Store::new().await;
+    let only_events = |events: Events| async move { events.push(placed("a")).map(|_| ()).unwrap() };
+    let with_tx = |tx: Tx| async move { place(&tx, "b").await };
+    let router = |about| {
+        let layer = store.layer().only_events(about);
+        Router::new().route("/only/{id}", post_to(only_events)).route("/tx", post_to(with_tx)).layer(layer)
+    };
+    let request = |path: &str| Request::post(path).body(Body::empty()).unwrap();
+    let refuses = router(OnlyEvents::Refuse);
+    assert_eq!(send(&refuses, request("/only/1")).await.facts(), (500, "rolled-back"));
+    assert!(store.is_empty().await);
+    assert_eq!(send(&refuses, request("/tx")).await.facts(), (200, "committed"));
+    assert_eq!(send(&router(OnlyEvents::Warn), request("/only/2")).await.facts(), (200, "committed"));
+    assert_eq!(send(&router(OnlyEvents::Allow), request("/only/3")).await.facts(), (200, "committed"));
+    assert_eq!(store.payloads().await.len(), 3);
+    let lines = log::lines_with("/only/{id}");
+    assert!(lines.len() == 2 && lines[0].contains("ERROR") && lines[1].contains("WARN"), "{lines:?}");
+}
+
+#[tokio::test]
 async fn a_failed_commit_is_logged_with_method_route_and_cause() {
-    Log::start();
+    log::record();
     let store = Store::new().await;
     let handler = |tx: Tx| async move {
         tx.execute_unprepared("insert into lines values ('missing')").await.unwrap();
     };
-    let router = Router::new().route("/orders/{id}", post_to(handler)).layer(store.layer());
-    send(&router, Request::post("/orders/7?secret=1").body(Body::empty()).unwrap()).await;
-    let log = Log::of_this_thread();
-    for expected in ["ERROR", "method=POST", r#"path="/orders/{id}""#, "FOREIGN KEY constraint failed"] {
-        assert!(log.contains(expected), "{expected} is not in {log}");
+    let router = Router::new().route("/failing/{id}", post_to(handler)).layer(store.layer());
+    send(&router, Request::post("/failing/7?secret=1").body(Body::empty()).unwrap()).await;
+    let lines = log::lines_with("/failing/");
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    for expected in ["ERROR", "method=POST", r#"path="/failing/{id}""#, "FOREIGN KEY constraint failed"] {
+        assert!(lines[0].contains(expected), "{expected} is not in {lines:?}");
     }
-    assert!(!log.contains("secret"), "{log}");
+    assert!(!lines[0].contains("secret"), "{lines:?}");
 }

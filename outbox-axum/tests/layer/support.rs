@@ -36,7 +36,7 @@ pub(crate) struct Store {
     pub(crate) outbox: Outbox,
     witness: DatabaseConnection,
     url: String,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Store {
@@ -52,7 +52,7 @@ impl Store {
             outbox.writer().execute_unprepared(table).await.unwrap();
         }
         let witness = Database::connect(ConnectOptions::new(url.clone())).await.unwrap();
-        Self { outbox, witness, url, _folder: folder }
+        Self { outbox, witness, url, folder }
     }
 
     /// One connection that nobody waits for: the second borrower gives up at once.
@@ -66,6 +66,11 @@ impl Store {
 
     pub(crate) fn layer(&self) -> OutboxLayer {
         OutboxLayer::new(self.outbox.clone())
+    }
+
+    /// The path of the database's file.
+    pub(crate) fn file(&self) -> String {
+        self.folder.path().join("test.db").display().to_string()
     }
 
     pub(crate) async fn orders(&self) -> Vec<String> {
