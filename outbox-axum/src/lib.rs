@@ -114,6 +114,7 @@ mod extract;
 mod layer;
 mod operator;
 mod outcome;
+mod server;
 mod service;
 mod token;
 
@@ -122,5 +123,6 @@ pub use error::Error;
 pub use extract::{Events, MissingLayer, Tx};
 pub use layer::OutboxLayer;
 pub use operator::Operator;
+pub use server::Server;
 pub use service::OutboxService;
-pub use token::InvalidToken;
+pub use token::{InvalidToken, random_token};

@@ -9,4 +9,5 @@ mod handles;
 mod operator;
 mod operator_api;
 mod savepoint;
+mod server;
 mod support;
