@@ -121,6 +121,7 @@ mod layer;
 mod nested;
 mod operator;
 mod outcome;
+mod server;
 mod service;
 mod token;
 
@@ -129,5 +130,6 @@ pub use error::Error;
 pub use extract::{Events, MissingLayer, Tx};
 pub use layer::{OnlyEvents, OutboxLayer};
 pub use operator::Operator;
+pub use server::Server;
 pub use service::OutboxService;
-pub use token::InvalidToken;
+pub use token::{InvalidToken, random_token};

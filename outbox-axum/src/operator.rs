@@ -3,6 +3,7 @@ mod console;
 mod dead_letters;
 mod events;
 mod fields;
+mod logins;
 mod metrics;
 mod refusal;
 mod status;
@@ -28,7 +29,10 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tower_layer::Layer;
 
-use self::change::Actor;
+use self::{
+    change::{Actor, is_same_origin},
+    logins::Refused,
+};
 use crate::{
     error::answer,
     token::{InvalidToken, Token},
@@ -60,8 +64,10 @@ const READY_WITHIN: Duration = Duration::from_secs(2);
 /// whose row somebody damaged has `null` for what cannot be read, and `unreadable` says what is wrong.
 ///
 /// All but the first two need the token: `Authorization: Bearer TOKEN`, or HTTP basic authentication with the token as
-/// the password of any user, so that a browser can log in; the audit shows that user's name. What changes something must
-/// be JSON and come from a page of the same address. Each change is stored with its audit entry or not at all; see
+/// the password of any user, so that a browser can log in; the audit shows that user's name. The more wrong tokens there
+/// were lately, the longer each waits for its answer, 3 s at most; `outbox_operator_logins_refused_total` counts them.
+/// Pages of other addresses may link to the console and the dashboard, and ask for nothing else. What changes something
+/// must be JSON. Each change is stored with its audit entry or not at all; see
 /// [`Outbox::replay_dead_letters`] for what a crash does to one that takes several transactions.
 ///
 /// ```
@@ -86,8 +92,9 @@ impl Operator {
     ///
     /// # Errors
     ///
-    /// [`InvalidToken`] if the token is empty or has white space or control characters, which no client could send:
-    /// a line break at the end of a secret's file is noticed here.
+    /// [`InvalidToken`] if the token has less than 16 bytes, or white space or control characters, which no client could
+    /// send: a line break at the end of a secret's file is noticed here. [`random_token`](crate::random_token) makes a
+    /// good one.
     pub fn new(outbox: impl Into<Outbox>, token: impl Into<String>) -> Result<Self, InvalidToken> {
         metrics::install();
         Ok(Self { outbox: outbox.into(), token: Token::new(token.into())?, dashboard: None })
@@ -132,8 +139,9 @@ impl Operator {
             Some(dashboard) => guarded.fallback_service(from_fn(look_only).layer(dashboard)),
             None => guarded.fallback(not_found),
         };
+        let guarded = from_fn(own_pages_only).layer(guarded);
         // The token is asked for around the whole router, so no path of it can be forgotten.
-        let guarded = from_fn_with_state(self.token, require_token).layer(guarded);
+        let guarded = from_fn_with_state((self.token, Refused::default()), require_token).layer(guarded);
         Router::new()
             .route("/healthz", get(|| async { "ok" }))
             .route("/readyz", get(ready))
@@ -182,12 +190,36 @@ async fn look_only(request: Request, next: Next) -> Response {
     response
 }
 
-async fn require_token(State(token): State<Token>, mut request: Request, next: Next) -> Response {
+/// A browser that is logged in sends the token along with what any page asks for, and some of it is work: pages of other
+/// addresses, also of another port of the same host, may only lead here.
+async fn own_pages_only(request: Request, next: Next) -> Response {
+    if is_same_origin(request.headers(), request.uri()) || leads_to_a_page(&request) {
+        return next.run(request).await;
+    }
+    answer(StatusCode::FORBIDDEN, "a page of another address may lead here, but not ask for this")
+}
+
+/// A link that somebody followed, to something to look at.
+fn leads_to_a_page(request: &Request) -> bool {
+    let says = |name: &str, value: &str| request.headers().get(name).is_some_and(|said| said == value);
+    let path = request.uri().path();
+    let is_page = !["/api/", "/outbox/api", "/metrics"].iter().any(|start| path.starts_with(start));
+    request.method() == Method::GET
+        && says("sec-fetch-mode", "navigate")
+        && says("sec-fetch-dest", "document")
+        && is_page
+}
+
+async fn require_token(State((token, refused)): State<(Token, Refused)>, mut request: Request, next: Next) -> Response {
     if let Some(user) = token.user(request.headers()) {
         request.extensions_mut().insert(Actor(user));
         // What comes next has no use for the secret, and cannot print it.
         request.headers_mut().remove(AUTHORIZATION);
         return next.run(request).await;
+    }
+    // A browser asks without one first: that is no attempt.
+    if request.headers().contains_key(AUTHORIZATION) {
+        tokio::time::sleep(refused.one()).await;
     }
     let mut response = answer(StatusCode::UNAUTHORIZED, "this needs the operator token");
     let challenge = HeaderValue::from_static(r#"Basic realm="outbox", charset="UTF-8""#);

@@ -21,7 +21,7 @@ use tokio::{
 };
 
 /// The token that started processes ask operators for.
-pub const TOKEN: &str = "test-token";
+pub const TOKEN: &str = "token-of-the-tests";
 
 /// A program of the workspace, started with settings of the environment. Killed when dropped.
 #[derive(Debug)]
@@ -147,7 +147,12 @@ impl Process {
         Self::started(command).await
     }
 
-    async fn started(mut command: Command) -> Self {
+    /// As [`start`](Self::start), from a [`command`] with changes.
+    ///
+    /// # Panics
+    ///
+    /// As [`start`](Self::start).
+    pub async fn started(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).spawn().expect("the program starts");
         let mut lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
         let listening = async {

@@ -3,6 +3,7 @@
 use std::{env, net::SocketAddr, num::NonZeroU64, str::FromStr, time::Duration};
 
 use outbox_apalis::{InvalidOption, InvalidRedis, Redis, Worker};
+use outbox_axum::random_token;
 use outbox_core::{InvalidPolicy, RetryPolicy};
 use outbox_seaorm::Retention;
 
@@ -30,6 +31,8 @@ pub(crate) struct Config {
 pub(crate) enum ConfigError {
     #[error("the environment variable {name} is {value:?}, but must be {expected}")]
     Value { name: &'static str, value: String, expected: &'static str },
+    #[error("no operator token could be made; set OPS_TOKEN to 16 bytes or more")]
+    Randomness(#[source] std::io::Error),
     #[error("REDIS_URL cannot be used")]
     Redis(#[from] InvalidRedis),
     #[error("WEBHOOK_URL is set without WEBHOOK_SECRET; set it to whsec_ and 24 to 64 random bytes in base64")]
@@ -48,13 +51,9 @@ impl Config {
             (Ok(url), Ok(secret)) => Some((url, secret)),
             (Ok(_), Err(_)) => return Err(ConfigError::WebhookSecret),
         };
-        let random_token = || {
-            let digits = "abcdefghijkmnpqrstuvwxyz23456789".as_bytes();
-            (0..24).map(|_| char::from(digits[fastrand::usize(..digits.len())])).collect::<String>()
-        };
         let ops_token = match env::var("OPS_TOKEN") {
             Ok(token) if !token.is_empty() => (token, false),
-            _ => (random_token(), true),
+            _ => (random_token().map_err(ConfigError::Randomness)?, true),
         };
         let address = "an address such as 127.0.0.1:3000";
         Ok(Self {

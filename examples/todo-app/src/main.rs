@@ -9,7 +9,7 @@ mod migrations;
 mod tests;
 mod todos;
 
-use std::{error::Error, future::Future, io::IsTerminal, net::SocketAddr, process::ExitCode};
+use std::{error::Error, future::Future, io::IsTerminal, net::SocketAddr, process::ExitCode, time::Duration};
 
 use axum::{
     Json, Router,
@@ -18,7 +18,7 @@ use axum::{
     routing::{get, post},
 };
 use outbox_apalis::{WebhookPublisher, Worker};
-use outbox_axum::{Operator, OutboxLayer};
+use outbox_axum::{Operator, OutboxLayer, Server};
 use outbox_core::{StartPosition, Subscription};
 use outbox_seaorm::Outbox;
 use tokio::{net::TcpListener, signal::unix::SignalKind, sync::watch};
@@ -38,6 +38,10 @@ WEBHOOK_SECRET, OUTBOX_… (docs/configuration.md).";
 
 /// Connections for reading; requests and the worker share one for writing.
 const READERS: u32 = 4;
+
+/// Connections of clients and of operators, together well below a common limit of open files (1,024).
+const CLIENTS: usize = 512;
+const OPERATORS: usize = 128;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Command {
@@ -124,18 +128,15 @@ async fn run(command: Command) -> Result<(), Box<dyn Error>> {
         }
         let _ = stop.send(true);
     });
-    let (serving, operating, working) = tokio::join!(
-        serve(http.map(|listener| (listener, app.router())), app.clone(), config.grace),
-        serve(ops.zip(operator), app.clone(), config.grace),
+    tokio::join!(
+        serve(http.map(|listener| (listener, app.router())), app.clone(), CLIENTS, config.grace),
+        serve(ops.zip(operator), app.clone(), OPERATORS, config.grace),
         async {
             if let Some(worker) = worker {
                 worker.run_until(app.stopped()).await;
             }
         },
     );
-    let () = working;
-    serving?;
-    operating?;
     Ok(())
 }
 
@@ -228,18 +229,8 @@ fn announce(http: Option<SocketAddr>, ops: Option<SocketAddr>, config: &Config) 
 }
 
 /// Serves until the process is asked to stop; requests under way then have the grace time to end.
-async fn serve(listening: Option<(TcpListener, Router)>, app: App, grace: std::time::Duration) -> std::io::Result<()> {
-    let Some((listener, router)) = listening else { return Ok(()) };
-    let ending = app.stopped();
-    let overdue = async {
-        app.stopped().await;
-        tokio::time::sleep(grace).await;
-    };
-    tokio::select! {
-        served = axum::serve(listener, router).with_graceful_shutdown(ending) => served,
-        () = overdue => {
-            tracing::warn!("requests that were still under way after the grace time are dropped");
-            Ok(())
-        }
-    }
+async fn serve(listening: Option<(TcpListener, Router)>, app: App, connections: usize, grace: Duration) {
+    let Some((listener, router)) = listening else { return };
+    let server = Server::new(listener, router).max_connections(connections).shutdown_grace(grace);
+    server.run_until(app.stopped()).await;
 }

@@ -6,7 +6,7 @@ use std::{
 
 use axum::{
     Router,
-    body::{Body, to_bytes},
+    body::{Body, BodyDataStream, to_bytes},
     http::{Method, Request, StatusCode},
 };
 use futures_util::StreamExt;
@@ -247,10 +247,13 @@ async fn the_dashboard_answers_what_is_unknown_without_a_success() {
     let fixture = Fixture::new().await;
     fixture.outbox.register(&subscription("mails")).await.unwrap();
     let board = dashboard(&fixture.outbox).await.unwrap();
-    for id in ["mails:00000000-0000-7000-8000-000000000000", "log:00000000-0000-7000-8000-000000000000", "7", "mails:x"]
+    let other_forms = ["7", "mails:x", "mails:", ":", "%00", "mails:00000000-0000-7000-8000-00000000000g"];
+    for id in ["mails:00000000-0000-7000-8000-000000000000", "log:00000000-0000-7000-8000-000000000000"]
+        .into_iter()
+        .chain(other_forms)
     {
         let (status, body) = send(&board, Method::GET, &format!("/api/v1/queues/mails/tasks/{id}"), "").await;
-        assert!(!status.is_success(), "{id}: {status} {body}");
+        assert_eq!((status, body.as_str()), (StatusCode::NOT_FOUND, ""), "{id}");
     }
     for path in ["/api/v1/queues/other/tasks", "/api/v1/queues/mails/tasks/mails:00000000-0000-7000-8000-000000000000"]
     {
@@ -273,6 +276,18 @@ async fn the_dashboard_has_its_page_at_the_root() {
 }
 
 #[tokio::test]
+async fn the_dashboard_runs_only_its_own_scripts() {
+    let fixture = Fixture::new().await;
+    let board = dashboard(&fixture.outbox).await.unwrap();
+    for path in ["/", "/queues/mails", "/api/v1/queues"] {
+        let response = board.clone().oneshot(Request::get(path).body(Body::empty()).unwrap()).await.unwrap();
+        let policy = response.headers()["content-security-policy"].to_str().unwrap();
+        assert!(policy.starts_with("default-src 'none'; script-src 'self' 'wasm-unsafe-eval' 'sha256-"), "{policy}");
+        assert!(policy.contains("frame-ancestors 'none'"), "{policy}");
+    }
+}
+
+#[tokio::test]
 async fn the_dashboard_shows_live_what_is_logged_about_attempts() {
     let fixture = Fixture::new().await;
     let board = dashboard(&fixture.outbox).await.unwrap();
@@ -285,7 +300,37 @@ async fn the_dashboard_shows_live_what_is_logged_about_attempts() {
         tracing::info!(target: "somewhere", "not about an attempt");
         tracing::info!(target: "outbox_apalis", "the mail server is away");
     });
-    let first = tokio::time::timeout(Duration::from_secs(5), lines.next()).await.unwrap().unwrap().unwrap();
-    let first = String::from_utf8_lossy(&first);
-    assert!(first.contains("the mail server is away") && first.contains("mails:7"), "{first}");
+    let line = next_with(&mut lines, "task_id\":\"mails:7").await;
+    assert!(line.contains("the mail server is away"), "{line}");
+}
+
+#[tokio::test]
+async fn a_page_that_does_not_read_silences_no_other() {
+    let fixture = Fixture::new().await;
+    let board = dashboard(&fixture.outbox).await.unwrap();
+    let _logging = tracing::subscriber::set_default(tracing_subscriber::registry().with(board_events()));
+    let open = async || {
+        let request = Request::get("/api/v1/events").body(Body::empty()).unwrap();
+        board.clone().oneshot(request).await.unwrap().into_body().into_data_stream()
+    };
+    let (_stalled, mut reading) = (open().await, open().await);
+    let span = tracing::info_span!(target: "apalis", "task", task_id = "mails:8", attempt = 2);
+    for n in 0..2000 {
+        span.in_scope(|| tracing::info!(target: "outbox_apalis", "line {n}."));
+        next_with(&mut reading, &format!("line {n}.")).await;
+    }
+}
+
+/// The next line that has this text: other tests of this process may log as well.
+async fn next_with(lines: &mut BodyDataStream, text: &str) -> String {
+    let reading = async {
+        loop {
+            let line = lines.next().await.expect("the stream goes on").expect("it does not break");
+            let line = String::from_utf8_lossy(&line).into_owned();
+            if line.contains(text) {
+                return line;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), reading).await.expect("the line arrives")
 }

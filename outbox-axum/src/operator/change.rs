@@ -69,7 +69,7 @@ fn is_json(headers: &HeaderMap) -> bool {
 }
 
 /// Browsers say where a request comes from; other clients say nothing, and have the token on purpose.
-fn is_same_origin(headers: &HeaderMap, uri: &Uri) -> bool {
+pub(super) fn is_same_origin(headers: &HeaderMap, uri: &Uri) -> bool {
     if let Some(site) = headers.get("sec-fetch-site") {
         return site == "same-origin" || site == "none";
     }

@@ -1,5 +1,6 @@
 const $ = (id) => document.getElementById(id);
-const api = "/outbox/api";
+// Without what stands before the @ of an address like http://user:token@host: a request to that is refused by the browser.
+const api = location.origin + "/outbox/api";
 
 async function call(path, body) {
   const options = body === undefined ? {} : {
@@ -143,7 +144,7 @@ async function toggle(each) {
     : "Nothing more is delivered to it until somebody resumes it. Events go on being collected; what is under way ends.";
   const reason = await confirmed(`${each.paused ? "Resume" : "Pause"} ${each.name}?`, text, each.paused ? "Resume" : "Pause");
   if (reason === null) return;
-  await call(`/subscriptions/${each.name}/${action}`, { reason });
+  await call(`/subscriptions/${encodeURIComponent(each.name)}/${action}`, { reason });
   toast(`${each.name} is ${each.paused ? "running again" : "paused"}`);
   await Promise.all([refresh(), changes()]);
 }
@@ -263,7 +264,7 @@ async function again(event, why) {
   const text = "The destination gets the event with the same id. A transactional handler remembers it, so its effect does not happen a second time.";
   const reason = await confirmed(`Deliver this event to ${why.subscription} again?`, text, "Deliver");
   if (reason === null) return;
-  const { changed } = await call(`/subscriptions/${why.subscription}/replay`, { event_ids: [event.id], reason });
+  const { changed } = await call(`/subscriptions/${encodeURIComponent(why.subscription)}/replay`, { event_ids: [event.id], reason });
   toast(changed ? `${why.subscription} gets the event again` : "nothing to do: it is not finished yet");
   await Promise.all([show(event.id), refresh(), changes()]);
 }

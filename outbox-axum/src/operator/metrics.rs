@@ -50,6 +50,7 @@ fn describe() {
         ("outbox_delivery_attempts_total", "Attempts that were begun."),
         ("outbox_messages_published_total", "Deliveries that succeeded."),
         ("outbox_publish_errors_total", "Attempts that failed, by outcome."),
+        ("outbox_operator_logins_refused_total", "Requests to the operators' listener with a wrong token."),
         ("outbox_superseded_total", "Results that were dropped because their lease was lost."),
     ] {
         metrics::describe_counter!(counter, text);

@@ -11,5 +11,6 @@ mod nested;
 mod operator;
 mod operator_api;
 mod savepoint;
+mod server;
 mod support;
 mod time;

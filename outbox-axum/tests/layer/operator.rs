@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Answer, Store, placed, send};
 
-const TOKEN: &str = "correct-horse";
+const TOKEN: &str = "correct-horse-battery";
 
 async fn operator(store: &Store) -> Router {
     let dashboard = Router::new()
@@ -43,6 +43,8 @@ fn basic(password: &str) -> String {
 async fn an_unknown_token_is_a_401_on_every_path() {
     let store = Store::new().await;
     let router = operator(&store).await;
+    // Wrong tokens are slowed down.
+    tokio::time::pause();
     let wrong = [None, Some("Bearer wrong".to_owned()), Some("Bearer ".to_owned()), Some(basic("wrong"))];
     for path in ["/", "/outbox", "/outbox/api/status", "/outbox/api/x", "/api/v1/tasks", "/x", "/healthz/", "//healthz"]
     {
@@ -177,12 +179,65 @@ async fn every_answer_has_the_security_headers() {
 }
 
 #[tokio::test]
-async fn an_empty_token_is_refused_and_debug_shows_none() {
+async fn a_short_token_is_refused_and_debug_shows_none() {
     let store = Store::new().await;
-    for bad in ["", " ", "from-a-file\n"] {
+    for bad in ["", " ", "fifteen-bytes-x", "a-token-from-a-file\n"] {
         let error = Operator::new(store.outbox.clone(), bad).unwrap_err();
-        assert!(error.to_string().contains("at least one character"), "{error}");
+        assert!(error.to_string().contains("at least 16 bytes"), "{error}");
     }
     let operator = Operator::new(store.outbox.clone(), TOKEN).unwrap();
     assert!(!format!("{operator:?}").contains(TOKEN), "{operator:?}");
+}
+
+#[tokio::test]
+async fn wrong_tokens_are_slowed_down_and_counted() {
+    let store = Store::new().await;
+    let router = operator(&store).await;
+    tokio::time::pause();
+    let begun = tokio::time::Instant::now();
+    for n in 1..=40 {
+        assert_eq!(ask(&router, Method::GET, "/", Some(&basic(&format!("wrong-{n}")))).await.status, 401);
+        if n == 5 {
+            assert!(begun.elapsed().as_millis() < 50, "who mistypes does not wait: {:?}", begun.elapsed());
+        }
+    }
+    let taken = begun.elapsed();
+    assert!(taken.as_secs() >= 20, "{taken:?}");
+    assert_eq!(ask(&router, Method::GET, "/", None).await.status, 401);
+    assert_eq!(look(&router, "/").await.status, 200);
+    assert!((begun.elapsed() - taken).as_millis() < 50, "neither no token nor the right one waits");
+    tokio::time::resume();
+    let metrics = look(&router, "/metrics").await.body;
+    let count = metrics.lines().find_map(|line| line.strip_prefix("outbox_operator_logins_refused_total "));
+    assert!(count.is_some_and(|count| count.parse::<u32>().unwrap() >= 40), "{metrics}");
+}
+
+#[tokio::test]
+async fn a_page_of_another_address_leads_here_and_asks_for_nothing() {
+    let store = Store::new().await;
+    let router = operator(&store).await;
+    let paths = ["/", "/outbox", "/api/v1/tasks", "/outbox/api/status", "/metrics"];
+    let from = async |path: &str, headers: &[(&str, &str)]| {
+        let request = Request::builder().uri(path).header("authorization", format!("Bearer {TOKEN}"));
+        let request = request.header("host", "ops.example:3001");
+        let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+        send(&router, request.body(Body::empty()).unwrap()).await.status.as_u16()
+    };
+    let link = |site| [("sec-fetch-site", site), ("sec-fetch-mode", "navigate"), ("sec-fetch-dest", "document")];
+    for site in ["same-site", "cross-site"] {
+        for path in paths {
+            let fetched = [("sec-fetch-site", site), ("sec-fetch-mode", "no-cors"), ("sec-fetch-dest", "image")];
+            assert_eq!(from(path, &fetched).await, 403, "{path}");
+            let framed = [("sec-fetch-site", site), ("sec-fetch-mode", "navigate"), ("sec-fetch-dest", "iframe")];
+            assert_eq!(from(path, &framed).await, 403, "{path}");
+            let followed = if matches!(path, "/" | "/outbox") { 200 } else { 403 };
+            assert_eq!(from(path, &link(site)).await, followed, "{path}");
+        }
+    }
+    for path in paths {
+        assert_eq!(from(path, &[("origin", "http://ops.example:3000")]).await, 403, "{path}");
+        for own in [&[][..], &[("origin", "http://ops.example:3001")], &link("none"), &link("same-origin")] {
+            assert_eq!(from(path, own).await, 200, "{path}");
+        }
+    }
 }

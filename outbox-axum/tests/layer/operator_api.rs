@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Answer, Store, placed, send};
 
-const TOKEN: &str = "correct-horse";
+const TOKEN: &str = "correct-horse-battery";
 
 struct Migrator;
 

@@ -3,6 +3,7 @@
 use std::{env, net::SocketAddr, num::NonZeroU64, str::FromStr, time::Duration};
 
 use outbox_apalis::{InvalidOption, InvalidRedis, Redis, Worker};
+use outbox_axum::random_token;
 use outbox_core::{AfterDeadLetter, InvalidPolicy, Ordering, RetryPolicy};
 use outbox_seaorm::Retention;
 
@@ -42,6 +43,8 @@ pub(crate) struct Sink {
 pub(crate) enum ConfigError {
     #[error("the environment variable {name} is {value:?}, but must be {expected}")]
     Value { name: &'static str, value: String, expected: &'static str },
+    #[error("no operator token could be made; set OPS_TOKEN to 16 bytes or more")]
+    Randomness(#[source] std::io::Error),
     #[error("REDIS_URL cannot be used")]
     Redis(#[from] InvalidRedis),
     #[error("SINK_URL is set, but WEBHOOK_SECRET is not; set it to whsec_ and base64")]
@@ -54,10 +57,6 @@ pub(crate) enum ConfigError {
 
 impl Config {
     pub(crate) fn from_env() -> Result<Self, ConfigError> {
-        let random_token = || {
-            let digits = "abcdefghijkmnpqrstuvwxyz23456789".as_bytes();
-            (0..24).map(|_| char::from(digits[fastrand::usize(..digits.len())])).collect::<String>()
-        };
         let address = "an address such as 127.0.0.1:3000";
         let pool: Option<u32> = read("DB_POOL", "a number of connections from 1")?;
         if pool == Some(0) {
@@ -68,7 +67,10 @@ impl Config {
             pool: pool.unwrap_or(10),
             http_addr: read("HTTP_ADDR", address)?.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3000))),
             ops_addr: read("OPS_ADDR", address)?.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3001))),
-            ops_token: text("OPS_TOKEN").map_or_else(|| (random_token(), true), |token| (token, false)),
+            ops_token: match text("OPS_TOKEN") {
+                Some(token) => (token, false),
+                None => (random_token().map_err(ConfigError::Randomness)?, true),
+            },
             redis: text("REDIS_URL").map(|url| Redis::new(&url)).transpose()?,
             sink: sink()?,
             retention: read("OUTBOX_RETENTION_MS", "a number of milliseconds")?.map(Duration::from_millis),

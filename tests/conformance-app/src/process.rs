@@ -1,7 +1,7 @@
 use std::{error::Error, io::IsTerminal, net::SocketAddr, process::ExitCode, time::Duration};
 
 use axum::Router;
-use outbox_axum::Operator;
+use outbox_axum::{Operator, Server};
 use outbox_seaorm::Outbox;
 use tokio::{
     net::TcpListener,
@@ -21,6 +21,10 @@ const USAGE: &str = "usage: conformance-app [all | serve | worker | migrate]
 
 Settings come from the environment: DATABASE_URL, DB_POOL, HTTP_ADDR, OPS_ADDR, OPS_TOKEN, SINK_URL, WEBHOOK_SECRET,
 OUTBOX_… (docs/configuration.md).";
+
+/// Connections of clients and of operators, together well below a common limit of open files (1,024).
+const CLIENTS: usize = 512;
+const OPERATORS: usize = 128;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Command {
@@ -95,17 +99,15 @@ async fn run(command: Command) -> Result<(), Box<dyn Error>> {
     // Before anybody is told that there is a process to stop.
     let stopped = stop_on_signal()?;
     announce(http.as_ref(), ops.as_ref(), &config)?;
-    let (serving, operating, ()) = tokio::join!(
-        serve(http.map(|listener| (listener, router(outbox))), stopped.clone(), config.grace),
-        serve(ops.zip(operator), stopped.clone(), config.grace),
+    tokio::join!(
+        serve(http.map(|listener| (listener, router(outbox))), stopped.clone(), CLIENTS, config.grace),
+        serve(ops.zip(operator), stopped.clone(), OPERATORS, config.grace),
         async {
             if let Some(worker) = worker {
                 worker.run_until(until(stopped.clone())).await;
             }
         },
     );
-    serving?;
-    operating?;
     Ok(())
 }
 
@@ -137,20 +139,12 @@ fn announce(http: Option<&TcpListener>, ops: Option<&TcpListener>, config: &Conf
 async fn serve(
     listening: Option<(TcpListener, Router)>,
     stopped: watch::Receiver<bool>,
+    connections: usize,
     grace: Duration,
-) -> std::io::Result<()> {
-    let Some((listener, router)) = listening else { return Ok(()) };
-    let overdue = async {
-        until(stopped.clone()).await;
-        tokio::time::sleep(grace).await;
-    };
-    tokio::select! {
-        served = axum::serve(listener, router).with_graceful_shutdown(until(stopped.clone())) => served,
-        () = overdue => {
-            tracing::warn!("requests that were still under way after the grace time are dropped");
-            Ok(())
-        }
-    }
+) {
+    let Some((listener, router)) = listening else { return };
+    let server = Server::new(listener, router).max_connections(connections).shutdown_grace(grace);
+    server.run_until(until(stopped)).await;
 }
 
 /// Completes when the process is asked to stop.

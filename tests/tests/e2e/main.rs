@@ -6,5 +6,6 @@ mod example;
 mod faults;
 mod postgres;
 mod redis;
+mod security;
 mod startup;
 mod truth;

@@ -24,7 +24,7 @@ use tokio::{
 };
 
 /// What operators of the processes log in with.
-pub(crate) const OPS_TOKEN: &str = "operator";
+pub(crate) const OPS_TOKEN: &str = "token-of-the-tests";
 
 /// Short leases, so that what a killed process held is due again soon.
 const QUICK: &[(&str, &str)] = &[("OUTBOX_LEASE_MS", "500"), ("OUTBOX_POLL_MS", "50")];
