@@ -219,7 +219,7 @@ pub(crate) struct HandlersDestination {
 impl HandlersDestination {
     async fn effect(&self, handler: &TxHandler, event: &Arc<RecordedEvent>, attempt: &Attempt) -> End {
         let unit = self.outbox.begin(caused_by(event));
-        if let Err(error) = unit.tx().begin().await {
+        if let Err(error) = unit.tx().begin_now().await {
             return End::Unavailable(DeliveryError::retry(format!("the transaction could not begin: {error}")));
         }
         // A handler may panic because of its database as well.

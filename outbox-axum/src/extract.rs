@@ -1,13 +1,16 @@
-use std::ops::Deref;
+use std::{convert::Infallible, fmt, future::Future, ops::Deref, pin::Pin};
 
 use async_trait::async_trait;
 use axum::{
-    extract::FromRequestParts,
+    extract::{FromRequestParts, OptionalFromRequestParts},
     response::{IntoResponse, Response},
 };
 use http::{Extensions, StatusCode, request::Parts};
-use outbox_seaorm::{SavepointError, TxSource};
-use sea_orm::{ConnectionTrait, DbBackend, DbErr, ExecResult, QueryResult, Statement};
+use outbox_seaorm::{NestedTx, SavepointError, TxSource, UnitOfWork};
+use sea_orm::{
+    AccessMode, ConnectionTrait, DbBackend, DbErr, ExecResult, IsolationLevel, QueryResult, Statement,
+    TransactionError, TransactionOptions, TransactionTrait,
+};
 
 /// The transaction of the request, as an extractor. Use `&tx` wherever SeaORM takes a connection.
 ///
@@ -16,7 +19,26 @@ use sea_orm::{ConnectionTrait, DbBackend, DbErr, ExecResult, QueryResult, Statem
 /// handler of one request share one transaction; take it as often as you like.
 ///
 /// A wrapper of [`outbox_seaorm::Tx`], which explains its states, and dereferences to it. Functions that also run
-/// outside HTTP take that one or `&impl ConnectionTrait`; `&tx` fits both.
+/// outside HTTP take that one or `&impl ConnectionTrait`; `&tx` fits both. SeaORM's `begin` is a savepoint
+/// ([`NestedTx`]).
+///
+/// `Option<Tx>` is `None` on a route without the layer. A unit test that calls a handler as a function makes one from a
+/// unit of work:
+///
+/// ```
+/// use outbox_axum::{Events, Tx};
+/// use outbox_core::{Context, NewEvent};
+/// # use outbox_seaorm::{CommitError, Outbox};
+///
+/// async fn create(tx: Tx, events: Events) { /* the handler */ }
+///
+/// # async fn test(outbox: Outbox) -> Result<(), CommitError> {
+/// let unit = outbox.begin(Context::default());
+/// create(Tx::from(&unit), Events::from(&unit)).await;
+/// unit.commit().await?; // or `rollback`, as the layer would
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Cancel safety
 ///
@@ -28,7 +50,8 @@ pub struct Tx(pub outbox_seaorm::Tx);
 ///
 /// A cheap handle. It may outlive the response; pushing is an error then
 /// ([`PushError::Closed`](outbox_core::PushError::Closed)). A wrapper of [`outbox_core::Events`], which has the
-/// methods; functions that do not know axum take `&outbox_core::Events`, and `&events` fits.
+/// methods; functions that do not know axum take `&outbox_core::Events`, and `&events` fits. `Option<Events>` and
+/// `Events::from(&unit)` are as with [`Tx`].
 #[derive(Clone, Debug)]
 pub struct Events(pub outbox_core::Events);
 
@@ -57,9 +80,10 @@ impl Tx {
     }
 
     /// Runs `work` in a savepoint. If it answers with an error, or a statement in it failed, what it wrote is rolled
-    /// back and the events pushed meanwhile are dropped; the transaction goes on.
+    /// back and the events pushed in it are dropped; the transaction goes on.
     ///
-    /// One at a time: a savepoint inside a savepoint is fine, two side by side are not.
+    /// Only the handle and the collector that `work` is given belong to it; others wait for its end, and are refused inside
+    /// of `work`: [`outbox_seaorm::Tx::savepoint`] says more.
     ///
     /// ```
     /// use outbox_axum::{Error, Events, Tx};
@@ -143,6 +167,38 @@ impl<S: Send + Sync> FromRequestParts<S> for Events {
     }
 }
 
+/// `None` without the layer.
+impl<S: Send + Sync> OptionalFromRequestParts<S> for Tx {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Option<Self>, Self::Rejection> {
+        Ok(source(&parts.extensions, "Tx").ok().map(|source| Self(source.tx())))
+    }
+}
+
+/// `None` without the layer.
+impl<S: Send + Sync> OptionalFromRequestParts<S> for Events {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Option<Self>, Self::Rejection> {
+        Ok(source(&parts.extensions, "Events").ok().map(|source| Self(source.events())))
+    }
+}
+
+/// For tests that call handlers as functions.
+impl From<&UnitOfWork> for Tx {
+    fn from(unit: &UnitOfWork) -> Self {
+        Self(unit.tx())
+    }
+}
+
+/// For tests that call handlers as functions.
+impl From<&UnitOfWork> for Events {
+    fn from(unit: &UnitOfWork) -> Self {
+        Self(unit.events())
+    }
+}
+
 fn source<'a>(extensions: &'a Extensions, extractor: &'static str) -> Result<&'a TxSource, MissingLayer> {
     extensions.get().ok_or(MissingLayer { extractor })
 }
@@ -182,5 +238,49 @@ impl ConnectionTrait for Tx {
 
     async fn query_all_raw(&self, statement: Statement) -> Result<Vec<QueryResult>, DbErr> {
         self.0.query_all_raw(statement).await
+    }
+}
+
+#[async_trait]
+impl TransactionTrait for Tx {
+    type Transaction = NestedTx;
+
+    async fn begin(&self) -> Result<NestedTx, DbErr> {
+        self.0.begin().await
+    }
+
+    async fn begin_with_config(
+        &self,
+        isolation_level: Option<IsolationLevel>,
+        access_mode: Option<AccessMode>,
+    ) -> Result<NestedTx, DbErr> {
+        self.0.begin_with_config(isolation_level, access_mode).await
+    }
+
+    async fn begin_with_options(&self, options: TransactionOptions) -> Result<NestedTx, DbErr> {
+        self.0.begin_with_options(options).await
+    }
+
+    async fn transaction<F, T, E>(&self, callback: F) -> Result<T, TransactionError<E>>
+    where
+        F: for<'c> FnOnce(&'c NestedTx) -> Pin<Box<dyn Future<Output = Result<T, E>> + Send + 'c>> + Send,
+        T: Send,
+        E: fmt::Display + fmt::Debug + Send,
+    {
+        self.0.transaction(callback).await
+    }
+
+    async fn transaction_with_config<F, T, E>(
+        &self,
+        callback: F,
+        isolation_level: Option<IsolationLevel>,
+        access_mode: Option<AccessMode>,
+    ) -> Result<T, TransactionError<E>>
+    where
+        F: for<'c> FnOnce(&'c NestedTx) -> Pin<Box<dyn Future<Output = Result<T, E>> + Send + 'c>> + Send,
+        T: Send,
+        E: fmt::Display + fmt::Debug + Send,
+    {
+        self.0.transaction_with_config(callback, isolation_level, access_mode).await
     }
 }

@@ -110,7 +110,7 @@ where
     let unit = layer.outbox().begin(context);
     let source = unit.source();
     if layer.is_eager()
-        && let Err(error) = source.tx().begin().await
+        && let Err(error) = source.tx().begin_now().await
     {
         return Ok(not_begun(&route, &error));
     }
@@ -158,7 +158,7 @@ where
         return Ok(Refusal::of_context(&error.into()).answer(&route.protocol));
     }
     if layer.is_eager()
-        && let Err(error) = unit.tx().begin().await
+        && let Err(error) = unit.tx().begin_now().await
     {
         return Ok(not_begun(&route, &error));
     }

@@ -1,4 +1,8 @@
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    cell::RefCell,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use uuid::Uuid;
 
@@ -59,6 +63,14 @@ pub enum PushError {
     /// The request has ended: its events were flushed or dropped.
     #[error("the request has ended; an event must be pushed before the response is ready")]
     Closed,
+    /// The savepoint of this collector has ended: its events were kept or dropped.
+    #[error(
+        "the savepoint of this collector has ended; push before its closure answers, or into the request's collector"
+    )]
+    SavepointEnded,
+    /// The collector around a savepoint was used in the savepoint's closure, where its events would outlive a rollback.
+    #[error("this collector is not the savepoint's; in the closure, push into the collector that the closure is given")]
+    AroundSavepoint,
     /// A name or id is not valid.
     #[error(transparent)]
     Name(InvalidName),
@@ -101,14 +113,18 @@ pub enum PushError {
 ///
 /// A cheap handle; clones push into the same collector. Nothing is written before the handler has answered with a
 /// success, and nothing stays behind afterwards: the flush moves the events out and closes the collector.
-#[derive(Clone, Debug)]
+///
+/// A savepoint has a collector of its own, [inside](Self::inside) of this one. Its `Debug` shows counts, no payloads.
+#[derive(Clone)]
 pub struct Events {
     shared: Arc<Mutex<Collector>>,
+    savepoint: u64,
 }
 
-#[derive(Debug)]
 struct Collector {
-    events: Vec<NewEvent>,
+    /// What the request has pushed, then one for each open savepoint.
+    buffers: Vec<Buffer>,
+    savepoints: u64,
     bytes: usize,
     limits: Limits,
     context: Context,
@@ -116,8 +132,22 @@ struct Collector {
     closed: bool,
 }
 
-/// The events of a request, taken out of its collector.
-#[derive(Debug, Default)]
+struct Buffer {
+    savepoint: u64,
+    around: u64,
+    events: Vec<NewEvent>,
+}
+
+/// The savepoint that is the request itself.
+const REQUEST: u64 = 0;
+
+thread_local! {
+    /// The collectors, each with its savepoint, in which a savepoint is at work on this thread right now.
+    static AROUND: RefCell<Vec<(usize, u64)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The events of a request, taken out of its collector. Its `Debug` shows their number.
+#[derive(Default)]
 pub struct Batch {
     /// The events in the order of their pushes.
     pub events: Vec<NewEvent>,
@@ -135,23 +165,31 @@ impl Events {
     /// Opens an empty collector that takes the time of pushes from `clock`.
     #[must_use]
     pub fn with_clock(limits: Limits, context: Context, clock: Arc<dyn Clock>) -> Self {
-        let collector = Collector { events: Vec::new(), bytes: 0, limits, context, clock, closed: false };
-        Self { shared: Arc::new(Mutex::new(collector)) }
+        let buffers = vec![Buffer { savepoint: REQUEST, around: REQUEST, events: Vec::new() }];
+        let collector = Collector { buffers, savepoints: 0, bytes: 0, limits, context, clock, closed: false };
+        Self { shared: Arc::new(Mutex::new(collector)), savepoint: REQUEST }
     }
 
     /// Adds an event and returns its id.
     ///
     /// # Errors
     ///
-    /// [`PushError`] if a name or a part of the context is not valid, the payload does not serialize, a [limit](Limits) is reached, or the
-    /// request has ended. The collector is unchanged then.
+    /// [`PushError`] if a name or a part of the context is not valid, the payload does not serialize, a [limit](Limits)
+    /// is reached, the request or the collector's savepoint has ended, or a savepoint's closure uses the collector around
+    /// it. The collector is unchanged then.
     pub fn push(&self, event: impl IntoNewEvent) -> Result<Uuid, PushError> {
         let mut event = event.into_new_event()?;
+        if self.is_around() {
+            return Err(PushError::AroundSavepoint);
+        }
         let mut collector = self.lock();
         let limits = collector.limits;
         let size = event.payload.len();
         if collector.closed {
             return Err(PushError::Closed);
+        }
+        if collector.buffer(self.savepoint).is_none() {
+            return Err(PushError::SavepointEnded);
         }
         collector.context.check()?;
         if size > limits.payload {
@@ -161,7 +199,7 @@ impl Events {
                 limit: limits.payload,
             });
         }
-        if collector.events.len() >= limits.events {
+        if collector.len() >= limits.events {
             return Err(PushError::TooManyEvents { limit: limits.events });
         }
         if collector.bytes + size > limits.bytes {
@@ -172,8 +210,10 @@ impl Events {
         }
         event.occurred_at.get_or_insert_with(|| collector.clock.now());
         let id = event.id;
-        collector.bytes += size;
-        collector.events.push(event);
+        if let Some(buffer) = collector.buffer(self.savepoint) {
+            buffer.events.push(event);
+            collector.bytes += size;
+        }
         Ok(id)
     }
 
@@ -229,10 +269,10 @@ impl Events {
         Ok(())
     }
 
-    /// The number of events pushed so far; 0 after the end of the request.
+    /// The number of events pushed so far, in savepoints too unless they were rolled back; 0 after the end of the request.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.lock().events.len()
+        self.lock().len()
     }
 
     /// Whether nothing was pushed.
@@ -241,25 +281,109 @@ impl Events {
         self.len() == 0
     }
 
-    /// Drops what was pushed after the first `len` events: what a savepoint does when it rolls back.
-    pub fn truncate(&self, len: usize) {
+    /// Opens the collector of a savepoint, for stores. What is pushed into it belongs to the savepoint alone: it joins the
+    /// events around it with [`keep`](Self::keep) and is gone with [`discard`](Self::discard).
+    #[must_use]
+    pub fn open_savepoint(&self) -> Self {
         let mut collector = self.lock();
-        collector.events.truncate(len);
-        collector.bytes = collector.events.iter().map(|event| event.payload.len()).sum();
+        collector.savepoints += 1;
+        let savepoint = collector.savepoints;
+        collector.buffers.push(Buffer { savepoint, around: self.savepoint, events: Vec::new() });
+        Self { shared: self.shared.clone(), savepoint }
     }
 
-    /// Takes the events out and closes the collector: later pushes return [`PushError::Closed`].
+    /// Ends the collector of a savepoint that holds: its events come after those that are around it. Does nothing to the
+    /// request's own.
+    pub fn keep(&self) {
+        let mut collector = self.lock();
+        if let Some(Buffer { around, events, .. }) = collector.take(self.savepoint)
+            && let Some(buffer) = collector.buffer(around)
+        {
+            buffer.events.extend(events);
+        }
+    }
+
+    /// Ends the collector of a savepoint that was rolled back: its events are gone, and so are those of savepoints inside
+    /// of it. Does nothing to the request's own.
+    pub fn discard(&self) {
+        let mut collector = self.lock();
+        let mut gone = vec![self.savepoint];
+        while let Some(savepoint) = gone.pop() {
+            let inside = collector.buffers.iter().filter(|each| each.around == savepoint && each.savepoint != REQUEST);
+            gone.extend(inside.map(|each| each.savepoint).collect::<Vec<_>>());
+            let events = collector.take(savepoint).map(|buffer| buffer.events).unwrap_or_default();
+            collector.bytes -= events.iter().map(|event| event.payload.len()).sum::<usize>();
+        }
+    }
+
+    /// Runs one poll of what a savepoint contains, for stores. Meanwhile the collectors around it refuse what this thread
+    /// pushes into them: it would outlive a rollback of the savepoint.
+    pub fn inside<T>(&self, work: impl FnOnce() -> T) -> T {
+        struct Leave;
+        impl Drop for Leave {
+            fn drop(&mut self) {
+                AROUND.with_borrow_mut(Vec::pop);
+            }
+        }
+        let around = self.lock().buffer(self.savepoint).map_or(REQUEST, |buffer| buffer.around);
+        AROUND.with_borrow_mut(|all| all.push((self.address(), around)));
+        let _leave = Leave;
+        work()
+    }
+
+    /// Whether this thread is [inside](Self::inside) of a savepoint that was opened in this collector.
+    #[must_use]
+    pub fn is_around(&self) -> bool {
+        AROUND.with_borrow(|all| all.contains(&(self.address(), self.savepoint)))
+    }
+
+    /// Takes the events out and closes the collector: later pushes return [`PushError::Closed`]. What is in savepoints that
+    /// have not ended is gone.
     #[must_use]
     pub fn close(&self) -> Batch {
         let mut collector = self.lock();
         collector.closed = true;
         collector.bytes = 0;
-        Batch { events: std::mem::take(&mut collector.events), context: std::mem::take(&mut collector.context) }
+        let events = collector.buffers.drain(..).next().map(|request| request.events).unwrap_or_default();
+        Batch { events, context: std::mem::take(&mut collector.context) }
+    }
+
+    fn address(&self) -> usize {
+        Arc::as_ptr(&self.shared).addr()
     }
 
     // A panic while pushing leaves the collector whole: the event is appended last.
     fn lock(&self) -> MutexGuard<'_, Collector> {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Collector {
+    fn len(&self) -> usize {
+        self.buffers.iter().map(|buffer| buffer.events.len()).sum()
+    }
+
+    fn buffer(&mut self, savepoint: u64) -> Option<&mut Buffer> {
+        self.buffers.iter_mut().find(|buffer| buffer.savepoint == savepoint)
+    }
+
+    fn take(&mut self, savepoint: u64) -> Option<Buffer> {
+        let found = self.buffers.iter().position(|buffer| buffer.savepoint == savepoint && savepoint != REQUEST);
+        found.map(|index| self.buffers.remove(index))
+    }
+}
+
+impl fmt::Debug for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let collector = self.lock();
+        let (events, bytes, closed) = (collector.len(), collector.bytes, collector.closed);
+        f.debug_struct("Events").field("events", &events).field("bytes", &bytes).field("closed", &closed).finish()
+    }
+}
+
+impl fmt::Debug for Batch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Batch").field("events", &self.events.len()).finish_non_exhaustive()
     }
 }
 
@@ -298,9 +422,10 @@ mod tests {
     fn all_payloads_together_are_bounded_and_a_savepoint_gives_room_back() {
         let events = events(Limits::default().bytes(6));
         events.push(event("a")).unwrap();
-        events.push(event("b")).unwrap();
+        let savepoint = events.open_savepoint();
+        savepoint.push(event("b")).unwrap();
         assert!(matches!(events.push(event("c")), Err(PushError::TooManyBytes { limit: 6 })));
-        events.truncate(1);
+        savepoint.discard();
         events.push(event("d")).unwrap();
         let batch = events.close();
         let payloads: Vec<_> = batch.events.iter().map(NewEvent::payload).collect();
@@ -315,6 +440,51 @@ mod tests {
         assert!(matches!(events.push(event("b")), Err(PushError::Closed)));
         assert!(events.is_empty());
         assert!(events.close().events.is_empty());
+    }
+
+    #[test]
+    fn a_savepoint_keeps_its_events_apart_until_it_ends() {
+        let events = events(Limits::default());
+        let (kept, dropped) = (events.open_savepoint(), events.open_savepoint());
+        let inner = dropped.open_savepoint();
+        for (collector, name) in [(&kept, "kept"), (&dropped, "dropped"), (&inner, "inner"), (&events, "request")] {
+            collector.push(event(name)).unwrap();
+        }
+        assert_eq!(events.len(), 4);
+        kept.keep();
+        dropped.discard();
+        for ended in [kept, dropped, inner] {
+            assert!(matches!(ended.push(event("late")), Err(PushError::SavepointEnded)));
+        }
+        assert_eq!(events.len(), 2);
+        let payloads: Vec<_> = events.close().events.iter().map(|event| event.payload().to_owned()).collect();
+        assert_eq!(payloads, [r#""request""#, r#""kept""#]);
+    }
+
+    #[test]
+    fn collectors_around_a_savepoint_are_refused_inside_of_it() {
+        let (events, stranger) = (events(Limits::default()), events(Limits::default()));
+        let outer = events.open_savepoint();
+        let inner = outer.open_savepoint();
+        outer.inside(|| {
+            inner.inside(|| {
+                assert!(matches!(events.push(event("a")), Err(PushError::AroundSavepoint)));
+                assert!(matches!(outer.push(event("a")), Err(PushError::AroundSavepoint)));
+                inner.push(event("inner")).unwrap();
+                stranger.push(event("stranger")).unwrap();
+            });
+            outer.push(event("outer")).unwrap();
+        });
+        events.push(event("request")).unwrap();
+        assert_eq!((events.len(), stranger.len()), (3, 1));
+    }
+
+    #[test]
+    fn a_collector_in_a_log_shows_no_payload() {
+        let events = events(Limits::default());
+        events.push(event("secret")).unwrap();
+        assert_eq!(format!("{events:?}"), "Events { events: 1, bytes: 8, closed: false }");
+        assert!(!format!("{:?}", events.close()).contains("secret"));
     }
 
     #[test]

@@ -1,14 +1,15 @@
 use std::time::Duration;
 
 use sea_orm::{
-    ConnectOptions, Database, DatabaseConnection, DbBackend, DbErr, RuntimeErr, SqlxPostgresConnector, sqlx,
+    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbBackend, DbErr, RuntimeErr, SqlxPostgresConnector,
+    sqlx,
     sqlx::{
         PgConnection,
         sqlite::{SqliteJournalMode, SqliteSynchronous},
     },
 };
 
-use crate::{Outbox, pooler::Connections};
+use crate::{Outbox, clean, pooler::Connections};
 
 /// How long a request waits for a connection, or for SQLite's write lock.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -71,7 +72,7 @@ async fn look_up(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
 
 impl Pools {
     pub(crate) fn with_own_store(&self) -> Self {
-        let store = match self.store.db.get_database_backend() {
+        let store = match self.store.get_database_backend() {
             DbBackend::Postgres => {
                 let pool = self.store.db.get_postgres_connection_pool();
                 let mut options = pool.options().clone().min_connections(0).max_connections(STORE_CONNECTIONS);
@@ -106,9 +107,11 @@ impl Outbox {
         match url.split_once(':').map(|(scheme, _)| scheme) {
             Some("sqlite") if url.contains(":memory:") || url.contains("mode=memory") => Err(ConnectError::InMemory),
             Some("sqlite") => {
-                let writer = sqlite(url, 1).await?;
+                let writer = Connections::guarded(sqlite(url, 1).await?);
                 let reader = sqlite(url, connections).await?;
-                Ok(Self::with_connections(writer, reader))
+                let store_reader = Connections::guarded(reader.clone());
+                let pools = Pools { store: writer.clone(), writer, reader, store_reader, opened_here: true };
+                Ok(Self::with_pools(pools))
             }
             Some("postgres" | "postgresql") => {
                 let requests = postgres(url, connections).await?;
@@ -168,6 +171,7 @@ async fn sqlite(url: &str, connections: u32) -> Result<DatabaseConnection, Conne
                 .synchronous(SqliteSynchronous::Full)
                 .busy_timeout(ACQUIRE_TIMEOUT)
                 .foreign_keys(true)
-        });
+        })
+        .map_sqlx_sqlite_pool_opts(clean::guarded);
     Database::connect(options).await.map_err(|error| refused(error, ConnectError::Open))
 }

@@ -11,6 +11,7 @@
 //! tests of applications.
 
 mod audit;
+mod clean;
 mod connect;
 mod dead_letters;
 mod deliveries;
@@ -51,6 +52,6 @@ pub use replay::Replay;
 pub use retention::{Purged, Retention};
 pub use status::{Status, SubscriptionStatus, WorkerStatus};
 pub use subscriptions::RegisterError;
-pub use tx::{SavepointError, Tx};
+pub use tx::{NestedTx, SavepointError, Tx};
 pub use unit_of_work::{CommitError, TransactionError, TxSource, UnitOfWork, is_transient};
 pub use why::Why;

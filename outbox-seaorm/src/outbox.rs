@@ -64,7 +64,10 @@ pub enum SchemaError {
 }
 
 impl Outbox {
-    /// Uses one connection pool for everything. Prefer [`connect`](Self::connect) for SQLite.
+    /// Uses one connection pool for everything. Prefer [`connect`](Self::connect) for SQLite: a transaction that begins on
+    /// a pool that was opened elsewhere is checked each time, because SQLite may have ended the one before by itself.
+    ///
+    /// Pools of SQLite and PostgreSQL only. With a mock, a proxy or another database every use is an error that says so.
     #[must_use]
     pub fn new(db: DatabaseConnection) -> Self {
         Self::with_connections(db.clone(), db)

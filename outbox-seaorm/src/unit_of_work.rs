@@ -1,15 +1,13 @@
 use std::{
+    fmt,
     future::Future,
-    sync::{Arc, atomic::AtomicBool, atomic::Ordering},
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use outbox_core::{Batch, Context, Events};
 use sea_orm::{DatabaseTransaction, DbErr, RuntimeErr, sqlx};
-use tokio::{
-    runtime::Handle,
-    sync::{Mutex, SetOnce},
-};
+use tokio::runtime::Handle;
 
 use crate::{
     LaneReport, Outbox, Settled,
@@ -18,7 +16,7 @@ use crate::{
     metrics::Recorded,
     outcome::{self, CommitId, Outcome},
     to_its_end::to_its_end,
-    tx::{Shared, State, Tx},
+    tx::{Shared, Tx, roll_back},
 };
 
 /// One transaction and one collector: what the layer opens for each request, and what jobs, command-line tools and
@@ -52,7 +50,8 @@ impl TxSource {
         let mut in_use = self.in_use.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let token = in_use.upgrade().unwrap_or_default();
         *in_use = Arc::downgrade(&token);
-        Tx { shared: self.shared.clone(), _in_use: token }
+        let (scope, events) = (self.shared.root.clone(), self.shared.events.clone());
+        Tx { shared: self.shared.clone(), scope, events, _in_use: token }
     }
 
     /// The collector.
@@ -82,10 +81,25 @@ impl TxSource {
         &self.outbox
     }
 
+    /// Whether a handle is left, after a moment in which those that are not used any more may go: a task that was
+    /// aborted, or has sent what the request waited for, drops its handle a little later than that.
+    async fn is_held(&self) -> bool {
+        for _ in 0..HANDLE_GRACE.as_millis() {
+            if self.handles() == 0 {
+                return false;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        self.handles() > 0
+    }
+
     fn handles(&self) -> usize {
         self.in_use.lock().unwrap_or_else(std::sync::PoisonError::into_inner).strong_count()
     }
 }
+
+/// How long a commit waits for handles that are left, if there are any.
+const HANDLE_GRACE: Duration = Duration::from_millis(100);
 
 /// Why a unit of work did not commit.
 #[derive(Debug, thiserror::Error)]
@@ -175,13 +189,8 @@ pub fn is_transient(error: &DbErr) -> bool {
 
 impl UnitOfWork {
     pub(crate) fn new(outbox: Outbox, context: Context) -> Self {
-        let shared = Shared {
-            writer: outbox.connections().clone(),
-            events: Events::with_clock(outbox.push_limits(), context, outbox.push_clock()),
-            closed: AtomicBool::new(false),
-            begun: SetOnce::new(),
-            state: Mutex::new(State::default()),
-        };
+        let events = Events::with_clock(outbox.push_limits(), context, outbox.push_clock());
+        let shared = Shared::new(outbox.connections().clone(), events);
         let source = TxSource { outbox: outbox.clone(), shared: Arc::new(shared), in_use: Arc::default() };
         Self { outbox, source, finished: false, runtime: Handle::try_current().ok() }
     }
@@ -202,8 +211,7 @@ impl UnitOfWork {
     /// error](is_transient), outside of a savepoint that was rolled back: the work is not to blame.
     #[must_use]
     pub fn lost_its_database(&self) -> bool {
-        // Somebody who holds the lock is at work, so nothing has failed yet.
-        self.source.shared.state.try_lock().is_ok_and(|state| state.failed && state.transient)
+        self.source.shared.root.has_failed_by_chance()
     }
 
     /// Hands out handles later, for example from the extensions of a request.
@@ -255,19 +263,20 @@ impl UnitOfWork {
 
     async fn finish(mut self, report: Option<LaneReport>) -> Result<Settled, CommitError> {
         self.finished = true;
-        let (outbox, shared) = (self.outbox.clone(), self.source.shared.clone());
-        // Closed before the handles are counted: one that is handed out from now on can do nothing any more. Closed
-        // already is what a savepoint left that could not even mark its transaction as failed.
-        let broken = shared.closed.swap(true, Ordering::SeqCst);
-        let held = self.source.handles() > 0;
+        let (outbox, source, shared) = (self.outbox.clone(), self.source.clone(), self.source.shared.clone());
+        // Closed before the handles are counted: one that is handed out from now on can do nothing any more.
+        shared.closed.store(true, Ordering::SeqCst);
         let finished = to_its_end(async move {
-            let result = if held {
+            let result = if source.is_held().await || shared.used_late.load(Ordering::SeqCst) {
                 Err(CommitError::HandleHeld)
-            } else if broken {
-                Err(CommitError::StatementFailed)
             } else {
                 commit(&outbox, &shared, report).await
             };
+            if let Ok(Settled::Done) = result {
+                for work in shared.root.take_after_commit() {
+                    tokio::spawn(work);
+                }
+            }
             if result.is_err() {
                 // A statement may be in progress: the answer does not wait for its end. Closed, so nothing commits.
                 tokio::spawn(async move { shared.abandon().await });
@@ -296,12 +305,13 @@ impl Drop for UnitOfWork {
 }
 
 async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) -> Result<Settled, CommitError> {
-    let mut state = shared.state.lock().await;
+    let mut transaction = shared.transaction.lock().await;
     let batch = shared.events.close();
-    if state.failed {
-        return Err(if state.transient { CommitError::StatementBusy } else { CommitError::StatementFailed });
+    if shared.root.has_failed() {
+        let by_chance = shared.root.has_failed_by_chance();
+        return Err(if by_chance { CommitError::StatementBusy } else { CommitError::StatementFailed });
     }
-    let transaction = match state.transaction.take() {
+    let transaction = match transaction.take() {
         Some(transaction) => transaction,
         None if batch.events.is_empty() && report.is_none() => return Ok(Settled::Done),
         None => shared.writer.begin().await.map_err(CommitError::Begin)?,
@@ -311,8 +321,7 @@ async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) ->
     let (woken, commit_id) = match written {
         Ok(Written::Done(woken, commit_id)) => (woken, commit_id),
         refused => {
-            // An error here means that the connection is gone, and the transaction with it.
-            let _ = transaction.rollback().await;
+            roll_back(transaction).await;
             return match refused {
                 Ok(Written::Busy) => Err(CommitError::Busy),
                 Ok(_) => Ok(Settled::Superseded),
@@ -321,6 +330,9 @@ async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) ->
         }
     };
     if let Err(error) = transaction.commit().await {
+        if error.to_string().contains(NO_TRANSACTION) {
+            return Err(CommitError::Unknown(error));
+        }
         match outcome::find_out(outbox, commit_id).await {
             Outcome::Committed => tracing::info!(%error, "the answer to a COMMIT was lost; it had happened"),
             Outcome::RolledBack => return Err(CommitError::Commit(error)),
@@ -331,6 +343,9 @@ async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) ->
     outbox.wake(&woken);
     Ok(Settled::Done)
 }
+
+/// What SQLite says to a COMMIT when somebody has ended the transaction before, in a way that was not noticed.
+const NO_TRANSACTION: &str = "no transaction is active";
 
 /// What a commit has written; after `Busy` and `Superseded` it must be rolled back.
 enum Written {
@@ -375,15 +390,34 @@ const BUSY_WAIT: Duration = Duration::from_millis(5);
 const BUSY_LIMIT: Duration = Duration::from_secs(1);
 
 /// Why [`Outbox::transaction`] stored nothing.
-#[derive(Debug, thiserror::Error)]
+///
+/// `?` makes `anyhow::Error` and `Box<dyn Error>` of it, as of a [`SavepointError`](crate::SavepointError).
+#[derive(Debug)]
 #[non_exhaustive]
 pub enum TransactionError<E> {
     /// The work answered with an error; rolled back.
-    #[error("the work failed")]
-    Work(#[source] E),
+    Work(E),
     /// The work succeeded and the commit did not.
-    #[error(transparent)]
     Commit(CommitError),
+}
+
+impl<E: fmt::Display> fmt::Display for TransactionError<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Work(error) => write!(f, "{error:#}"),
+            Self::Commit(error) => error.fmt(f),
+        }
+    }
+}
+
+/// Not for errors alone: `anyhow::Error` and `Box<dyn Error>` are none.
+impl<E: fmt::Debug + fmt::Display> std::error::Error for TransactionError<E> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Work(_) => None,
+            Self::Commit(error) => error.source(),
+        }
+    }
 }
 
 impl Outbox {
@@ -408,8 +442,7 @@ impl Outbox {
     ///         events.push(NewEvent::dynamic("invoices.due", "invoices", "all", &())?)?;
     ///         Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
     ///     })
-    ///     .await
-    ///     .map_err(|error| error.to_string())?;
+    ///     .await?;
     /// # Ok(())
     /// # }
     /// ```

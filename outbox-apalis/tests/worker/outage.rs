@@ -72,7 +72,7 @@ async fn a_database_that_is_locked_for_long_costs_time_and_nothing_else() {
     fixture.push(each_noted(&["a", "b"], 2)).await;
     let other = fixture.another_process().await;
     let lock = other.begin(outbox_core::Context::default());
-    lock.tx().begin().await.unwrap();
+    lock.tx().begin_now().await.unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let worker = tokio::spawn(started.run_until(async {
         let _ = stopped.await;
@@ -106,7 +106,7 @@ async fn a_transactional_delivery_that_finds_the_database_locked_spends_no_attem
                         return Ok(());
                     }
                     let lock = other.begin(outbox_core::Context::default());
-                    lock.tx().begin().await?;
+                    lock.tx().begin_now().await?;
                     tokio::spawn(async move {
                         tokio::time::sleep(800 * MS).await;
                         lock.rollback().await;

@@ -50,6 +50,29 @@ async fn effect_inbox_and_acknowledgement_are_one_transaction() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_branch_of_an_effect_beside_a_savepoint_that_fails_is_stored() {
+    let fixture = Fixture::new().await;
+    let handlers = Handlers::new().on_tx(|event: Noted, effect| async move {
+        let shown = format!("{effect:?}");
+        assert!(!shown.contains(r#""n""#), "a payload in a log: {shown}");
+        let savepoint = effect.tx().savepoint(|tx, _| async move {
+            tx.execute_unprepared("insert into effects values ('savepoint', 1, 1)").await?;
+            tokio::time::sleep(30 * MS).await;
+            Err::<(), _>(DbErr::Custom("no".to_owned()))
+        });
+        let (failed, written) = tokio::join!(savepoint, write(&event, &effect));
+        assert!(failed.is_err());
+        Ok(written?)
+    });
+    let worker = run(fixture.worker().handlers(subscription("s"), handlers)).await;
+    fixture.push([noted("branch", 1)]).await;
+    fixture.delivered(1).await;
+    worker.stop().await;
+    assert_eq!(fixture.column::<String>("select key from effects").await, ["branch"]);
+    fixture.is_at_rest().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_effect_whose_lease_was_taken_over_is_rolled_back_and_happens_once() {
     let fixture = Fixture::new().await;
     let seen = Seen::default();

@@ -99,7 +99,7 @@ async fn a_get_that_touches_nothing_begins_no_transaction() {
     let app = build_app(|_tx: Tx, _events: Events| async { "hello" }).await;
     // Nobody else can begin one as long as this is open.
     let held = app.store.outbox.begin(outbox_core::Context::default());
-    held.tx().begin().await.unwrap();
+    held.tx().begin_now().await.unwrap();
     let answer = send(&app.router, Request::get("/").body(Body::empty()).unwrap()).await;
     assert_eq!(answer.facts(), (200, "committed"));
     held.rollback().await;
@@ -118,7 +118,7 @@ async fn a_read_through_the_applications_connection_begins_no_transaction() {
     };
     let router = route(store.layer(), count);
     let held = store.outbox.begin(outbox_core::Context::default());
-    held.tx().begin().await.unwrap();
+    held.tx().begin_now().await.unwrap();
     let answer = send(&router, post()).await;
     assert_eq!((answer.facts(), answer.body.as_str()), ((200, "committed"), "0"));
     held.rollback().await;
@@ -166,7 +166,7 @@ async fn an_eager_transaction_begins_before_the_handler() {
     let store = Store::new().await;
     let db = store.impatient().await;
     let held = outbox_seaorm::Outbox::new(db.clone()).begin(outbox_core::Context::default());
-    held.tx().begin().await.unwrap();
+    held.tx().begin_now().await.unwrap();
     async fn never() {
         panic!("the handler must not run");
     }

@@ -191,7 +191,7 @@ async fn an_exhausted_pool_is_a_503_with_a_time_to_retry() {
     let db = store.impatient().await;
     let outbox = Outbox::new(db);
     let held = outbox.begin(Context::default());
-    held.tx().begin().await.unwrap();
+    held.tx().begin_now().await.unwrap();
     let router = writers(outbox);
     are_503_with_a_time_to_retry(&router).await;
     held.rollback().await;
@@ -203,7 +203,7 @@ async fn a_busy_database_is_a_503_with_a_time_to_retry() {
     let store = Store::new().await;
     let router = writers(store.impatient().await);
     let held = store.outbox.begin(Context::default());
-    held.tx().begin().await.unwrap();
+    held.tx().begin_now().await.unwrap();
     are_503_with_a_time_to_retry(&router).await;
     held.rollback().await;
     assert_eq!(send(&router, post()).await.facts(), (201, "committed"));
@@ -228,7 +228,7 @@ async fn a_database_that_was_not_there_and_was_ignored_is_a_503() {
     let store = Store::new().await;
     let outbox = Outbox::new(store.impatient().await);
     let held = outbox.begin(Context::default());
-    held.tx().begin().await.unwrap();
+    held.tx().begin_now().await.unwrap();
     are_503_with_a_time_to_retry(&with_a_fallback(outbox)).await;
     // The same of a database that is busy.
     are_503_with_a_time_to_retry(&with_a_fallback(store.impatient().await)).await;

@@ -38,6 +38,66 @@ async fn a_handle_held_by_a_task_is_a_500_and_the_tasks_use_fails() {
     assert!(store.is_empty().await && store.can_write().await);
 }
 
+/// As a data loader does: the task sends what the request waits for, and goes a moment later.
+#[tokio::test]
+async fn a_task_that_has_just_answered_is_no_obstacle() {
+    let handler = |tx: Tx| async move {
+        let (tell, told) = tokio::sync::oneshot::channel();
+        tokio::spawn(async move {
+            place(&tx, "a").await;
+            tell.send(()).unwrap();
+            tokio::task::yield_now().await;
+            drop(tx);
+        });
+        told.await.unwrap();
+        StatusCode::CREATED
+    };
+    let store = Store::new().await;
+    let router = route(store.layer(), handler);
+    assert_eq!(send(&router, post()).await.facts(), (201, "committed"));
+    assert_eq!(store.orders().await, ["a"]);
+}
+
+#[tokio::test]
+async fn handles_are_optional_where_the_layer_is() {
+    let handler = |tx: Option<Tx>, events: Option<Events>| async move {
+        let (Some(tx), Some(events)) = (tx, events) else { return StatusCode::NO_CONTENT };
+        insert(&tx, "a").await.unwrap();
+        events.push(placed("a")).unwrap();
+        StatusCode::CREATED
+    };
+    let store = Store::new().await;
+    let bare = Router::new().route("/", post_to(handler));
+    assert_eq!(send(&bare, post()).await.status, StatusCode::NO_CONTENT);
+    assert_eq!(send(&route(store.layer(), handler), post()).await.facts(), (201, "committed"));
+    assert_eq!(store.orders().await, ["a"]);
+}
+
+#[tokio::test]
+async fn a_handler_is_a_function_in_a_unit_test() {
+    async fn create(tx: Tx, events: Events) -> StatusCode {
+        insert(&tx, "a").await.unwrap();
+        events.push(placed("a")).unwrap();
+        StatusCode::CREATED
+    }
+    let store = Store::new().await;
+    let unit = store.outbox.begin(outbox_core::Context::default());
+    assert_eq!(create(Tx::from(&unit), Events::from(&unit)).await, StatusCode::CREATED);
+    unit.commit().await.unwrap();
+    assert_eq!(store.orders().await, ["a"]);
+    assert_eq!(store.payloads().await, [r#"{"op":"a"}"#]);
+}
+
+#[tokio::test]
+async fn handles_in_a_log_show_no_payload() {
+    let store = Store::new().await;
+    let unit = store.outbox.begin(outbox_core::Context::default());
+    let (tx, events) = (Tx::from(&unit), Events::from(&unit));
+    events.push(placed("secret")).unwrap();
+    let shown = format!("{tx:?} {events:?}");
+    assert!(!shown.contains("secret"), "{shown}");
+}
+
 #[tokio::test]
 async fn a_task_that_finished_with_the_handle_is_no_obstacle() {
     let handler = |tx: Tx| async move {

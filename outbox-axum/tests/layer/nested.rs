@@ -176,7 +176,7 @@ async fn an_eager_one_begins_before_its_handler() {
     let store = Store::new().await;
     let outbox = Outbox::new(store.impatient().await);
     let held = store.outbox.begin(Context::default());
-    held.tx().begin().await.unwrap();
+    held.tx().begin_now().await.unwrap();
     async fn never() {
         panic!("the handler must not run");
     }

@@ -3,9 +3,60 @@
 use http::StatusCode;
 use outbox_axum::{Error, Tx};
 use outbox_seaorm::SavepointError;
-use sea_orm::DbErr;
+use sea_orm::{DbErr, TransactionTrait};
+use tokio::sync::Notify;
 
 use crate::support::{build_app, insert, place, placed};
+
+#[tokio::test]
+async fn a_branch_beside_a_savepoint_that_fails_is_stored() {
+    let app = build_app(|tx: Tx| async move {
+        let open = Notify::new();
+        let savepoint = tx.savepoint(|tx, events| {
+            let open = &open;
+            async move {
+                insert(&tx, "savepoint").await?;
+                events.push(placed("savepoint"))?;
+                open.notify_one();
+                tokio::time::sleep(std::time::Duration::from_millis(30)).await;
+                Err::<(), Error>(DbErr::Custom("no".to_owned()).into())
+            }
+        });
+        let branch = async {
+            open.notified().await;
+            place(&tx, "branch").await;
+        };
+        let (failed, ()) = tokio::join!(savepoint, branch);
+        assert!(matches!(failed, Err(SavepointError::Work(_))));
+        StatusCode::CREATED
+    })
+    .await;
+    assert_eq!(app.post().await.facts(), (201, "committed"));
+    assert_eq!(app.store.orders().await, ["branch"]);
+    assert_eq!(app.store.payloads().await, [r#"{"op":"branch"}"#]);
+}
+
+#[tokio::test]
+async fn a_transaction_of_seaorm_is_a_savepoint() {
+    async fn by_anybody<C: TransactionTrait>(db: &C, op: &str, keep: bool) -> Result<(), DbErr> {
+        let inside = db.begin().await?;
+        insert(&inside, op).await?;
+        if keep {
+            sea_orm::TransactionSession::commit(inside).await
+        } else {
+            sea_orm::TransactionSession::rollback(inside).await
+        }
+    }
+    let app = build_app(|tx: Tx| async move {
+        place(&tx, "a").await;
+        by_anybody(&tx, "kept", true).await?;
+        by_anybody(&tx, "gone", false).await?;
+        Ok::<_, Error>(StatusCode::CREATED)
+    })
+    .await;
+    assert_eq!(app.post().await.facts(), (201, "committed"));
+    assert_eq!(app.store.orders().await, ["a", "kept"]);
+}
 
 #[tokio::test]
 async fn savepoint_kept() {

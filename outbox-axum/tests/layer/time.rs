@@ -248,7 +248,7 @@ async fn an_inner_layer_may_give_more_or_less_time() {
     }
     let store = Store::new().await;
     let begun = |tx: Tx, request: Request, next: Next| async move {
-        tx.begin().await.unwrap();
+        tx.begin_now().await.unwrap();
         next.run(request).await
     };
     let inner = route(store.layer().max_age(LIMIT), waits_for_the_body);

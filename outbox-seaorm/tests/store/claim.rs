@@ -107,7 +107,7 @@ async fn a_paused_or_idle_subscription_is_polled_without_the_write_lock() {
     store.execute("delete from outbox_deliveries where subscription_id = 2").await;
     store.execute("delete from outbox_lanes where subscription_id = 2").await;
     let writing = store.outbox.begin(Context::default());
-    writing.tx().begin().await.unwrap();
+    writing.tx().begin_now().await.unwrap();
     assert!(store.claim(id).await.is_empty());
     assert!(store.claim(idle).await.is_empty());
     writing.rollback().await;

@@ -13,11 +13,13 @@ mod sqlite {
     #[path = "sqlite.rs"]
     mod database;
 
+    mod branches;
     mod claim;
     mod connect;
     mod damage;
     mod fixture;
     mod flush;
+    mod nested;
     mod operate;
     mod random;
     mod register;
@@ -37,11 +39,13 @@ mod postgres {
     #[path = "postgres.rs"]
     mod database;
 
+    mod branches;
     mod claim;
     mod connect;
     mod damage;
     mod fixture;
     mod flush;
+    mod nested;
     mod operate;
     mod random;
     mod register;

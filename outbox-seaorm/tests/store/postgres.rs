@@ -17,6 +17,9 @@ pub(crate) const BACKEND: DbBackend = DbBackend::Postgres;
 /// A statement that is still at work when its future is polled for the first time.
 pub(crate) const SLOW: &str = "insert into notes select 'slow ' || max(i) from generate_series(1, 100000) i";
 
+/// A statement that fails and ends the transaction, with all its savepoints.
+pub(crate) const END_TRANSACTION: &str = "select pg_terminate_backend(pg_backend_pid())";
+
 pub(crate) const NOW: &str = "clock_timestamp()";
 
 /// Names of the subscriptions that a flush from before their change may have missed.

@@ -4,7 +4,10 @@ use outbox_core::Context;
 use outbox_seaorm::{CommitError, SavepointError};
 use sea_orm::ConnectionTrait;
 
-use super::fixture::{SLOW, Store, hang_up_after, poll_once, todo};
+use super::{
+    database,
+    fixture::{SLOW, Store, hang_up_after, poll_once, todo},
+};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
@@ -120,7 +123,7 @@ async fn a_savepoint_that_is_cancelled_while_a_clone_is_at_work_commits_nothing(
     let store = Store::new().await;
     let unit = store.outbox.begin(Context::default());
     let tx = unit.tx();
-    tx.begin().await.unwrap();
+    tx.begin_now().await.unwrap();
     let clone = tx.clone();
     let (reached, mut waiting) = tokio::sync::oneshot::channel();
     let mut savepoint = Box::pin(tx.savepoint(|tx, events| async move {
@@ -210,7 +213,7 @@ async fn a_savepoint_that_cannot_be_ended_commits_nothing() {
     let lost = tx
         .savepoint(|tx, _| async move {
             tx.execute_unprepared("insert into notes values ('a')").await?;
-            tx.execute_unprepared("release savepoint outbox_1").await?;
+            let _ = tx.execute_unprepared(database::END_TRANSACTION).await;
             Ok::<_, Error>(())
         })
         .await;

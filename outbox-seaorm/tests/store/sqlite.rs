@@ -13,6 +13,9 @@ pub(crate) const SLOW: &str = "
     insert into notes
     with recursive n (i) as (select 1 union all select i + 1 from n where i < 100000) select 'slow ' || max(i) from n";
 
+/// A statement that fails and ends the transaction, with all its savepoints, where `notes` has an 'a'.
+pub(crate) const END_TRANSACTION: &str = "insert or rollback into notes values ('a')";
+
 pub(crate) const NOW: &str = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')";
 
 /// Names of the subscriptions that a flush from before their change may have missed: none, a change excludes all others.

@@ -95,7 +95,7 @@ async fn a_statement_that_is_cancelled_halfway_makes_the_handle_failed() {
     let store = Store::new().await;
     let unit = store.outbox.begin(Context::default());
     let tx = unit.tx();
-    tx.begin().await.unwrap();
+    tx.begin_now().await.unwrap();
     unit.events().push(todo("1")).unwrap();
     let answered = hang_up_after(1, tx.execute_unprepared(SLOW)).await;
     assert!(answered.is_none());
@@ -125,7 +125,7 @@ async fn a_handle_held_by_a_task_that_is_writing_is_refused_at_the_commit() {
     let store = Store::new().await;
     let unit = store.outbox.begin(Context::default());
     let held = unit.tx();
-    held.begin().await.unwrap();
+    held.begin_now().await.unwrap();
     let task = tokio::spawn(async move {
         let mut written = 0;
         while held.execute_unprepared(&format!("insert into notes values ('{written}')")).await.is_ok() {
@@ -149,7 +149,7 @@ async fn use_after_the_end_is_an_error() {
     let tx = source.tx();
     for error in [
         tx.execute_unprepared("insert into notes values ('b')").await.unwrap_err(),
-        tx.begin().await.unwrap_err(),
+        tx.begin_now().await.unwrap_err(),
         notes::Entity::find().all(&tx).await.unwrap_err(),
         notes::Entity::find().one(&tx).await.unwrap_err(),
     ] {
@@ -329,7 +329,7 @@ async fn a_begin_that_is_cancelled_anywhere_leaves_no_transaction_behind() {
         let unit = store.outbox.begin(Context::default());
         let tx = unit.tx();
         if polls % 2 == 0 {
-            let _ = hang_up_after(polls, tx.begin()).await;
+            let _ = hang_up_after(polls, tx.begin_now()).await;
         } else {
             let _ = hang_up_after(polls, tx.execute_unprepared("insert into notes values ('lost')")).await;
         }

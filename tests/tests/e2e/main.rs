@@ -2,6 +2,7 @@
 
 mod damage;
 mod delivery;
+mod disk;
 mod example;
 mod faults;
 mod postgres;
