@@ -130,13 +130,22 @@ impl OutboxLayer {
     ///
     /// ```
     /// use outbox_axum::OutboxLayer;
-    /// use outbox_core::Context;
+    /// use outbox_core::{Actor, Context};
+    ///
+    /// #[derive(Clone)]
+    /// struct User {
+    ///     id: String,
+    ///     tenant: String,
+    /// }
     ///
     /// # fn example(outbox: outbox_seaorm::Outbox) -> OutboxLayer {
     /// OutboxLayer::new(outbox).context(|parts| {
     ///     let mut context = Context::default();
-    ///     let host = parts.headers.get("host").and_then(|host| host.to_str().ok());
-    ///     context.tenant = host.and_then(|host| host.split_once('.')).map(|(tenant, _)| tenant.to_owned());
+    ///     // Put there by the application's authentication, outside of this layer.
+    ///     if let Some(user) = parts.extensions.get::<User>() {
+    ///         context.tenant = Some(user.tenant.clone());
+    ///         context.actor = Actor::new("user", &user.id).ok();
+    ///     }
     ///     context
     /// })
     /// # }
