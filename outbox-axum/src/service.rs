@@ -13,6 +13,7 @@ use axum::{
 };
 use futures_util::{FutureExt, future::BoxFuture};
 use http::{Method, Request, Uri, request::Parts};
+use outbox_core::error_text;
 use outbox_seaorm::{TxSource, UnitOfWork};
 use tower_service::Service;
 
@@ -83,8 +84,8 @@ where
     if layer.is_eager()
         && let Err(error) = unit.tx().begin().await
     {
-        let source: &dyn std::error::Error = &error;
-        tracing::error!(method = %route.method, path = route.path(), error = source, "the transaction did not begin");
+        let (path, text) = (route.path(), error_text(&error));
+        tracing::error!(method = %route.method, path, error = %text, "the transaction did not begin");
         return Ok(outcome::of_failed_begin(&error));
     }
     parts.extensions.insert(unit.source());
@@ -114,9 +115,8 @@ async fn end(unit: UnitOfWork, route: &Route, mut response: Response) -> Respons
         Decision::Commit => match unit.commit().await {
             Ok(()) => Outcome::Committed.mark(response),
             Err(error) => {
-                let source: &dyn std::error::Error = &error;
-                let path = route.path();
-                tracing::error!(method = %route.method, path, error = source, "the request's transaction did not commit");
+                let (path, text) = (route.path(), error_text(&error));
+                tracing::error!(method = %route.method, path, error = %text, "the request's transaction did not commit");
                 outcome::of_failed_commit(&error)
             }
         },
