@@ -3,7 +3,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::{HeaderValue, StatusCode, header::RETRY_AFTER};
-use outbox_core::PushError;
+use outbox_core::{PushError, error_text};
 use outbox_seaorm::{SavepointError, is_transient};
 use sea_orm::{DbErr, RuntimeErr};
 use serde::Serialize;
@@ -24,7 +24,7 @@ const INVALID: &str = "a value of the request is not valid; change the request";
 /// | a value that the database cannot store: not-null or check constraint, wrong type, out of range, too long, a NUL in a text (PostgreSQL) | 422 | `INVALID_ARGUMENT` |
 /// | no connection free, database busy, serialization failure, deadlock | 503 with `retry-after: 1` | `UNAVAILABLE` |
 /// | event or number of events too large | 413 | `RESOURCE_EXHAUSTED` |
-/// | name or payload of an event not valid | 422 | `INVALID_ARGUMENT` |
+/// | name, tags or payload of an event not valid | 422 | `INVALID_ARGUMENT` |
 /// | everything else | 500 | `INTERNAL` |
 ///
 /// All of them roll the request back. The body is `{"error":"…"}` with a fixed sentence; what the database said goes to
@@ -55,7 +55,12 @@ impl Error {
             Self::Push(
                 PushError::PayloadTooLarge { .. } | PushError::TooManyEvents { .. } | PushError::TooManyBytes { .. },
             ) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::Push(PushError::Name(_) | PushError::Payload { .. }) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Push(
+                PushError::Name(_)
+                | PushError::Payload { .. }
+                | PushError::PayloadTooDeep { .. }
+                | PushError::TooManyTags { .. },
+            ) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Push(_) | Self::Savepoint => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -111,12 +116,11 @@ impl<E: Into<Self>> From<SavepointError<E>> for Error {
 
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
-        let source: &dyn std::error::Error = &self;
         let status = self.status();
         if status.is_server_error() {
-            tracing::error!(error = source, "a handler failed");
+            tracing::error!(error = %error_text(&self), "a handler failed");
         } else {
-            tracing::debug!(error = source, "a handler refused the request");
+            tracing::debug!(error = %error_text(&self), "a handler refused the request");
         }
         answer_or_retry(status, self.sentence())
     }
@@ -143,7 +147,7 @@ pub(crate) fn answer_or_retry(status: StatusCode, sentence: &'static str) -> Res
 
 #[cfg(test)]
 mod tests {
-    use outbox_core::{Events, Limits, NewEvent, check_name};
+    use outbox_core::{Events, Limits, MAX_TAGS, NewEvent, check_name};
     use sea_orm::ConnAcquireErr;
 
     use super::*;
@@ -165,6 +169,8 @@ mod tests {
             (pushed(Limits::default().events(0)), 413),
             (pushed(Limits::default().bytes(5)), 413),
             (PushError::from(name).into(), 422),
+            (PushError::TooManyTags { limit: MAX_TAGS }.into(), 422),
+            (PushError::PayloadTooDeep { event_type: "a".to_owned(), limit: 120 }.into(), 422),
             (payload.into(), 422),
             (closed.into(), 500),
             (DbErr::ConnectionAcquire(ConnAcquireErr::Timeout).into(), 503),

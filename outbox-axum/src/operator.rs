@@ -161,8 +161,7 @@ async fn ready(State(outbox): State<Outbox>) -> (StatusCode, &'static str) {
     match tokio::time::timeout(READY_WITHIN, outbox.check_schema()).await {
         Ok(Ok(())) => (StatusCode::OK, "ready"),
         Ok(Err(error)) => {
-            let source: &dyn std::error::Error = &error;
-            tracing::warn!(error = source, "not ready");
+            tracing::warn!(error = %outbox_core::error_text(&error), "not ready");
             NOT_READY
         }
         Err(_) => {

@@ -14,6 +14,7 @@ use axum::{
 };
 use futures_util::{FutureExt, future::BoxFuture};
 use http::{Method, Request, Uri, request::Parts};
+use outbox_core::error_text;
 use outbox_seaorm::{TxSource, UnitOfWork};
 use sea_orm::DbErr;
 use tower_service::Service;
@@ -186,9 +187,8 @@ async fn end(unit: UnitOfWork, layer: &OutboxLayer, route: &Route, mut response:
         Decision::Commit => match unit.commit().await {
             Ok(()) => Outcome::Committed.mark(response),
             Err(error) => {
-                let source: &dyn std::error::Error = &error;
-                let path = route.path();
-                tracing::error!(method = %route.method, path, error = source, "the request's transaction did not commit");
+                let (path, text) = (route.path(), error_text(&error));
+                tracing::error!(method = %route.method, path, error = %text, "the request's transaction did not commit");
                 Refusal::of_failed_commit(&error).answer(&route.protocol)
             }
         },
@@ -225,8 +225,8 @@ fn misplaced(route: &Route, outer: &TxSource, layer: &OutboxLayer, what: &str) -
 }
 
 fn not_begun(route: &Route, error: &DbErr) -> Response {
-    let source: &dyn std::error::Error = error;
-    tracing::error!(method = %route.method, path = route.path(), error = source, "the transaction did not begin");
+    let text = error_text(error);
+    tracing::error!(method = %route.method, path = route.path(), error = %text, "the transaction did not begin");
     Refusal::of_failed_begin(error).answer(&route.protocol)
 }
 

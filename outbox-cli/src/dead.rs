@@ -36,7 +36,7 @@ pub(crate) enum Dead {
 #[derive(Args, Default)]
 pub(crate) struct Filter {
     /// Only those of this subscription.
-    #[arg(long, value_parser = select::name)]
+    #[arg(long, value_parser = select::subscription)]
     subscription: Option<String>,
     /// Only those of events of this type.
     #[arg(long = "type", value_parser = select::name)]

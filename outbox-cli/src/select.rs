@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use clap::Args;
-use outbox_core::check_name;
+use outbox_core::{check_name, check_subscription_name};
 use outbox_seaorm::By;
 
 /// Who changes something, and why: for the audit.
@@ -47,10 +47,18 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     found.map(Duration::from_secs).ok_or_else(|| "write a length of time as 90s, 15m, 2h or 7d".to_owned())
 }
 
+/// An event type, aggregate type or kind of actor.
 pub(crate) fn name(text: &str) -> Result<String, String> {
     check_name("it", text)
         .map(|()| text.to_owned())
-        .map_err(|_| "a name has 1 to 64 of the characters a-z, 0-9, '_', '.' and '-'".to_owned())
+        .map_err(|_| "a name has 1 to 128 of the characters A-Z, a-z, 0-9, '_', '.', ':', '/' and '-'".to_owned())
+}
+
+/// The name of a subscription.
+pub(crate) fn subscription(text: &str) -> Result<String, String> {
+    check_subscription_name(text)
+        .map(|()| text.to_owned())
+        .map_err(|_| "a subscription has 1 to 64 of the characters a-z, 0-9, '_', '.' and '-'".to_owned())
 }
 
 pub(crate) fn no_subscription(name: &str) -> String {

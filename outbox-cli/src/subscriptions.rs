@@ -34,7 +34,7 @@ pub(crate) enum Subscriptions {
 #[group(skip)]
 pub(crate) struct Replay {
     /// The subscription.
-    #[arg(long, value_parser = select::name)]
+    #[arg(long, value_parser = select::subscription)]
     subscription: String,
     /// Events since this time, or since so long ago: 2026-01-31T12:00:00Z, 2h.
     #[arg(long, value_parser = select::time, group = "which", required_unless_present_any = ["event_type", "event"])]

@@ -28,7 +28,7 @@ impl Limits {
         self
     }
 
-    /// Sets the size of all payloads together, in bytes. Defaults to 64 MiB.
+    /// Sets the size of all payloads and tags together, in bytes. Defaults to 64 MiB.
     #[must_use]
     pub fn bytes(mut self, bytes: usize) -> Self {
         self.bytes = bytes;
@@ -82,6 +82,23 @@ pub enum PushError {
         /// What the serializer said.
         source: serde_json::Error,
     },
+    /// One payload is nested too deep.
+    #[error(
+        "the payload of {event_type:?} has lists and objects that stand more than {limit} deep in each other; no consumer \
+         could read it"
+    )]
+    PayloadTooDeep {
+        /// The event type.
+        event_type: String,
+        /// The limit.
+        limit: usize,
+    },
+    /// The event has as many tags as it may.
+    #[error("an event may have at most {limit} tags; put data into the payload")]
+    TooManyTags {
+        /// The limit.
+        limit: usize,
+    },
     /// One payload is over the limit.
     #[error(
         "the payload of {event_type:?} has {size} bytes, more than the limit of {limit}; store the large part \
@@ -101,8 +118,8 @@ pub enum PushError {
         /// The limit.
         limit: usize,
     },
-    /// The request's payloads together are over the limit.
-    #[error("the payloads of one request may have at most {limit} bytes together")]
+    /// The request's payloads and tags together are over the limit.
+    #[error("the payloads and tags of one request may have at most {limit} bytes together")]
     TooManyBytes {
         /// The limit in bytes.
         limit: usize,
@@ -202,7 +219,8 @@ impl Events {
         if collector.len() >= limits.events {
             return Err(PushError::TooManyEvents { limit: limits.events });
         }
-        if collector.bytes + size > limits.bytes {
+        let weight = weight(&event);
+        if collector.bytes + weight > limits.bytes {
             return Err(PushError::TooManyBytes { limit: limits.bytes });
         }
         if size > limits.payload_warning {
@@ -212,7 +230,7 @@ impl Events {
         let id = event.id;
         if let Some(buffer) = collector.buffer(self.savepoint) {
             buffer.events.push(event);
-            collector.bytes += size;
+            collector.bytes += weight;
         }
         Ok(id)
     }
@@ -312,7 +330,7 @@ impl Events {
             let inside = collector.buffers.iter().filter(|each| each.around == savepoint && each.savepoint != REQUEST);
             gone.extend(inside.map(|each| each.savepoint).collect::<Vec<_>>());
             let events = collector.take(savepoint).map(|buffer| buffer.events).unwrap_or_default();
-            collector.bytes -= events.iter().map(|event| event.payload.len()).sum::<usize>();
+            collector.bytes -= events.iter().map(weight).sum::<usize>();
         }
     }
 
@@ -387,6 +405,11 @@ impl fmt::Debug for Batch {
     }
 }
 
+/// What an event counts for in the bytes of its request.
+fn weight(event: &NewEvent) -> usize {
+    event.payload.len() + event.tags.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>()
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -430,6 +453,16 @@ mod tests {
         let batch = events.close();
         let payloads: Vec<_> = batch.events.iter().map(NewEvent::payload).collect();
         assert_eq!(payloads, [r#""a""#, r#""d""#]);
+    }
+
+    #[test]
+    fn tags_count_as_bytes_of_the_request() {
+        let events = events(Limits::default().bytes(10));
+        events.push(event("a").tag("name", "value").unwrap()).unwrap_err();
+        events.push(event("a").tag("name", "val").unwrap()).unwrap();
+        assert!(matches!(events.push(event("b")), Err(PushError::TooManyBytes { limit: 10 })));
+        events.truncate(0);
+        events.push(event("b")).unwrap();
     }
 
     #[test]

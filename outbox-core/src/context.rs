@@ -5,7 +5,7 @@ use crate::{InvalidName, check_id, check_name, name::MAX_TRACESTATE_BYTES};
 /// Who or what caused an event, for example `USER` `42` or `SYSTEM.IMPORT` `nightly`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Actor {
-    /// The kind: `user`, `system.import`, `system.automation`, …; a name as [`check_name`] allows it.
+    /// The kind: `USER`, `SYSTEM.IMPORT`, `system.automation`, …; a name as [`check_name`] allows it.
     pub kind: String,
     /// The id within its kind.
     pub id: String,

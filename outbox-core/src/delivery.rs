@@ -1,6 +1,6 @@
 use std::{error::Error, fmt, sync::Arc, time::Duration};
 
-use crate::RecordedEvent;
+use crate::{RecordedEvent, error_text, one_line};
 
 /// One attempt to hand one event to one destination.
 ///
@@ -158,7 +158,7 @@ impl DeliveryError {
         self
     }
 
-    /// The text that operators see: the error and its causes, at most 2 KiB, without NUL characters.
+    /// The text that operators see: the error and its causes, at most 2 KiB, in [one line](one_line).
     #[must_use]
     pub fn message(&self) -> &str {
         &self.message
@@ -191,18 +191,7 @@ impl fmt::Display for DeliveryError {
 
 impl<E: Error> From<E> for DeliveryError {
     fn from(error: E) -> Self {
-        let mut message = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            let text = error.to_string();
-            // Some libraries repeat the cause in their own text.
-            if !message.ends_with(&text) {
-                message.push_str(": ");
-                message.push_str(&text);
-            }
-            cause = error.source();
-        }
-        Self::retry(message)
+        Self::retry(error_text(&error))
     }
 }
 
@@ -216,8 +205,8 @@ impl From<Result<(), DeliveryError>> for Outcome {
     }
 }
 
-fn bounded(mut message: String) -> String {
-    message.retain(|c| c != '\0');
+fn bounded(message: String) -> String {
+    let mut message = one_line(message);
     if message.len() > MAX_MESSAGE_BYTES {
         let end = (0..=MAX_MESSAGE_BYTES - 4).rev().find(|&at| message.is_char_boundary(at)).unwrap_or(0);
         message.truncate(end);
@@ -246,6 +235,14 @@ mod tests {
         let error = DeliveryError::retry(format!("\0{}", "ü".repeat(4000)));
         assert!(error.message().len() <= MAX_MESSAGE_BYTES, "{}", error.message().len());
         assert!(error.message().ends_with('…') && !error.message().contains('\0'));
+    }
+
+    #[test]
+    fn a_text_of_a_destination_cannot_forge_a_line_of_the_log() {
+        let text = "no\n2026-01-01T00:00:00Z  INFO all is well";
+        for error in [DeliveryError::retry(text), DeliveryError::gone(text), std::io::Error::other(text).into()] {
+            assert_eq!(error.message(), r"no\n2026-01-01T00:00:00Z  INFO all is well");
+        }
     }
 
     #[test]

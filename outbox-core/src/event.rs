@@ -6,6 +6,13 @@ use uuid::Uuid;
 
 use crate::{InvalidName, PushError, check_id, check_name};
 
+/// How deep lists and objects of a payload may stand in each other. PostgreSQL gives up somewhere in the thousands,
+/// and consumers earlier: serde_json reads 127 levels, of which an envelope such as CloudEvents needs some.
+pub const MAX_PAYLOAD_DEPTH: usize = 120;
+
+/// How many tags an event may have.
+pub const MAX_TAGS: usize = 64;
+
 /// A fact about an aggregate, named in the past tense.
 ///
 /// The type's `serde` form is the payload. Renaming a field changes what consumers receive: raise
@@ -92,7 +99,7 @@ impl NewEvent {
     /// # Errors
     ///
     /// [`PushError::Name`] if one of its names or its aggregate id is not valid, [`PushError::Payload`] if it does not
-    /// serialize to JSON.
+    /// serialize to JSON, [`PushError::PayloadTooDeep`] if it is nested deeper than [`MAX_PAYLOAD_DEPTH`].
     pub fn of<E: Event>(event: &E) -> Result<Self, PushError> {
         let payload = to_json(E::TYPE, event)?;
         Self::build(
@@ -192,11 +199,15 @@ impl NewEvent {
     ///
     /// # Errors
     ///
-    /// [`PushError::Name`] if the tag is not a name as [`check_name`] allows it, or the value is empty or too long.
+    /// [`PushError::Name`] if the tag is not a name as [`check_name`] allows it, or the value is empty or too long;
+    /// [`PushError::TooManyTags`] if the event has [`MAX_TAGS`] already.
     pub fn tag(mut self, name: impl Into<String>, value: impl Into<String>) -> Result<Self, PushError> {
         let (name, value) = (name.into(), value.into());
         check_name("tag", &name)?;
         check_id("tag value", &value)?;
+        if self.tags.len() >= MAX_TAGS && !self.tags.contains_key(&name) {
+            return Err(PushError::TooManyTags { limit: MAX_TAGS });
+        }
         self.tags.insert(name, value);
         Ok(self)
     }
@@ -269,7 +280,40 @@ impl NewEvent {
 }
 
 fn to_json(event_type: &str, payload: &impl Serialize) -> Result<String, PushError> {
-    serde_json::to_string(payload).map_err(|source| PushError::Payload { event_type: event_type.to_owned(), source })
+    let json = serde_json::to_string(payload)
+        .map_err(|source| PushError::Payload { event_type: event_type.to_owned(), source })?;
+    if depth(&json) > MAX_PAYLOAD_DEPTH {
+        return Err(PushError::PayloadTooDeep { event_type: event_type.to_owned(), limit: MAX_PAYLOAD_DEPTH });
+    }
+    Ok(json)
+}
+
+/// How deep lists and objects stand in each other in a text that is JSON.
+fn depth(json: &str) -> usize {
+    let (mut depth, mut deepest) = (0_usize, 0);
+    let mut bytes = json.bytes();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'"' => skip_string(&mut bytes),
+            b'[' | b'{' => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}
+
+fn skip_string(bytes: &mut impl Iterator<Item = u8>) {
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'"' => return,
+            b'\\' => drop(bytes.next()),
+            _ => {}
+        }
+    }
 }
 
 /// What [`Events::push`](crate::Events::push) takes: an [`Event`], or a [`NewEvent`] with options.
@@ -297,5 +341,43 @@ impl IntoNewEvent for NewEvent {
 impl From<InvalidName> for PushError {
     fn from(error: InvalidName) -> Self {
         Self::Name(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, value::RawValue};
+
+    use super::*;
+
+    fn pushed(payload: &impl Serialize) -> Result<NewEvent, PushError> {
+        NewEvent::dynamic("OrderCreated", "order", "1", payload)
+    }
+
+    /// Lists and objects in turn, with brackets in their texts that count for nothing.
+    fn nested(depth: usize) -> Box<RawValue> {
+        let (open, close): (String, String) =
+            (0..depth).map(|n| if n % 2 == 0 { ("[", "]") } else { (r#"{"[{\"":"#, "}") }).unzip();
+        let close: String = close.chars().rev().collect();
+        RawValue::from_string(format!(r#"{open}"]}}\\\""{close}"#)).unwrap()
+    }
+
+    #[test]
+    fn a_payload_that_consumers_cannot_read_is_refused() {
+        let deepest = pushed(&nested(MAX_PAYLOAD_DEPTH)).unwrap();
+        for depth in [MAX_PAYLOAD_DEPTH + 1, 6000] {
+            let refused = pushed(&nested(depth));
+            assert!(matches!(refused, Err(PushError::PayloadTooDeep { limit: MAX_PAYLOAD_DEPTH, .. })), "{depth}");
+        }
+        let envelope = format!(r#"{{"data":{{"data":{}}}}}"#, deepest.payload());
+        assert!(serde_json::from_str::<Value>(&envelope).is_ok(), "an envelope has room");
+    }
+
+    #[test]
+    fn the_tags_of_an_event_are_bounded() {
+        let tagged = (0..MAX_TAGS).try_fold(pushed(&()).unwrap(), |event, n| event.tag(format!("t{n}"), "v")).unwrap();
+        let again = tagged.tag("t0", "w").unwrap();
+        assert_eq!((again.tags().len(), again.tags()["t0"].as_str()), (MAX_TAGS, "w"));
+        assert!(matches!(again.tag("one-more", "v"), Err(PushError::TooManyTags { limit: MAX_TAGS })));
     }
 }

@@ -46,17 +46,22 @@ mod retry;
 mod subscription;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+mod text;
 
 pub use change::Change;
 pub use clock::{Clock, SystemClock};
 pub use collector::{Batch, Events, Limits, PushError};
 pub use context::{Actor, Context};
 pub use delivery::{Delivery, DeliveryError, Outcome, Reason};
-pub use event::{Event, IntoNewEvent, NewEvent};
-pub use name::{InvalidName, MAX_ID_BYTES, MAX_NAME_LENGTH, MAX_TRACESTATE_BYTES, check_id, check_name};
+pub use event::{Event, IntoNewEvent, MAX_PAYLOAD_DEPTH, MAX_TAGS, NewEvent};
+pub use name::{
+    InvalidName, MAX_ID_BYTES, MAX_NAME_LENGTH, MAX_SUBSCRIPTION_NAME_LENGTH, MAX_TRACESTATE_BYTES, check_id,
+    check_name, check_subscription_name,
+};
 pub use publisher::{LogPublisher, Publisher};
 pub use record::{DecodeError, RecordedEvent};
 pub use retry::{InvalidPolicy, Jitter, RetryPolicy};
 pub use subscription::{
     AfterDeadLetter, Filter, InvalidLimit, InvalidPattern, Ordering, StartPosition, Subject, Subscription, TypePattern,
 };
+pub use text::{error_text, one_line};

@@ -41,7 +41,7 @@ impl Publisher for LogPublisher {
             event_id = %event.id,
             event_type = %event.event_type,
             aggregate_type = %event.aggregate_type,
-            aggregate_id = %event.aggregate_id,
+            aggregate_id = event.aggregate_id,
             subscription = delivery.subscription(),
             attempt = delivery.attempt(),
             "event delivered to the log"

@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{InvalidName, NewEvent, RecordedEvent, RetryPolicy, check_id, check_name};
+use crate::{InvalidName, NewEvent, RecordedEvent, RetryPolicy, check_id, check_name, check_subscription_name};
 
 /// The durable, named interest of one destination in some events.
 ///
@@ -52,10 +52,10 @@ impl Subscription {
     ///
     /// # Errors
     ///
-    /// [`InvalidName`] unless [`check_name`] allows the name.
+    /// [`InvalidName`] unless [`check_subscription_name`] allows the name.
     pub fn new(name: impl Into<String>) -> Result<Self, InvalidName> {
         let name = name.into();
-        check_name("subscription", &name)?;
+        check_subscription_name(&name)?;
         Ok(Self {
             name,
             filter: Filter::default(),
@@ -68,7 +68,8 @@ impl Subscription {
         })
     }
 
-    /// Takes only events of these types: exact (`todo.created`), by prefix (`todo.*`) or all (`*`). Defaults to all.
+    /// Takes only events of these types: exact (`todo.created`, `OrderCreated`), by a prefix that ends with a separator
+    /// (`todo.*`, `EMBED_*`, `shop:order/*`) or all (`*`). Defaults to all.
     ///
     /// # Errors
     ///
@@ -236,6 +237,10 @@ impl Ordering {
     #[must_use]
     pub fn key(&self, subject: &Subject<'_>) -> String {
         match self {
+            // The first slash ends the type, so that `a/b` with the id `c` is not `a` with the id `b/c`.
+            Self::Aggregate if subject.aggregate_type.contains('/') => {
+                format!("{}/{}", subject.aggregate_type.replace('/', "%2F"), subject.aggregate_id)
+            }
             Self::Aggregate => format!("{}/{}", subject.aggregate_type, subject.aggregate_id),
             Self::None => subject.id.to_string(),
             Self::Tenant => subject.tenant.unwrap_or_default().to_owned(),
@@ -318,7 +323,8 @@ impl<'a> Subject<'a> {
     }
 }
 
-/// A pattern of event types: `todo.created`, `todo.*` or `*`.
+/// A pattern of event types: `todo.created`, `todo.*` or `*`. The prefix ends with one of `.`, `_`, `:`, `/`, `-`, so that
+/// `todo*` does not take `todolist.created` by accident.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct TypePattern {
@@ -327,7 +333,10 @@ pub struct TypePattern {
 
 /// A pattern that is neither a name nor a prefix.
 #[derive(Debug, thiserror::Error)]
-#[error("{0:?} is not a pattern of event types; use a type (todo.created), a prefix (todo.*) or all (*)")]
+#[error(
+    "{0:?} is not a pattern of event types; use a type (todo.created), a prefix that ends with '.', '_', ':', '/' or '-' \
+     (todo.*, EMBED_*), or all (*)"
+)]
 pub struct InvalidPattern(String);
 
 impl TypePattern {
@@ -345,7 +354,11 @@ impl FromStr for TypePattern {
     type Err = InvalidPattern;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let valid = text == "*" || check_name("pattern", text.strip_suffix(".*").unwrap_or(text)).is_ok();
+        let name = match text.strip_suffix('*') {
+            None => Some(text),
+            Some(prefix) => prefix.strip_suffix(['.', '_', ':', '/', '-']),
+        };
+        let valid = text == "*" || name.is_some_and(|name| check_name("pattern", name).is_ok());
         if valid { Ok(Self { text: text.to_owned() }) } else { Err(InvalidPattern(text.chars().take(80).collect())) }
     }
 }
@@ -383,6 +396,32 @@ mod tests {
 
     fn takes(subscription: &Subscription, event: &NewEvent, tenant: Option<&str>) -> bool {
         subscription.filter().matches(&Subject::of_new(event, tenant))
+    }
+
+    #[test]
+    fn patterns_work_on_names_as_people_have_them() {
+        for (pattern, taken, other) in [
+            ("OrderCreated", "OrderCreated", "ordercreated"),
+            ("EMBED_*", "EMBED_UPSERT", "EMBEDDED"),
+            ("SYSTEM.*", "SYSTEM.IMPORT", "system.import"),
+            ("shop:order/*", "shop:order/placed", "shop:orders"),
+            ("a-*", "a-b", "a.b"),
+        ] {
+            let subscription = Subscription::new("s").unwrap().events([pattern]).unwrap();
+            assert!(takes(&subscription, &event(taken, &[]), None), "{pattern} {taken}");
+            assert!(!takes(&subscription, &event(other, &[]), None), "{pattern} {other}");
+        }
+    }
+
+    #[test]
+    fn two_aggregates_never_have_one_key() {
+        let key = |kind: &str, id: &str| {
+            let event = NewEvent::dynamic("x", kind, id, &json!({})).unwrap();
+            Ordering::Aggregate.key(&Subject::of_new(&event, None))
+        };
+        assert_ne!(key("a/b", "c"), key("a", "b/c"));
+        assert_ne!(key("a/b", "c"), key("a", "%2Fb/c"));
+        assert_eq!(key("wallet", "7/8"), "wallet/7/8");
     }
 
     #[test]

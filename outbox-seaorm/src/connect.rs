@@ -30,9 +30,15 @@ pub enum ConnectError {
          postgres://USER:PASSWORD@HOST/DATABASE"
     )]
     UnknownScheme {
-        /// What stands before the colon.
+        /// What stands before the `://`.
         scheme: String,
     },
+    /// The URL has no scheme. Nothing of it is shown: what it begins with may be a password.
+    #[error(
+        "the database URL has no scheme; use sqlite://FILE?mode=rwc, for example sqlite://todo.db?mode=rwc, or \
+         postgres://USER:PASSWORD@HOST/DATABASE"
+    )]
+    NoScheme,
     /// A SQLite database in memory.
     #[error("a SQLite database in memory is another one for each connection; use a file, sqlite://FILE?mode=rwc")]
     InMemory,
@@ -125,12 +131,15 @@ impl Outbox {
                 };
                 Ok(Self::with_pools(pools))
             }
-            scheme => {
-                let scheme = scheme.unwrap_or(url).chars().take(20).collect();
-                Err(ConnectError::UnknownScheme { scheme })
-            }
+            _ => Err(scheme(url).map_or(ConnectError::NoScheme, |scheme| ConnectError::UnknownScheme { scheme })),
         }
     }
+}
+
+/// What stands before the `://`, if it can be nothing but a scheme.
+fn scheme(url: &str) -> Option<String> {
+    let (scheme, _) = url.split_once("://")?;
+    (scheme.len() <= 20 && scheme.bytes().all(|c| c.is_ascii_alphabetic())).then(|| scheme.to_owned())
 }
 
 fn refused(error: DbErr, otherwise: fn(DbErr) -> ConnectError) -> ConnectError {

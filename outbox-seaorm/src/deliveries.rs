@@ -1,4 +1,4 @@
-use std::{collections::BTreeMap, fmt};
+use std::{cmp::Reverse, collections::BTreeMap, fmt};
 
 use chrono::{DateTime, Utc};
 use outbox_core::{Actor, RecordedEvent};
@@ -38,6 +38,18 @@ impl DeliveryState {
     pub const ALL: [Self; 4] = [Self::Leased, Self::Pending, Self::Dead, Self::Delivered];
 }
 
+/// How far back [`Outbox::deliveries`] lists: so many of the newest that match.
+pub const DELIVERIES_LISTED: u32 = 10_000;
+
+/// Longest page.
+const LARGEST_PAGE: u32 = 500;
+
+/// How many rows are in memory with their payloads as they are stored.
+const ROWS_AT_ONCE: usize = 20;
+
+/// Largest payload in a list, in bytes.
+const LARGEST_LISTED: usize = 64 * 1024;
+
 /// A delivery as dashboards show it.
 #[derive(Clone, Debug)]
 pub struct DeliveryRecord {
@@ -45,7 +57,7 @@ pub struct DeliveryRecord {
     pub subscription: String,
     /// The event. If its row cannot be read as a whole, what can be read of it; the rest is as in [`DamagedEvent`].
     pub event: RecordedEvent,
-    /// What is wrong with the event's row; `None` if nothing is.
+    /// What is wrong with the event's row, or that its payload is too large for a list; `None` if nothing is.
     pub unreadable: Option<String>,
     /// Where it stands.
     pub state: DeliveryState,
@@ -64,6 +76,10 @@ pub struct DeliveryRecord {
 impl Outbox {
     /// Lists deliveries, newest event first: of one subscription or of all, in one state or in all. All as of one moment.
     ///
+    /// Takes little memory, whatever the outbox holds: a page has at most 500 deliveries, there is none after the
+    /// newest [`DELIVERIES_LISTED`], and a payload of more than 64 KiB is left out, which
+    /// [`unreadable`](DeliveryRecord::unreadable) says. [`events`](Self::events) goes back to the beginning.
+    ///
     /// # Errors
     ///
     /// If the database fails.
@@ -74,17 +90,34 @@ impl Outbox {
         offset: u32,
         limit: u32,
     ) -> Result<Vec<DeliveryRecord>, DbErr> {
+        let end = offset.saturating_add(limit.min(LARGEST_PAGE)).min(DELIVERIES_LISTED);
+        let page = end.saturating_sub(offset) as usize;
+        if page == 0 {
+            return Ok(Vec::new());
+        }
         let tx = self.begin_read().await?;
-        let mut found = Vec::new();
-        for (id, name) in self.subscription_ids(&tx, subscription).await? {
-            for each in DeliveryState::ALL {
-                if state.is_none_or(|state| state == each) {
-                    found.extend(self.list(&tx, id, &name, each, offset.saturating_add(limit)).await?);
-                }
+        let subscriptions = self.subscription_ids(&tx, subscription).await?;
+        let lists =
+            subscriptions.iter().flat_map(|(id, name)| DeliveryState::ALL.map(|state| List { id: *id, name, state }));
+        let lists: Vec<List<'_>> = lists.filter(|list| state.is_none_or(|state| state == list.state)).collect();
+        // Which ones they are is found out by their positions alone; only the page's own rows are read as a whole.
+        let mut newest: Vec<(Reverse<i64>, usize)> = Vec::new();
+        for (nth, list) in lists.iter().enumerate() {
+            newest.extend(self.newest(&tx, list, end).await?.into_iter().map(|position| (Reverse(position), nth)));
+            newest.sort_unstable();
+            newest.truncate(end as usize);
+        }
+        let mut found = Vec::with_capacity(page);
+        for (nth, list) in lists.iter().enumerate() {
+            let positions = newest.iter().skip(offset as usize).filter(|(_, of)| *of == nth);
+            let positions: Vec<i64> = positions.map(|(Reverse(position), _)| *position).collect();
+            // What stands together in the page stands together in its list.
+            for rows in positions.chunks(ROWS_AT_ONCE) {
+                found.extend(self.list(&tx, list, rows[0], rows.len()).await?);
             }
         }
-        found.sort_by_key(|record| std::cmp::Reverse(record.event.position));
-        Ok(found.into_iter().skip(offset as usize).take(limit as usize).collect())
+        found.sort_by_key(|record| Reverse(record.event.position));
+        Ok(found)
     }
 
     /// The delivery of one event to one subscription, if there is one.
@@ -157,49 +190,87 @@ impl Outbox {
         Ok(ids.into_iter().filter(|(_, each)| name.is_none_or(|name| name == each)).collect())
     }
 
+    /// The positions of a list, the newest first.
+    async fn newest(&self, db: &impl ConnectionTrait, list: &List<'_>, limit: u32) -> Result<Vec<i64>, DbErr> {
+        let rows = match list.unfinished() {
+            Some(leased) => {
+                let values = [list.id.into(), leased.into(), limit.into()];
+                self.query_all(db, self.sql().newest_unfinished, values).await?
+            }
+            None if list.state == DeliveryState::Delivered => {
+                self.query_all(db, self.sql().newest_delivered, [list.id.into(), limit.into()]).await?
+            }
+            None => self.query_all(db, self.sql().newest_dead, [list.id.into(), limit.into()]).await?,
+        };
+        rows.iter().map(|row| row.try_get("", "position")).collect()
+    }
+
+    /// So many deliveries from this position on, the newest first.
     async fn list(
         &self,
         db: &impl ConnectionTrait,
-        id: i32,
-        name: &str,
-        state: DeliveryState,
-        limit: u32,
+        list: &List<'_>,
+        from: i64,
+        count: usize,
     ) -> Result<Vec<DeliveryRecord>, DbErr> {
-        let leased = state == DeliveryState::Leased;
-        let rows = match state {
-            DeliveryState::Pending | DeliveryState::Leased => {
-                self.query_all(db, self.sql().list_unfinished, [id.into(), leased.into(), limit.into()]).await?
+        let count = i64::try_from(count).unwrap_or(i64::MAX);
+        let rows = match list.unfinished() {
+            Some(leased) => {
+                let values = [list.id.into(), leased.into(), from.into(), count.into()];
+                self.query_all(db, self.sql().list_unfinished, values).await?
             }
-            DeliveryState::Delivered => {
-                self.query_all(db, self.sql().list_delivered, [id.into(), limit.into()]).await?
+            None if list.state == DeliveryState::Delivered => {
+                self.query_all(db, self.sql().list_delivered, [list.id.into(), from.into(), count.into()]).await?
             }
-            DeliveryState::Dead => self.query_all(db, self.sql().list_dead, [id.into(), limit.into()]).await?,
+            None => self.query_all(db, self.sql().list_dead, [list.id.into(), from.into(), count.into()]).await?,
         };
-        rows.iter()
-            .map(|row| {
-                let (event, unreadable) = shown(row);
-                let record = DeliveryRecord {
-                    subscription: name.to_owned(),
-                    event,
-                    unreadable,
-                    state,
-                    attempts: 0,
-                    due_at: None,
-                    finished_at: None,
-                    leased_by: None,
-                    error: None,
-                };
-                match state {
-                    DeliveryState::Pending | DeliveryState::Leased => unfinished(record, row),
-                    DeliveryState::Delivered | DeliveryState::Dead => Ok(DeliveryRecord {
-                        attempts: row.try_get::<i32>("", "attempts")?.unsigned_abs(),
-                        finished_at: row.try_get("", "finished_at")?,
-                        error: row.try_get("", "error")?,
-                        ..record
-                    }),
-                }
-            })
-            .collect()
+        rows.iter().map(|row| list.record(row)).collect()
+    }
+}
+
+/// The deliveries of one subscription in one state.
+struct List<'a> {
+    id: i32,
+    name: &'a str,
+    state: DeliveryState,
+}
+
+impl List<'_> {
+    /// Whether they are leased, of those that are not finished.
+    fn unfinished(&self) -> Option<bool> {
+        match self.state {
+            DeliveryState::Pending => Some(false),
+            DeliveryState::Leased => Some(true),
+            DeliveryState::Delivered | DeliveryState::Dead => None,
+        }
+    }
+
+    fn record(&self, row: &QueryResult) -> Result<DeliveryRecord, DbErr> {
+        let (mut event, mut unreadable) = shown(row);
+        if event.payload.len() > LARGEST_LISTED {
+            unreadable.get_or_insert(format!("the payload is not listed: it has {} bytes", event.payload.len()));
+            event.payload = "null".to_owned();
+        }
+        let record = DeliveryRecord {
+            subscription: self.name.to_owned(),
+            event,
+            unreadable,
+            state: self.state,
+            attempts: 0,
+            due_at: None,
+            finished_at: None,
+            leased_by: None,
+            error: None,
+        };
+        if self.unfinished().is_some() {
+            return unfinished(record, row);
+        }
+        Ok(DeliveryRecord {
+            attempts: row.try_get::<i32>("", "attempts")?.unsigned_abs(),
+            finished_at: row.try_get("", "finished_at")?,
+            error: row.try_get("", "error")?,
+            ..record
+        })
     }
 }
 

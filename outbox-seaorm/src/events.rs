@@ -27,6 +27,26 @@ pub struct EventFilter {
     pub until: Option<DateTime<Utc>>,
 }
 
+/// How many rows are asked for at once, and how many bytes of payloads end a page.
+const ROWS_AT_ONCE: u32 = 50;
+const PAGE_BYTES: usize = 8 * 1024 * 1024;
+
+fn values(filter: &EventFilter, before: Option<i64>, limit: u32) -> [Value; 9] {
+    let filter = filter.clone();
+    [
+        filter.event_type.into(),
+        filter.aggregate_type.into(),
+        filter.aggregate_id.into(),
+        filter.tenant.into(),
+        filter.actor_kind.into(),
+        filter.since.map(timestamp).into(),
+        filter.until.map(timestamp).into(),
+        Value::BigInt(before),
+        // One more tells whether there is another page.
+        limit.saturating_add(1).into(),
+    ]
+}
+
 /// One page of events.
 #[derive(Clone, Debug)]
 pub struct EventPage {
@@ -82,7 +102,8 @@ pub struct DeliveryDetails {
 }
 
 impl Outbox {
-    /// Lists events, the newest first, in pages: `before` is [`next`](EventPage::next) of the page before.
+    /// Lists events, the newest first, in pages: `before` is [`next`](EventPage::next) of the page before. A page has at
+    /// most `limit` events, and less when their payloads have some MiB together: `next` says whether there are more.
     ///
     /// # Errors
     ///
@@ -95,31 +116,32 @@ impl Outbox {
             EventFilter { tenant: Some(_), .. } => sql.of_tenant,
             _ => sql.of_all,
         };
-        let filter = filter.clone();
-        let values = [
-            filter.event_type.into(),
-            filter.aggregate_type.into(),
-            filter.aggregate_id.into(),
-            filter.tenant.into(),
-            filter.actor_kind.into(),
-            filter.since.map(timestamp).into(),
-            filter.until.map(timestamp).into(),
-            Value::BigInt(before),
-            // One more tells whether there is another page.
-            limit.saturating_add(1).into(),
-        ];
-        let mut rows = self.query_all(self.store_reader(), sql, values).await?;
-        let more = rows.len() > limit as usize;
-        rows.truncate(limit as usize);
-        let last = rows.last().filter(|_| more).map(|row| row.try_get("", "position")).transpose()?;
-        let mut page = EventPage { events: Vec::with_capacity(rows.len()), damaged: Vec::new(), next: last };
-        for row in &rows {
-            match listed(row) {
-                Ok(event) => page.events.push(event),
-                Err(damaged) => page.damaged.push(*damaged),
+        let mut page = EventPage { events: Vec::new(), damaged: Vec::new(), next: before };
+        let (mut left, mut bytes) = (limit, 0);
+        loop {
+            let rows =
+                self.query_all(self.store_reader(), sql, values(filter, page.next, left.min(ROWS_AT_ONCE))).await?;
+            let asked = left.min(ROWS_AT_ONCE) as usize;
+            let more = rows.len() > asked;
+            for row in rows.iter().take(asked) {
+                match listed(row) {
+                    Ok(event) => {
+                        bytes += event.payload.len();
+                        page.events.push(event);
+                    }
+                    Err(damaged) => {
+                        bytes += damaged.event.payload.len();
+                        page.damaged.push(*damaged);
+                    }
+                }
+            }
+            let last = rows.iter().take(asked).next_back();
+            page.next = last.filter(|_| more).map(|row| row.try_get("", "position")).transpose()?;
+            left = left.saturating_sub(ROWS_AT_ONCE);
+            if page.next.is_none() || left == 0 || bytes >= PAGE_BYTES {
+                return Ok(page);
             }
         }
-        Ok(page)
     }
 
     /// One event with its deliveries, all of them as of one moment; `None` if it is not there.

@@ -43,7 +43,7 @@ mod workers;
 pub use audit::{AuditEntry, By};
 pub use connect::ConnectError;
 pub use dead_letters::{Changed, DeadLetter, DeadLetterFilter};
-pub use deliveries::{DamagedEvent, DeliveryRecord, DeliveryState};
+pub use deliveries::{DELIVERIES_LISTED, DamagedEvent, DeliveryRecord, DeliveryState};
 pub use events::{DeliveryDetails, EventDetails, EventFilter, EventPage};
 pub use inbox::once;
 pub use lanes::{Claim, ClaimedLane, Finished, LaneRef, LaneReport, Mark, Next, NextDue, Settled, Unreadable};

@@ -531,6 +531,24 @@ pub(crate) static POSTGRES: Sql = Sql {
            and delivered_at >= ((now() at time zone 'UTC')::date - 6)::timestamp at time zone 'UTC'
          group by 1",
 
+    newest_unfinished: "
+        select d.position
+          from outbox_deliveries d
+         cross join lateral (
+               select * from outbox_lanes
+                where subscription_id = d.subscription_id and key = d.key offset 0) l
+         where d.subscription_id = $1
+           and $2 = (l.leased_by is not null and l.due_at > clock_timestamp()
+                     and d.position = (select min(position) from outbox_deliveries h
+                                        where h.subscription_id = d.subscription_id and h.key = d.key))
+         order by d.position desc limit $3",
+
+    newest_delivered: "
+        select f.position from outbox_delivered f where f.subscription_id = $1 order by f.position desc limit $2",
+
+    newest_dead: "
+        select f.position from outbox_dead_letters f where f.subscription_id = $1 order by f.position desc limit $2",
+
     // The lateral parts keep the planner to the order of the deliveries' index, whatever the limit is.
     list_unfinished: concat!(
         "select l.attempts as lane_attempts, nullif(l.due_at, 'infinity') as lane_due_at, l.leased_by, l.last_error,
@@ -547,21 +565,22 @@ pub(crate) static POSTGRES: Sql = Sql {
            and $2 = (l.leased_by is not null and l.due_at > clock_timestamp()
                      and d.position = (select min(position) from outbox_deliveries h
                                         where h.subscription_id = d.subscription_id and h.key = d.key))
-         order by d.position desc limit $3"
+           and d.position <= $3
+         order by d.position desc limit $4"
     ),
 
     list_delivered: concat!(
         "select f.attempts, f.delivered_at as finished_at, null::text as error, ",
         event_columns!(),
         " from outbox_delivered f join outbox_events e on e.position = f.position
-         where f.subscription_id = $1 order by f.position desc limit $2"
+         where f.subscription_id = $1 and f.position <= $2 order by f.position desc limit $3"
     ),
 
     list_dead: concat!(
         "select f.attempts, f.died_at as finished_at, f.error, ",
         event_columns!(),
         " from outbox_dead_letters f join outbox_events e on e.position = f.position
-         where f.subscription_id = $1 order by f.position desc limit $2"
+         where f.subscription_id = $1 and f.position <= $2 order by f.position desc limit $3"
     ),
 
     list_events: ListEvents {

@@ -184,13 +184,22 @@ pub(crate) struct Sql {
     /// $1 subscription: finished deliveries of each of the last seven days, `days_ago` 0 for today.
     pub(crate) activity: &'static str,
 
-    /// $1 subscription, $2 whether leased, $3 number. A lease is on a lane's head.
+    /// $1 subscription, $2 whether leased, $3 number: the newest positions. A lease is on a lane's head.
+    pub(crate) newest_unfinished: &'static str,
+
+    /// $1 subscription, $2 number: the newest positions.
+    pub(crate) newest_delivered: &'static str,
+
+    /// $1 subscription, $2 number: the newest positions.
+    pub(crate) newest_dead: &'static str,
+
+    /// $1 subscription, $2 whether leased, $3 newest position, $4 number.
     pub(crate) list_unfinished: &'static str,
 
-    /// $1 subscription, $2 number.
+    /// $1 subscription, $2 newest position, $3 number.
     pub(crate) list_delivered: &'static str,
 
-    /// $1 subscription, $2 number.
+    /// $1 subscription, $2 newest position, $3 number.
     pub(crate) list_dead: &'static str,
 
     pub(crate) list_events: ListEvents,

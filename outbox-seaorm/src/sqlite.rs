@@ -330,6 +330,22 @@ pub(crate) static SQLITE: Sql = Sql {
      where subscription_id = $1 and delivered_at >= strftime('%Y-%m-%dT%H:%M:%fZ', 'now', 'start of day', '-6 days')
      group by 1",
 
+    newest_unfinished: "
+    select d.position
+      from outbox_deliveries d
+      join outbox_lanes l on l.subscription_id = d.subscription_id and l.key = d.key
+     where d.subscription_id = $1
+       and $2 = (l.leased_by is not null and l.due_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now')
+                 and d.position = (select min(position) from outbox_deliveries h
+                                    where h.subscription_id = d.subscription_id and h.key = d.key))
+     order by d.position desc limit $3",
+
+    newest_delivered: "
+    select f.position from outbox_delivered f where f.subscription_id = $1 order by f.position desc limit $2",
+
+    newest_dead: "
+    select f.position from outbox_dead_letters f where f.subscription_id = $1 order by f.position desc limit $2",
+
     list_unfinished: "
     select l.attempts as lane_attempts, nullif(l.due_at, '9999-12-31T23:59:59.999Z') as lane_due_at, l.leased_by,
            l.last_error, d.due_at,
@@ -343,17 +359,18 @@ pub(crate) static SQLITE: Sql = Sql {
        and $2 = (l.leased_by is not null and l.due_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now')
                  and d.position = (select min(position) from outbox_deliveries h
                                     where h.subscription_id = d.subscription_id and h.key = d.key))
-     order by d.position desc limit $3",
+       and d.position <= $3
+     order by d.position desc limit $4",
 
     list_delivered: "
     select f.attempts, f.delivered_at as finished_at, null as error, e.*
       from outbox_delivered f join outbox_events e on e.position = f.position
-     where f.subscription_id = $1 order by f.position desc limit $2",
+     where f.subscription_id = $1 and f.position <= $2 order by f.position desc limit $3",
 
     list_dead: "
     select f.attempts, f.died_at as finished_at, f.error, e.*
       from outbox_dead_letters f join outbox_events e on e.position = f.position
-     where f.subscription_id = $1 order by f.position desc limit $2",
+     where f.subscription_id = $1 and f.position <= $2 order by f.position desc limit $3",
 
     list_events: ListEvents {
         of_aggregate: list_events!("e.aggregate_type = $2 and e.aggregate_id = $3"),

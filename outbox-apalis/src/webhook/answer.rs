@@ -1,4 +1,5 @@
 use std::{
+    borrow::Cow,
     cmp::Reverse,
     fmt,
     time::{Duration, SystemTime},
@@ -7,6 +8,7 @@ use std::{
 use http::{HeaderMap, Response, StatusCode, header::RETRY_AFTER};
 use http_body_util::BodyExt;
 use outbox_core::DeliveryError;
+use percent_encoding::percent_decode_str;
 use url::Url;
 
 /// Longest wait that a destination may ask for.
@@ -120,14 +122,15 @@ pub(super) fn plain(text: &str) -> String {
 pub(super) struct Hidden(Vec<String>);
 
 impl Hidden {
-    /// The query, its values, and the path's segments that look like a token. What is shorter is no secret, and would
-    /// tear holes into ordinary text.
+    /// The query, its values, and the path's segments that look like a token, as they stand in the URL and decoded. What
+    /// is shorter is no secret, and would tear holes into ordinary text.
     pub(super) fn of(url: &Url) -> Self {
         let query = url.query().into_iter().flat_map(|query| query.split(['&', '=']).chain([query])).map(str::to_owned);
         let values = url.query_pairs().map(|(_, value)| value.into_owned());
         let segments = url.path_segments().into_iter().flatten().filter(|segment| segment.len() >= 16);
-        let mut parts: Vec<String> = query.chain(values).filter(|part| part.len() >= 6).collect();
-        parts.extend(segments.map(str::to_owned));
+        let segments = segments.flat_map(|segment| [segment.into(), percent_decode_str(segment).decode_utf8_lossy()]);
+        let parts = query.chain(values).chain(segments.map(Cow::into_owned));
+        let mut parts: Vec<String> = parts.filter(|part| part.len() >= 6).collect();
         // The longest first, so that none is left in pieces.
         parts.sort_by_key(|part| Reverse(part.len()));
         Self(parts)
@@ -204,6 +207,11 @@ mod tests {
 
     #[test]
     fn an_excerpt_does_not_repeat_the_secrets_of_the_url() {
+        let encoded = "https://h.example/hooks/aGVsbG8%2Bd29ybGQ%3D%3D/in";
+        let in_the_path = Hidden::of(&Url::parse(encoded).unwrap());
+        for answer in ["no hook aGVsbG8+d29ybGQ== here", "no hook aGVsbG8%2Bd29ybGQ%3D%3D here"] {
+            assert_eq!(excerpt(answer.as_bytes(), &in_the_path), "no hook … here");
+        }
         let url = "https://h.example/hooks/T0123456789ABCDEFGH?token=s3cr%2Bt-value&v=1&longnakedkey";
         let hidden = Hidden::of(&Url::parse(url).unwrap());
         for (answer, shown) in [

@@ -52,7 +52,7 @@ async fn selected(outbox: &Outbox, change: &Change) -> Result<(DeadLetterFilter,
 async fn filter(outbox: &Outbox, fields: &Fields) -> Result<DeadLetterFilter, Refusal> {
     let filter = DeadLetterFilter {
         ids: None,
-        subscription: fields.name("subscription")?,
+        subscription: fields.subscription()?,
         event_type: fields.name("event_type")?,
         since: fields.time("since")?,
         until: fields.time("until")?,

@@ -1,7 +1,7 @@
 use axum::extract::{FromRequestParts, Path, Query};
 use chrono::{DateTime, Datelike, Utc};
 use http::request::Parts;
-use outbox_core::{check_id, check_name};
+use outbox_core::{check_id, check_name, check_subscription_name};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
@@ -38,9 +38,16 @@ impl Fields {
         }
     }
 
-    /// A name as subscriptions and events have it.
+    /// A name as events have it.
     pub(crate) fn name(&self, name: &str) -> Result<Option<String>, Refusal> {
-        self.checked(name, |text| check_name("it", text).is_ok(), "must have 1 to 64 of the characters a-z, 0-9, _ . -")
+        let valid = "must have 1 to 128 of the characters A-Z, a-z, 0-9, _ . : / -";
+        self.checked(name, |text| check_name("it", text).is_ok(), valid)
+    }
+
+    /// The name of a subscription.
+    pub(crate) fn subscription(&self) -> Result<Option<String>, Refusal> {
+        let valid = "must have 1 to 64 of the characters a-z, 0-9, _ . -";
+        self.checked("subscription", |text| check_subscription_name(text).is_ok(), valid)
     }
 
     /// An id that comes from outside.
@@ -151,7 +158,7 @@ impl<S: Send + Sync> FromRequestParts<S> for SubscriptionName {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
         match Path::<String>::from_request_parts(parts, state).await {
-            Ok(Path(name)) if check_name("it", &name).is_ok() => Ok(Self(name)),
+            Ok(Path(name)) if check_subscription_name(&name).is_ok() => Ok(Self(name)),
             // What is no name is the name of nothing.
             _ => Err(Refusal::no_subscription()),
         }

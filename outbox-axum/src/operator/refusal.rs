@@ -3,6 +3,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::StatusCode;
+use outbox_core::error_text;
 use sea_orm::DbErr;
 use serde_json::json;
 
@@ -35,8 +36,7 @@ impl Refusal {
 /// What the database says goes to the log alone.
 impl From<DbErr> for Refusal {
     fn from(error: DbErr) -> Self {
-        let source: &dyn std::error::Error = &error;
-        tracing::error!(error = source, "an operator's request failed");
+        tracing::error!(error = %error_text(&error), "an operator's request failed");
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "the database does not answer; the log of the service says why")
     }
 }

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
-use outbox_core::{Actor, Context, Subscription};
-use outbox_seaorm::{DeliveryState, Next, entity, once};
+use outbox_core::{Actor, Context, NewEvent, Subscription};
+use outbox_seaorm::{DELIVERIES_LISTED, DeliveryState, EventFilter, Next, entity, once};
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter};
 use serde_json::json;
 use uuid::Uuid;
@@ -134,6 +134,46 @@ async fn deliveries_are_listed_in_each_state() {
         assert_eq!((one.state, one.attempts, one.event), (record.state, record.attempts, record.event));
     }
     store.is_whole().await;
+}
+
+#[tokio::test]
+async fn a_listing_has_large_payloads_neither_whole_nor_many() {
+    let store = Store::new().await;
+    store.subscribe("s").await;
+    for n in 0..24 {
+        let unit = store.outbox.begin(Context::default());
+        let text = "x".repeat(if n % 2 == 0 { 1_000_000 } else { 60_000 });
+        unit.events().push(NewEvent::dynamic("OrderCreated", "order", n.to_string(), &text).unwrap()).unwrap();
+        unit.commit().await.unwrap();
+    }
+    let records = store.outbox.deliveries(Some("s"), None, 0, u32::MAX).await.unwrap();
+    assert_eq!(records.len(), 24);
+    for (n, record) in records.iter().rev().enumerate() {
+        let (large, wrong) = (n % 2 == 0, record.unreadable.as_deref());
+        assert_eq!(record.event.payload.len(), if large { 4 } else { 60_002 }, "{n}");
+        assert_eq!(wrong, large.then_some("the payload is not listed: it has 1000002 bytes"));
+    }
+    let whole = store.outbox.delivery("s", records[1].event.id).await.unwrap().unwrap();
+    assert_eq!(whole.event.payload.len(), 1_000_002, "one delivery is shown whole");
+    let (mut before, mut listed) = (None, Vec::new());
+    loop {
+        let page = store.outbox.events(&EventFilter::default(), before, 500).await.unwrap();
+        listed.extend(page.events.into_iter().map(|event| event.position));
+        before = page.next;
+        if before.is_none() {
+            break;
+        }
+    }
+    assert_eq!(listed, (1..=24).rev().collect::<Vec<i64>>());
+}
+
+#[tokio::test]
+async fn a_page_beyond_the_newest_ten_thousand_is_empty() {
+    let store = Store::new().await;
+    busy(&store).await;
+    for (offset, limit) in [(DELIVERIES_LISTED, 1), (DELIVERIES_LISTED + 1, u32::MAX), (u32::MAX, u32::MAX)] {
+        assert!(store.outbox.deliveries(None, None, offset, limit).await.unwrap().is_empty(), "{offset} {limit}");
+    }
 }
 
 #[tokio::test]
