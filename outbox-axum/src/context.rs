@@ -74,7 +74,8 @@ fn tracestate(headers: &HeaderMap) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use http::Request;
+    use http::{HeaderValue, Request};
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -156,5 +157,37 @@ mod tests {
         assert_eq!(context.correlation_id.as_deref(), Some("header"));
         assert_eq!(context.traceparent, Some(TRACE.replace("-01", "-00")));
         assert_eq!(context.tracestate, None, "belongs to another traceparent");
+    }
+
+    proptest! {
+        #[test]
+        fn any_headers_make_a_context_that_can_be_pushed(
+            trace in prop::collection::vec(
+                prop_oneof![
+                    any::<Vec<u8>>(),
+                    "[0-9a-f]{2}-[0-9a-f]{31,33}-[0-9a-f]{15,17}-[0-9a-f]{2}(-[ -~]{0,300})?".prop_map(String::into_bytes),
+                    "[0-9a-fA-F-]{0,80}".prop_map(String::into_bytes),
+                ],
+                0..3,
+            ),
+            state in prop::collection::vec(any::<Vec<u8>>(), 0..3),
+            id in any::<Vec<u8>>(),
+        ) {
+            let mut request = Request::new(());
+            let headers = trace.iter().map(|text| ("traceparent", text)).chain(state.iter().map(|text| ("tracestate", text)));
+            for (name, text) in headers.chain([("x-correlation-id", &id)]) {
+                if let Ok(value) = HeaderValue::from_bytes(text) {
+                    request.headers_mut().append(name, value);
+                }
+            }
+            let context = of_request(&request.into_parts().0, None);
+            if let Some(parent) = &context.traceparent {
+                prop_assert!(is_traceparent(parent) && parent.len() <= 255);
+                prop_assert!(parent.as_bytes()[..55].iter().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'f' | b'-')));
+            }
+            let events = outbox_core::Events::new(outbox_core::Limits::default(), context);
+            let event = outbox_core::NewEvent::dynamic("a", "a", "1", &()).unwrap();
+            prop_assert!(events.push(event).is_ok());
+        }
     }
 }

@@ -67,6 +67,8 @@ pub(crate) fn no_subscription(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -79,5 +81,26 @@ mod tests {
         }
         assert!(time("2026-01-31T12:00:00Z").is_ok() && time("2h").is_ok());
         assert!(time("yesterday").is_err() && time("99999999999999d").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_a_time_or_refused(
+            text in prop_oneof![
+                any::<String>(),
+                "[+-]?[0-9]{1,22}[smhdw]?",
+                "[0-9]{1,6}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}:[0-9]{2}(\\.[0-9]{0,12})?(Z|[+-][0-9]{2}:[0-9]{2})",
+            ],
+        ) {
+            if let Ok(length) = duration(&text) {
+                let (count, unit) = text.split_at(text.len() - 1);
+                let each = match unit { "s" => 1, "m" => 60, "h" => 3600, _ => 86_400 };
+                prop_assert_eq!(Some(length.as_secs()), count.parse::<u64>().unwrap().checked_mul(each));
+            }
+            if let Ok(time) = time(&text) {
+                // It can be written again.
+                prop_assert!(!time.to_rfc3339().is_empty());
+            }
+        }
     }
 }

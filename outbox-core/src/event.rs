@@ -346,6 +346,7 @@ impl From<InvalidName> for PushError {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::{Value, value::RawValue};
 
     use super::*;
@@ -379,5 +380,15 @@ mod tests {
         let again = tagged.tag("t0", "w").unwrap();
         assert_eq!((again.tags().len(), again.tags()["t0"].as_str()), (MAX_TAGS, "w"));
         assert!(matches!(again.tag("one-more", "v"), Err(PushError::TooManyTags { limit: MAX_TAGS })));
+    }
+
+    proptest! {
+        #[test]
+        fn any_payload_has_the_depth_that_a_parser_sees(text in r#"[\[\]{}",:\\\\a1 ]{0,300}"#, strings in prop::collection::vec(any::<String>(), 0..4)) {
+            // Not JSON: it must not panic.
+            depth(&text);
+            let flat = serde_json::to_string(&strings).unwrap();
+            prop_assert_eq!(depth(&flat), 1);
+        }
     }
 }

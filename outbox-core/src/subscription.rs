@@ -385,6 +385,7 @@ impl fmt::Display for TypePattern {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
@@ -482,5 +483,20 @@ mod tests {
         let subscription = Subscription::new("s").unwrap().events(["a.*"]).unwrap().required_tags(["t"]);
         let stored = serde_json::to_string(subscription.filter()).unwrap();
         assert_eq!(&serde_json::from_str::<Filter>(&stored).unwrap(), subscription.filter());
+    }
+
+    proptest! {
+        #[test]
+        fn any_pattern_takes_what_it_begins_with_or_is_refused(
+            text in prop_oneof![any::<String>(), "[A-Za-z0-9_.:/*-]{0,20}"],
+            rest in "[A-Za-z0-9_.:/-]{1,20}",
+        ) {
+            if let Ok(pattern) = text.parse::<TypePattern>() {
+                prop_assert_eq!(pattern.to_string(), text.as_str());
+                let longer = text.strip_suffix('*').unwrap_or(&text).to_owned() + &rest;
+                prop_assert_eq!(pattern.matches(&longer), text.ends_with('*'));
+                prop_assert!(text.ends_with('*') || pattern.matches(&text));
+            }
+        }
     }
 }

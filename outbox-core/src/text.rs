@@ -38,6 +38,8 @@ pub fn error_text(error: &dyn Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -45,5 +47,13 @@ mod tests {
         let text = one_line("a\r\nb\tc\u{1b}[2J\u{85}\u{2028}d\0 ü".to_owned());
         assert_eq!(text, r"a\r\nb\tc\u{1b}[2J\u{85}\u{2028}d\u{0} ü");
         assert_eq!(one_line("plain „ü“ \\ text".to_owned()), "plain „ü“ \\ text");
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_one_line(text in any::<String>()) {
+            let line = one_line(text);
+            prop_assert!(!line.contains(char::is_control) && line.lines().count() <= 1);
+        }
     }
 }

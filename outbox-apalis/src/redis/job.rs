@@ -71,3 +71,49 @@ impl Jobs {
         waiting.drain(..jobs).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Map, Value, json};
+
+    use super::*;
+
+    /// Values as somebody would write them who knows the format a little.
+    fn value() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            any::<String>().prop_map(Value::from),
+        ];
+        let name = prop_oneof![
+            "lane|probe|run|key|token|id|event_id|event_type|payload|position|attempts|tags|actor",
+            any::<String>(),
+        ];
+        leaf.prop_recursive(4, 32, 4, move |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::vec((name.clone(), inner), 0..4)
+                    .prop_map(|members| Value::from(members.into_iter().collect::<Map<_, _>>())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_redis_has_is_a_job_or_none(
+            text in prop_oneof![
+                any::<Vec<u8>>(),
+                value().prop_map(|value| value.to_string().into_bytes()),
+                (value(), any::<bool>()).prop_map(|(lane, probe)| json!({"lane": lane, "probe": probe}).to_string().into()),
+                (1..6000_usize).prop_map(|depth| "[".repeat(depth).into_bytes()),
+            ],
+        ) {
+            // An error would end the apalis worker.
+            let read = JobCodec.decode(&text);
+            prop_assert!(read.is_ok());
+        }
+    }
+}

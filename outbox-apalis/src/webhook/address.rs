@@ -154,6 +154,8 @@ fn seen_through(address: IpAddr) -> IpAddr {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn check(allowed: &Allowed, address: &str) -> bool {
@@ -276,5 +278,41 @@ mod tests {
         let mut allowed = Allowed::default();
         allowed.loopback();
         assert!(resolve(allowed).await.unwrap().all(|address| address.ip().is_loopback()));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_a_network_or_refused(
+            text in prop_oneof![
+                any::<String>(),
+                "[0-9a-f:./]{0,45}",
+                "[0-9]{1,3}\\.[0-9]{1,3}\\.[0-9]{1,3}\\.[0-9]{1,3}(/[0-9]{1,3})?",
+                any::<(std::net::Ipv6Addr, u8)>().prop_map(|(address, prefix)| format!("{address}/{prefix}")),
+                any::<(Ipv4Addr, u8)>().prop_map(|(address, prefix)| format!("{address}/{}", prefix % 40)),
+            ],
+        ) {
+            let mut allowed = Allowed::default();
+            if allowed.network(&text).is_ok() {
+                let network = allowed.networks[0];
+                prop_assert!(allowed.check(network.network()).is_ok() && allowed.check(network.broadcast()).is_ok());
+                prop_assert_eq!(network.trunc(), network, "no bits behind the prefix");
+                let mut again = Allowed::default();
+                prop_assert!(again.network(&network.to_string()).is_ok());
+                prop_assert_eq!(again.networks[0], network);
+            }
+        }
+
+        #[test]
+        fn every_form_of_an_address_is_judged_alike(address in any::<u32>(), network in any::<u32>(), prefix in 0..=32_u8) {
+            let (address, network) = (Ipv4Addr::from(address), Ipv4Addr::from(network));
+            let mut allowed = Allowed::default();
+            allowed.networks.push(IpNet::new(network.into(), prefix).unwrap().trunc());
+            let judged = allowed.check(address.into()).is_ok();
+            let [a, b, c, d] = address.octets().map(u16::from);
+            let nat64 = Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, a << 8 | b, c << 8 | d);
+            for form in [address.to_ipv6_mapped(), nat64] {
+                prop_assert_eq!(allowed.check(form.into()).is_ok(), judged, "{} as {}", address, form);
+            }
+        }
     }
 }

@@ -158,6 +158,9 @@ impl fmt::Debug for Hidden {
 
 #[cfg(test)]
 mod tests {
+    use http::HeaderValue;
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -223,6 +226,40 @@ mod tests {
             ("no such hook", "no such hook"),
         ] {
             assert_eq!(excerpt(answer.as_bytes(), &hidden), shown);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_retry_after_is_a_wait_of_an_hour_at_most(
+            text in prop_oneof![
+                any::<Vec<u8>>(),
+                "[0-9]{0,40}".prop_map(String::into_bytes),
+                "[A-Z][a-z]{2}, [0-9]{1,3} [A-Z][a-z]{2} [0-9]{1,6} [0-9]{1,3}:[0-9]{2}:[0-9]{2} GMT"
+                    .prop_map(String::into_bytes),
+            ],
+            now in 0..u64::from(u32::MAX),
+        ) {
+            if let Ok(value) = HeaderValue::from_bytes(&text) {
+                let now = SystemTime::UNIX_EPOCH + Duration::from_secs(now);
+                let wait = wait(&HeaderMap::from_iter([(RETRY_AFTER, value)]), now);
+                prop_assert!(wait.is_none_or(|wait| wait <= MAX_RETRY_AFTER), "{wait:?}");
+            }
+        }
+
+        #[test]
+        fn any_answer_is_one_short_line_without_the_secret(
+            before in any::<Vec<u8>>(),
+            after in any::<Vec<u8>>(),
+            secret in "[A-Za-z0-9+=ü]{16,40}",
+        ) {
+            let mut url = Url::parse("https://h.example/hooks/").unwrap();
+            url.path_segments_mut().unwrap().pop_if_empty().push(&secret);
+            let body = [&before[..], secret.as_bytes(), &after[..]].concat();
+            let shown = excerpt(&body, &Hidden::of(&url));
+            prop_assert!(shown.chars().count() <= SHOWN_CHARS + 1);
+            prop_assert!(!shown.contains(char::is_control) && !shown.contains('\n'), "{shown}");
+            prop_assert!(!shown.contains(&secret), "{shown}");
         }
     }
 }

@@ -177,3 +177,43 @@ impl<S: Send + Sync> FromRequestParts<S> for EventId {
         id.map(Self).ok_or_else(|| Refusal::bad("event_id must be a UUID, the id of an event"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn one(name: &str, value: Value) -> Fields {
+        Fields::new("", Map::from_iter([(name.to_owned(), value)]))
+    }
+
+    proptest! {
+        #[test]
+        fn a_cursor_is_a_number_that_was_given_out(
+            text in prop_oneof![any::<String>(), "[+-]?0{0,2}[0-9]{0,22}", any::<i64>().prop_map(|n| n.to_string())],
+        ) {
+            match one("cursor", text.as_str().into()).number("cursor") {
+                Ok(Some(number)) => prop_assert!(number > 0 && number.to_string() == text),
+                Ok(None) => prop_assert!(false, "a text is something"),
+                Err(_) => prop_assert!(text.parse::<i64>().map_or(true, |number| number <= 0 || number.to_string() != text)),
+            }
+        }
+
+        #[test]
+        fn any_time_and_any_limit_is_read_or_refused(
+            text in prop_oneof![
+                any::<String>(),
+                "[+-]?[0-9]{1,6}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\\.[0-9]{0,12})?(Z|[+-][0-9]{2}:[0-9]{2})",
+                "[0-9]{0,12}",
+            ],
+        ) {
+            if let Ok(Some(time)) = one("since", text.as_str().into()).time("since") {
+                prop_assert!((1..=9999).contains(&time.year()));
+            }
+            if let Ok(limit) = one("limit", text.as_str().into()).limit() {
+                prop_assert!((1..=LARGEST_PAGE).contains(&limit));
+            }
+        }
+    }
+}
