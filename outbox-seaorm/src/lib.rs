@@ -11,6 +11,7 @@
 //! tests of applications.
 
 mod audit;
+mod checkup;
 mod connect;
 mod dead_letters;
 mod deliveries;
@@ -20,6 +21,7 @@ mod flush;
 mod inbox;
 mod lanes;
 pub mod metrics;
+mod names;
 mod notify;
 mod outbox;
 mod outcome;
@@ -27,6 +29,7 @@ mod pooler;
 mod postgres;
 mod replay;
 mod retention;
+mod sessions;
 mod sql;
 mod sqlite;
 mod status;
@@ -40,6 +43,7 @@ mod why;
 mod workers;
 
 pub use audit::{AuditEntry, By};
+pub use checkup::Complaint;
 pub use connect::ConnectError;
 pub use dead_letters::{Changed, DeadLetter, DeadLetterFilter};
 pub use deliveries::{DamagedEvent, DeliveryRecord, DeliveryState};

@@ -73,6 +73,7 @@ impl Shared {
 /// future that is dropped halfway both leave it so.
 struct InProgress<'a> {
     state: MutexGuard<'a, State>,
+    writer: &'a Connections,
 }
 
 impl InProgress<'_> {
@@ -81,6 +82,7 @@ impl InProgress<'_> {
     }
 
     fn finish<T>(mut self, result: Result<T, DbErr>) -> Result<T, DbErr> {
+        let result = result.inspect_err(|error| self.writer.saw(error));
         self.state.failed = result.is_err();
         self.state.transient = result.as_ref().is_err_and(is_transient);
         result
@@ -102,7 +104,7 @@ impl Tx {
             state.transient = begun.as_ref().is_err_and(is_transient);
             state.transaction = Some(begun?);
         }
-        Ok(InProgress { state })
+        Ok(InProgress { state, writer: &self.shared.writer })
     }
 
     /// Begins the transaction now instead of with the first statement.

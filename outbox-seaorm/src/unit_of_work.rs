@@ -14,6 +14,7 @@ use crate::{
     lanes,
     metrics::Recorded,
     outcome::{self, CommitId, Outcome},
+    sessions,
     to_its_end::to_its_end,
     tx::{Shared, State, Tx},
 };
@@ -118,25 +119,28 @@ pub fn is_transient(error: &DbErr) -> bool {
             // SQLite BUSY and its extended codes, LOCKED; PostgreSQL serialization failure, deadlock, lock not available,
             // too many connections, read-only for the moment, shutting down and starting up, statement or transaction
             // over its time limit.
-            sqlx::Error::Database(error) => matches!(
-                error.code().as_deref(),
-                Some(
-                    "5" | "261"
-                        | "517"
-                        | "773"
-                        | "6"
-                        | "40001"
-                        | "40P01"
-                        | "55P03"
-                        | "53300"
-                        | "25006"
-                        | "57P01"
-                        | "57P02"
-                        | "57P03"
-                        | "57014"
-                        | "25P03"
-                )
-            ),
+            sqlx::Error::Database(error) => {
+                sessions::may_pass(&**error)
+                    || matches!(
+                        error.code().as_deref(),
+                        Some(
+                            "5" | "261"
+                                | "517"
+                                | "773"
+                                | "6"
+                                | "40001"
+                                | "40P01"
+                                | "55P03"
+                                | "53300"
+                                | "25006"
+                                | "57P01"
+                                | "57P02"
+                                | "57P03"
+                                | "57014"
+                                | "25P03"
+                        )
+                    )
+            }
             sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
             _ => false,
         },
@@ -147,7 +151,7 @@ pub fn is_transient(error: &DbErr) -> bool {
 impl UnitOfWork {
     pub(crate) fn new(outbox: Outbox, context: Context) -> Self {
         let shared = Shared {
-            writer: outbox.connections().clone(),
+            writer: outbox.connections(),
             events: Events::with_clock(outbox.push_limits(), context, outbox.push_clock()),
             closed: AtomicBool::new(false),
             state: Mutex::new(State::default()),
@@ -288,6 +292,7 @@ async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) ->
         }
     };
     if let Err(error) = transaction.commit().await {
+        shared.writer.saw(&error);
         match outcome::find_out(outbox, commit_id).await {
             Outcome::Committed => tracing::info!(%error, "the answer to a COMMIT was lost; it had happened"),
             Outcome::RolledBack => return Err(CommitError::Commit(error)),

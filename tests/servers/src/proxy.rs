@@ -31,6 +31,8 @@ pub enum Fault {
     CutBeforeCommit,
     /// A connection that sends COMMIT is closed after the server has got it and before the client has the answer.
     CutAfterCommit,
+    /// A connection that sends COMMIT gets nothing any more after the server has got it, and stays open.
+    MuteAfterCommit,
 }
 
 /// A TCP proxy in front of a server, with faults on demand.
@@ -174,7 +176,7 @@ impl Connection {
                 self.state.cuts.fetch_add(1, Ordering::SeqCst);
                 return;
             }
-            if commits && fault == Fault::CutAfterCommit {
+            if commits && matches!(fault, Fault::CutAfterCommit | Fault::MuteAfterCommit) {
                 *self.silenced.lock().expect("no panic") = true;
                 self.state.cuts.fetch_add(1, Ordering::SeqCst);
             }
@@ -187,8 +189,12 @@ impl Connection {
     async fn answers(mut self, mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
         let mut buffer = vec![0; 64 * 1024];
         while let Ok(n @ 1..) = self.read(&mut from, &mut buffer).await {
-            self.hold().await;
-            if *self.silenced.lock().expect("no panic") || to.write_all(&buffer[..n]).await.is_err() {
+            let fault = self.hold().await;
+            let silenced = *self.silenced.lock().expect("no panic");
+            if silenced && fault == Fault::MuteAfterCommit {
+                std::future::pending().await
+            }
+            if silenced || to.write_all(&buffer[..n]).await.is_err() {
                 return;
             }
         }

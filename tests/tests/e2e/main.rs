@@ -3,6 +3,7 @@
 mod damage;
 mod delivery;
 mod example;
+mod failover;
 mod faults;
 mod postgres;
 mod redis;
