@@ -115,6 +115,8 @@ async fn lock(db: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
         TransactionOptions { sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate), ..Default::default() };
     let transaction = db.begin_with_options(options).await?;
     if transaction.get_database_backend() == DbBackend::Postgres {
+        // Whatever the server's default is: what waits for another process has to see what that one has done.
+        transaction.execute_unprepared("set transaction isolation level read committed").await?;
         if is_pooled(db) {
             // Statements of other clients that have used this session, under the names that sqlx is about to use.
             transaction.execute_unprepared("deallocate all").await?;

@@ -152,6 +152,7 @@ pub(crate) async fn doctor(outbox: &Outbox) -> Answer {
     if status.subscriptions.is_empty() {
         note("there are no subscriptions: events go nowhere".to_owned(), "start a worker");
     }
+    found.extend(outbox.checkup().await?.into_iter().map(|each| [each.problem, each.to_do]));
     let problems: Vec<_> = found.iter().map(|[what, to_do]| json!({ "problem": what, "to_do": to_do })).collect();
     let text =
         if found.is_empty() { "all is well\n".to_owned() } else { table(["problem", "what to do"], found.clone()) };

@@ -1,15 +1,17 @@
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use sea_orm::{
     ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbBackend, DbErr, RuntimeErr, SqlxPostgresConnector,
     sqlx,
-    sqlx::{
-        PgConnection,
-        sqlite::{SqliteJournalMode, SqliteSynchronous},
-    },
+    sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous},
 };
+use url::form_urlencoded;
 
-use crate::{Outbox, clean, pooler::Connections};
+use crate::{
+    Outbox, clean,
+    pooler::{self, Connections},
+    sessions::{Purpose, Sessions},
+};
 
 /// How long a request waits for a connection, or for SQLite's write lock.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -17,8 +19,27 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Claims, settlements, renewals and dashboards: short statements, a few at a time.
 const STORE_CONNECTIONS: u32 = 6;
 
-/// After this much idle time a connection is tested before it is used.
-const PING_AFTER: Duration = Duration::from_secs(1);
+/// What may stand behind the '?' of a PostgreSQL URL, besides `options[…]`. Others would be ignored by the driver.
+const PARAMETERS: [&str; 18] = [
+    "sslmode",
+    "ssl-mode",
+    "sslrootcert",
+    "ssl-root-cert",
+    "ssl-ca",
+    "sslcert",
+    "ssl-cert",
+    "sslkey",
+    "ssl-key",
+    "statement-cache-capacity",
+    "host",
+    "hostaddr",
+    "port",
+    "dbname",
+    "user",
+    "password",
+    "application_name",
+    "options",
+];
 
 /// Why the database could not be opened. No text holds a password: only scheme, file and cause are shown.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +66,27 @@ pub enum ConnectError {
     /// The URL has a part that its driver does not know.
     #[error("the database URL cannot be read; check its spelling, and what stands after a '?'")]
     Url(#[source] DbErr),
+    /// The URL has a parameter that the driver ignores, so that what it asks for would not happen.
+    #[error(
+        "the database URL asks for {name:?}, which this driver does not have; remove it. Limits of statements and sessions \
+         go into options[…], for example ?options[statement_timeout]=5s, those of TCP connections into the operating \
+         system"
+    )]
+    Parameter {
+        /// Its name.
+        name: String,
+    },
+    /// The URL names more than one host.
+    #[error(
+        "the database URL names several hosts; use one address that always leads to the primary: a DNS name or a virtual \
+         address that moves, or a proxy such as HAProxy or PgBouncer"
+    )]
+    SeveralHosts,
+    /// The server is a standby, and was still one after 5 s.
+    #[error(
+        "the server is a standby, which takes no writes; use the address of the primary, or one that moves with it"
+    )]
+    Standby,
     /// The database did not open.
     #[error("the database could not be opened; check that the file's folder exists and can be written")]
     Open(#[source] DbErr),
@@ -68,25 +110,19 @@ pub(crate) struct Pools {
     pub(crate) opened_here: bool,
 }
 
-/// A worker's statements look up single rows by their keys. While a table is small the planner would rather compare all
-/// its rows with all the keys, and go on so for a while when it has grown. Planning or compiling them anew brings
-/// nothing.
-async fn look_up(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    let settings = "set enable_seqscan = off; set plan_cache_mode = force_generic_plan; set jit = off";
-    sqlx::Executor::execute(connection, settings).await.map(|_| ())
-}
-
 impl Pools {
     pub(crate) fn with_own_store(&self) -> Self {
         let store = match self.store.get_database_backend() {
             DbBackend::Postgres => {
                 let pool = self.store.db.get_postgres_connection_pool();
                 let mut options = pool.options().clone().min_connections(0).max_connections(STORE_CONNECTIONS);
-                if self.opened_here && !self.store.pooled {
-                    options = options.after_connect(|connection, _| Box::pin(look_up(connection)));
+                let sessions = self.store.sessions().clone();
+                if self.opened_here {
+                    let purpose = if self.store.pooled { Purpose::Pooled } else { Purpose::Worker };
+                    options = sessions.prepare(options, purpose);
                 }
                 let pool = options.connect_lazy_with((*pool.connect_options()).clone());
-                Connections::from(SqlxPostgresConnector::from_sqlx_postgres_pool(pool))
+                Connections::from(SqlxPostgresConnector::from_sqlx_postgres_pool(pool)).sharing(&sessions)
             }
             // Its connections have threads of their own.
             _ => return self.clone(),
@@ -103,7 +139,10 @@ impl Outbox {
     /// make the slowest requests many times slower (measured).
     ///
     /// On **PostgreSQL**: one pool of at most `connections` for units of work and the application's own reading, and a
-    /// small one of its own for the work of the worker. No superuser, no extension; everything runs at READ COMMITTED.
+    /// small one of its own for the work of the worker. No superuser, no extension. Whatever server, database, role or URL
+    /// say, transactions begin at READ COMMITTED, JIT is off, and idle sessions are not ended; other limits are theirs. A
+    /// standby is refused. When a server has become read-only, goes away or is replaced by another one, all connections
+    /// are replaced.
     ///
     /// # Errors
     ///
@@ -120,16 +159,21 @@ impl Outbox {
                 Ok(Self::with_pools(pools))
             }
             Some("postgres" | "postgresql") => {
-                let requests = postgres(url, connections).await?;
-                let store = Connections::from(postgres(url, STORE_CONNECTIONS).await?);
+                check_parameters(url)?;
+                let sessions = Arc::default();
+                let requests = postgres(url, connections, &sessions).await?;
+                let store = postgres(url, STORE_CONNECTIONS, &sessions).await?;
                 let pools = Pools {
-                    writer: requests.clone().into(),
-                    reader: requests,
+                    reader: requests.db.clone(),
+                    writer: requests,
                     store: store.clone(),
                     store_reader: store,
                     opened_here: true,
                 };
-                Ok(Self::with_pools(pools))
+                let outbox = Self::with_pools(pools);
+                // The tables may not be there yet.
+                outbox.find_tables().await.map_err(ConnectError::Server)?;
+                Ok(outbox)
             }
             _ => Err(scheme(url).map_or(ConnectError::NoScheme, |scheme| ConnectError::UnknownScheme { scheme })),
         }
@@ -153,18 +197,43 @@ fn refused(error: DbErr, otherwise: fn(DbErr) -> ConnectError) -> ConnectError {
     }
 }
 
-async fn postgres(url: &str, connections: u32) -> Result<DatabaseConnection, ConnectError> {
+/// Refuses what the driver would ignore, or not understand.
+fn check_parameters(url: &str) -> Result<(), ConnectError> {
+    let address = url.split_once('?').map_or(url, |(address, _)| address);
+    let host = address.split_once("://").map_or(address, |(_, rest)| rest);
+    let host = host.split('/').next().unwrap_or(host);
+    let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
+    let mut several = host.contains(',');
+    for (name, value) in parameters(url) {
+        let is_setting = name.starts_with("options[") && name.ends_with(']');
+        if !is_setting && !PARAMETERS.contains(&&*name) {
+            return Err(ConnectError::Parameter { name: name.chars().take(40).collect() });
+        }
+        several |= matches!(&*name, "host" | "hostaddr" | "port") && value.contains(',');
+    }
+    if several { Err(ConnectError::SeveralHosts) } else { Ok(()) }
+}
+
+fn parameters(url: &str) -> form_urlencoded::Parse<'_> {
+    form_urlencoded::parse(url.split_once('?').map_or("", |(_, parameters)| parameters).as_bytes())
+}
+
+async fn postgres(url: &str, connections: u32, sessions: &Arc<Sessions>) -> Result<Connections, ConnectError> {
     let mut options = ConnectOptions::new(url);
+    let pooled = parameters(url).any(|(name, value)| pooler::is_pooled(&name, &value));
+    let (preparing, purpose) = (sessions.clone(), if pooled { Purpose::Pooled } else { Purpose::Requests });
     options
         .max_connections(connections)
         .min_connections(1)
         .connect_timeout(ACQUIRE_TIMEOUT)
         .acquire_timeout(ACQUIRE_TIMEOUT)
-        // A ping before every request would cost a round trip; one after a pause finds most dead connections.
-        .test_before_acquire(false)
-        .test_before_acquire_if_idle_for(PING_AFTER)
+        .map_sqlx_postgres_pool_opts(move |options| preparing.prepare(options, purpose))
         .sqlx_logging(false);
-    Database::connect(options).await.map_err(|error| refused(error, ConnectError::Server))
+    let opened = Database::connect(options).await;
+    let opened = opened.map_err(|error| {
+        if sessions.led_to_a_standby() { ConnectError::Standby } else { refused(error, ConnectError::Server) }
+    });
+    Ok(Connections::from(opened?).sharing(sessions))
 }
 
 async fn sqlite(url: &str, connections: u32) -> Result<DatabaseConnection, ConnectError> {

@@ -2,7 +2,7 @@ use std::{collections::HashMap, time::Duration};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use outbox_core::{Batch, NewEvent, Subject};
-use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, Value};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, RuntimeErr, Value};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -89,7 +89,13 @@ pub(crate) async fn flush(outbox: &Outbox, tx: &DatabaseTransaction, batch: Batc
         return Ok(Flushed::default());
     }
     let (mut woken, commit_id) = match outbox.sql().flush {
-        Flush::AtOnce { one, many } => at_once(outbox, tx, &batch, one, many).await?,
+        Flush::AtOnce { one, many, confirm } => {
+            let (woken, id, generation) = at_once(outbox, tx, &batch, one, many).await?;
+            if let Some(generation) = generation {
+                confirm_generation(outbox, tx, generation, confirm).await?;
+            }
+            (woken, Some(id))
+        }
         Flush::InSteps { insert_events } => (in_steps(outbox, tx, &batch, insert_events).await?, None),
     };
     woken.sort_unstable();
@@ -98,14 +104,14 @@ pub(crate) async fn flush(outbox: &Outbox, tx: &DatabaseTransaction, batch: Batc
 }
 
 /// One statement, with the process' copy of the subscriptions. If that copy is old the statement writes nothing, and is
-/// repeated with a new one.
+/// repeated with a new one. Also returns the generation of the copy if the transaction cannot know whether it is current.
 async fn at_once(
     outbox: &Outbox,
     tx: &DatabaseTransaction,
     batch: &Batch,
     one: &'static str,
     many: &'static str,
-) -> Result<(Vec<i32>, Option<CommitId>), DbErr> {
+) -> Result<(Vec<i32>, CommitId, Option<i64>), DbErr> {
     let rows = event_rows(batch);
     let mut events = None;
     let mut known = outbox.known();
@@ -125,9 +131,11 @@ async fn at_once(
             values.extend([events.as_str().into(), json(&matches)?.into()]);
             many
         };
-        if let Some(row) = tx.query_one_raw(outbox.statement(sql, values)).await? {
+        let written = tx.query_one_raw(outbox.statement(sql, values)).await;
+        if let Some(row) = written.inspect_err(|error| outbox.store().saw(error)).map_err(explained)? {
             let woken = matches.into_iter().map(|each| each.subscription).collect();
-            return Ok((woken, CommitId::read(&row)?));
+            let stale = (!row.try_get::<bool>("", "fresh")?).then_some(known.generation);
+            return Ok((woken, CommitId::of_event(batch.events[0].id(), &row)?, stale));
         }
         let before = known.generation;
         known = current(outbox, tx).await?;
@@ -135,6 +143,37 @@ async fn at_once(
             return Err(DbErr::RecordNotInserted);
         }
     }
+}
+
+/// A transaction that the application has set to REPEATABLE READ or SERIALIZABLE matched its events with the subscriptions
+/// as they were when it began. The row is locked, so the commit comes before the next change of the subscriptions; if one
+/// came already, the lock fails with 40001, as its other conflicts do.
+async fn confirm_generation(
+    outbox: &Outbox,
+    tx: &DatabaseTransaction,
+    generation: i64,
+    confirm: &'static str,
+) -> Result<(), DbErr> {
+    let row = outbox.query_one(tx, confirm, []).await?;
+    match row.map(|row| row.try_get::<i64>("", "generation")).transpose()? {
+        Some(found) if found == generation => Ok(()),
+        _ => Err(DbErr::RecordNotInserted),
+    }
+}
+
+/// The sentence for what an operator has to mend.
+fn explained(error: DbErr) -> DbErr {
+    let DbErr::Query(RuntimeErr::SqlxError(cause)) = &error else { return error };
+    let repeated = cause.as_database_error().is_some_and(|cause| {
+        cause.is_unique_violation() && cause.constraint().is_some_and(|name| name.ends_with("events_pkey"))
+    });
+    if repeated {
+        return DbErr::Custom(format!(
+            "positions are given out twice: the sequence behind the column position of the events was set back, by a \
+             restore for example; `outbox doctor` says how to set it after the last position ({cause})"
+        ));
+    }
+    error
 }
 
 /// Statement by statement, where a statement costs no round trip.
@@ -171,7 +210,11 @@ fn matches<'a>(batch: &'a Batch, known: &'a KnownSubscriptions) -> impl Iterator
 
 /// The subscriptions as this transaction sees them: this process' copy, read again if it is old.
 async fn current(outbox: &Outbox, tx: &DatabaseTransaction) -> Result<std::sync::Arc<KnownSubscriptions>, DbErr> {
-    let row = outbox.query_one(tx, outbox.sql().generation, []).await?;
+    let mut row = outbox.query_one(tx, outbox.sql().generation, []).await?;
+    if row.is_none() {
+        outbox.restore_meta(tx).await?;
+        row = outbox.query_one(tx, outbox.sql().generation, []).await?;
+    }
     let generation: i64 =
         row.ok_or_else(|| DbErr::RecordNotFound("outbox_meta".to_owned()))?.try_get("", "generation")?;
     let known = outbox.known();

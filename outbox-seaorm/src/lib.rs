@@ -11,6 +11,7 @@
 //! tests of applications.
 
 mod audit;
+mod checkup;
 mod clean;
 mod connect;
 mod dead_letters;
@@ -21,6 +22,7 @@ mod flush;
 mod inbox;
 mod lanes;
 pub mod metrics;
+mod names;
 mod notify;
 mod outbox;
 mod outcome;
@@ -28,6 +30,7 @@ mod pooler;
 mod postgres;
 mod replay;
 mod retention;
+mod sessions;
 mod sql;
 mod sqlite;
 mod status;
@@ -41,6 +44,7 @@ mod why;
 mod workers;
 
 pub use audit::{AuditEntry, By};
+pub use checkup::Complaint;
 pub use connect::ConnectError;
 pub use dead_letters::{Changed, DeadLetter, DeadLetterFilter};
 pub use deliveries::{DELIVERIES_LISTED, DamagedEvent, DeliveryRecord, DeliveryState};

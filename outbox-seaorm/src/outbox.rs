@@ -1,5 +1,4 @@
 use std::{
-    borrow::Cow,
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError, RwLock},
 };
@@ -13,12 +12,11 @@ use sea_orm::{
 use tokio::sync::Notify;
 
 use crate::{
-    connect::Pools, notify::Notifier, pooler::Connections, postgres::POSTGRES, sql::Sql, sqlite::SQLITE,
+    connect::Pools, names::Names, notify::Notifier, pooler::Connections, postgres::POSTGRES, sql::Sql, sqlite::SQLITE,
     subscriptions::KnownSubscriptions,
 };
 
 const SCHEMA_VERSION: i32 = 1;
-const DEFAULT_PREFIX: &str = "outbox_";
 
 /// The outbox of one database: opens units of work, and is the store that workers claim from.
 ///
@@ -30,7 +28,7 @@ pub struct Outbox {
     pools: Arc<Pools>,
     limits: Limits,
     clock: Arc<dyn Clock>,
-    prefix: Option<Arc<str>>,
+    names: Arc<Names>,
 }
 
 #[derive(Debug)]
@@ -44,6 +42,22 @@ struct Inner {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SchemaError {
+    /// The pool that was handed over begins its transactions at another isolation level.
+    #[error(
+        "the connections begin transactions at {found:?}, and a second commit at a time fails there; open them with \
+         `Outbox::connect`, or set default_transaction_isolation = 'read committed' for the role of the outbox"
+    )]
+    Isolation {
+        /// The level.
+        found: String,
+    },
+    /// The tables are there, and empty as after a `truncate`: the one row of `outbox_meta` is missing and cannot be
+    /// written.
+    #[error(
+        "the row of outbox_meta is missing and could not be written; give this program the right to insert it, or run \
+         `outbox doctor` with a role that has it"
+    )]
+    Emptied(#[source] DbErr),
     /// The tables are missing.
     #[error("the database has no outbox tables; run the migrations first (see `outbox_migrations::up`)")]
     Missing(#[source] DbErr),
@@ -88,7 +102,7 @@ impl Outbox {
             pools: Arc::new(pools),
             limits: Limits::default(),
             clock: Arc::new(SystemClock),
-            prefix: None,
+            names: Arc::default(),
         }
     }
 
@@ -133,7 +147,7 @@ impl Outbox {
                 && !prefix.starts_with(|c: char| c.is_ascii_digit()),
             "a table prefix has 1 to 32 of the characters a-z, 0-9 and '_' and starts with no digit"
         );
-        self.prefix = (prefix != DEFAULT_PREFIX).then(|| Arc::from(prefix));
+        self.names = Arc::new(Names::with_prefix(prefix));
         self
     }
 
@@ -153,7 +167,7 @@ impl Outbox {
     /// of one `DatabaseConnection`: a unit of work of one is a unit of work of the other.
     #[must_use]
     pub fn is_same_as(&self, other: &Self) -> bool {
-        self.prefix == other.prefix && is_same_pool(self.writer(), other.writer())
+        self.names.prefix() == other.names.prefix() && is_same_pool(self.writer(), other.writer())
     }
 
     /// Where the tables are, for people: file, or host, port and database, and the prefix of their names. Without user and
@@ -165,24 +179,53 @@ impl Outbox {
             format!("{}:{}/{}", options.get_host(), options.get_port(), options.get_database().unwrap_or_default())
         });
         let database = file.or(server).unwrap_or_else(|| "no database".to_owned());
-        format!("{database} ({}…)", self.prefix.as_deref().unwrap_or(DEFAULT_PREFIX))
+        format!("{database} ({}…)", self.names.prefix())
     }
 
-    /// Makes sure that the tables exist and are not from a later version.
+    /// Makes sure that the tables exist and are not from a later version, and that a pool that was handed over begins
+    /// transactions as the outbox needs them.
+    ///
+    /// If somebody has emptied all tables, as cleaners of test databases do, the row of `outbox_meta` is written again.
     ///
     /// # Errors
     ///
     /// [`SchemaError`], whose text says what to do.
     pub async fn check_schema(&self) -> Result<(), SchemaError> {
+        self.find_tables().await.map_err(SchemaError::Unanswered)?;
         let row = self.query_one(self.store_reader(), self.sql().schema_version, []).await;
         let found = match row {
             Ok(Some(row)) => row.try_get("", "schema_version").map_err(SchemaError::Missing)?,
-            Ok(None) => return Err(SchemaError::Missing(DbErr::RecordNotFound("outbox_meta".to_owned()))),
+            Ok(None) => {
+                self.restore_meta(self.store()).await.map_err(SchemaError::Emptied)?;
+                SCHEMA_VERSION
+            }
             Err(error) if is_missing_table(&error) => return Err(SchemaError::Missing(error)),
             Err(error) => return Err(SchemaError::Unanswered(error)),
         };
         if found > SCHEMA_VERSION {
             return Err(SchemaError::Newer { found, known: SCHEMA_VERSION });
+        }
+        self.check_isolation().await
+    }
+
+    /// Sessions that were opened here begin as they should; behind a pooler each transaction does.
+    async fn check_isolation(&self) -> Result<(), SchemaError> {
+        if self.backend() != DbBackend::Postgres || self.pools.opened_here || self.store().pooled {
+            return Ok(());
+        }
+        let sql = "select current_setting('default_transaction_isolation') as level";
+        let row = self.store().query_one_raw(Statement::from_string(DbBackend::Postgres, sql)).await;
+        let level = row.and_then(|row| row.map_or(Ok(String::new()), |row| row.try_get("", "level")));
+        match level.map_err(SchemaError::Unanswered)? {
+            level if level.starts_with("read ") => Ok(()),
+            found => Err(SchemaError::Isolation { found }),
+        }
+    }
+
+    /// Writes the row of `outbox_meta` that somebody has deleted, with a generation that nobody has a copy of.
+    pub(crate) async fn restore_meta(&self, db: &impl ConnectionTrait) -> Result<(), DbErr> {
+        if self.execute(db, self.sql().restore_meta, [SCHEMA_VERSION.into()]).await? > 0 {
+            tracing::warn!("the tables were emptied: the row of outbox_meta was missing and is written again");
         }
         Ok(())
     }
@@ -241,8 +284,14 @@ impl Outbox {
         &self.inner.notifier
     }
 
-    pub(crate) fn connections(&self) -> &Connections {
-        &self.pools.writer
+    /// For units of work.
+    pub(crate) fn connections(&self) -> Connections {
+        self.pools.writer.finding(&self.names)
+    }
+
+    /// Looks where the tables are, if that is not known yet.
+    pub(crate) async fn find_tables(&self) -> Result<(), DbErr> {
+        self.names.find(self.store()).await
     }
 
     pub(crate) fn store(&self) -> &Connections {
@@ -266,11 +315,7 @@ impl Outbox {
 
     /// The statement with this outbox' table names.
     pub(crate) fn statement(&self, sql: &'static str, values: impl IntoIterator<Item = Value>) -> Statement {
-        let sql = match &self.prefix {
-            None => Cow::Borrowed(sql),
-            Some(prefix) => Cow::Owned(sql.replace(DEFAULT_PREFIX, prefix)),
-        };
-        Statement::from_sql_and_values(self.backend(), sql, values)
+        Statement::from_sql_and_values(self.backend(), self.names.apply(sql), values)
     }
 
     pub(crate) async fn execute<const N: usize>(
@@ -279,7 +324,8 @@ impl Outbox {
         sql: &'static str,
         values: [Value; N],
     ) -> Result<u64, DbErr> {
-        Ok(db.execute_raw(self.statement(sql, values)).await?.rows_affected())
+        let done = db.execute_raw(self.statement(sql, values)).await;
+        Ok(done.inspect_err(|error| self.store().saw(error))?.rows_affected())
     }
 
     pub(crate) async fn query_one<const N: usize>(
@@ -288,7 +334,7 @@ impl Outbox {
         sql: &'static str,
         values: [Value; N],
     ) -> Result<Option<QueryResult>, DbErr> {
-        db.query_one_raw(self.statement(sql, values)).await
+        db.query_one_raw(self.statement(sql, values)).await.inspect_err(|error| self.store().saw(error))
     }
 
     pub(crate) async fn query_all<const N: usize>(
@@ -297,7 +343,7 @@ impl Outbox {
         sql: &'static str,
         values: [Value; N],
     ) -> Result<Vec<QueryResult>, DbErr> {
-        db.query_all_raw(self.statement(sql, values)).await
+        db.query_all_raw(self.statement(sql, values)).await.inspect_err(|error| self.store().saw(error))
     }
 }
 

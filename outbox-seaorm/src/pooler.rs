@@ -5,6 +5,8 @@
 //! a pooler another session may run it, and other clients have used the same names. So every statement is in a
 //! transaction, and each transaction begins by forgetting the names it finds.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use sea_orm::{
     ConnectionTrait, DatabaseConnection, DatabaseConnectionType, DatabaseTransaction, DbBackend, DbErr, ExecResult,
@@ -12,7 +14,7 @@ use sea_orm::{
     sqlx::ConnectOptions,
 };
 
-use crate::{clean, to_its_end::to_its_end};
+use crate::{clean, names::Names, sessions::Sessions, to_its_end::to_its_end};
 
 /// The connections of one pool.
 #[derive(Clone, Debug)]
@@ -21,6 +23,15 @@ pub(crate) struct Connections {
     /// Whether a session lasts for one transaction only: said by `statement-cache-capacity=0` in the URL.
     pub(crate) pooled: bool,
     kind: Kind,
+    /// Of connections that were opened here: those of the same outbox know the same.
+    sessions: Arc<Sessions>,
+    /// To be found before a transaction begins in which `search_path` may change.
+    names: Option<Arc<Names>>,
+}
+
+/// Whether this parameter of a URL says that a session lasts for one transaction only.
+pub(crate) fn is_pooled(name: &str, value: &str) -> bool {
+    name == "statement-cache-capacity" && value == "0"
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -44,20 +55,19 @@ impl From<DatabaseConnection> for Connections {
         let (kind, pooled) = match &db.inner {
             DatabaseConnectionType::SqlxPostgresPoolConnection(_) => {
                 let url = db.get_postgres_connection_pool().connect_options().to_url_lossy();
-                let pooled = url.query_pairs().any(|(name, value)| name == "statement-cache-capacity" && value == "0");
-                (Kind::Postgres, pooled)
+                (Kind::Postgres, url.query_pairs().any(|(name, value)| is_pooled(&name, &value)))
             }
             DatabaseConnectionType::SqlxSqlitePoolConnection(_) => (Kind::Sqlite { guarded: false }, false),
             _ => (Kind::Other, false),
         };
-        Self { db, pooled, kind }
+        Self { db, pooled, kind, sessions: Arc::default(), names: None }
     }
 }
 
 impl Connections {
     /// Connections to SQLite whose pool has the options of [`clean::guarded`].
     pub(crate) fn guarded(db: DatabaseConnection) -> Self {
-        Self { db, pooled: false, kind: Kind::Sqlite { guarded: true } }
+        Self { kind: Kind::Sqlite { guarded: true }, ..Self::from(db) }
     }
 
     fn usable(&self) -> Result<&DatabaseConnection, DbErr> {
@@ -67,8 +77,34 @@ impl Connections {
         }
     }
 
+    /// The same as others of the outbox know about the sessions.
+    pub(crate) fn sharing(self, sessions: &Arc<Sessions>) -> Self {
+        Self { sessions: sessions.clone(), ..self }
+    }
+
+    pub(crate) fn sessions(&self) -> &Arc<Sessions> {
+        &self.sessions
+    }
+
+    /// For units of work of an outbox whose tables have these names.
+    pub(crate) fn finding(&self, names: &Arc<Names>) -> Self {
+        Self { names: Some(names.clone()), ..self.clone() }
+    }
+
+    /// Takes notice of an error that a statement has had.
+    pub(crate) fn saw(&self, error: &DbErr) {
+        self.sessions.saw(error);
+    }
+
+    fn seen<T>(&self, result: Result<T, DbErr>) -> Result<T, DbErr> {
+        result.inspect_err(|error| self.saw(error))
+    }
+
     /// For writing.
     pub(crate) async fn begin(&self) -> Result<DatabaseTransaction, DbErr> {
+        if let Some(names) = &self.names {
+            names.find(&Self { names: None, ..self.clone() }).await?;
+        }
         // IMMEDIATE: a deferred SQLite transaction that reads first can fail at its first write.
         let mode = Some(SqliteTransactionMode::Immediate);
         self.begin_with(TransactionOptions { sqlite_transaction_mode: mode, ..TransactionOptions::default() }).await
@@ -88,7 +124,7 @@ impl Connections {
     /// dropped (0.9.0), and request futures are dropped whenever a client hangs up.
     async fn begin_with(&self, mut options: TransactionOptions) -> Result<DatabaseTransaction, DbErr> {
         self.usable()?;
-        let Self { db, pooled, kind } = self.clone();
+        let Self { db, pooled, kind, .. } = self.clone();
         let begin = to_its_end(async move {
             if let Kind::Sqlite { guarded: false } = kind {
                 return clean::begin(&db, options).await;
@@ -98,13 +134,14 @@ impl Connections {
             }
             // SeaORM prepares the statement that sets it, before the names are forgotten (2.0). It comes first: later
             // statements find a snapshot.
-            let isolation = options.isolation_level.take();
-            let isolation = isolation.map(|level| format!("set transaction isolation level {level}; "));
+            let isolation = options.isolation_level.take().unwrap_or(IsolationLevel::ReadCommitted);
             let transaction = db.begin_with_options(options).await?;
-            transaction.execute_unprepared(&format!("{}deallocate all", isolation.unwrap_or_default())).await?;
+            let begin = format!("set transaction isolation level {isolation}; deallocate all");
+            transaction.execute_unprepared(&begin).await?;
             Ok(transaction)
         });
-        begin.await.map_err(|panicked| DbErr::Custom(format!("no transaction was begun: {panicked}")))?
+        let begun = begin.await.map_err(|panicked| DbErr::Custom(format!("no transaction was begun: {panicked}")))?;
+        self.seen(begun)
     }
 }
 
@@ -119,32 +156,32 @@ impl ConnectionTrait for Connections {
 
     async fn execute_raw(&self, statement: Statement) -> Result<ExecResult, DbErr> {
         if !self.pooled {
-            return self.usable()?.execute_raw(statement).await;
+            return self.seen(self.usable()?.execute_raw(statement).await);
         }
         let transaction = self.begin().await?;
-        let result = transaction.execute_raw(statement).await?;
+        let result = self.seen(transaction.execute_raw(statement).await)?;
         transaction.commit().await.map(|()| result)
     }
 
     async fn execute_unprepared(&self, sql: &str) -> Result<ExecResult, DbErr> {
-        self.usable()?.execute_unprepared(sql).await
+        self.seen(self.usable()?.execute_unprepared(sql).await)
     }
 
     async fn query_one_raw(&self, statement: Statement) -> Result<Option<QueryResult>, DbErr> {
         if !self.pooled {
-            return self.usable()?.query_one_raw(statement).await;
+            return self.seen(self.usable()?.query_one_raw(statement).await);
         }
         let transaction = self.begin().await?;
-        let row = transaction.query_one_raw(statement).await?;
+        let row = self.seen(transaction.query_one_raw(statement).await)?;
         transaction.commit().await.map(|()| row)
     }
 
     async fn query_all_raw(&self, statement: Statement) -> Result<Vec<QueryResult>, DbErr> {
         if !self.pooled {
-            return self.usable()?.query_all_raw(statement).await;
+            return self.seen(self.usable()?.query_all_raw(statement).await);
         }
         let transaction = self.begin().await?;
-        let rows = transaction.query_all_raw(statement).await?;
+        let rows = self.seen(transaction.query_all_raw(statement).await)?;
         transaction.commit().await.map(|()| rows)
     }
 }

@@ -94,6 +94,11 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     bump_generation: "update outbox_meta set generation = generation + 1",
 
+    restore_meta: "
+        insert into outbox_meta (id, schema_version, generation, instance)
+        values (1, $1, (random() * 4e18)::bigint, left(replace(gen_random_uuid()::text, '-', ''), 16))
+        on conflict do nothing",
+
     subscriptions: "select id, name, filter::text as filter, ordering::text as ordering
                       from outbox_subscriptions order by id",
 
@@ -123,7 +128,8 @@ pub(crate) static POSTGRES: Sql = Sql {
          select lane.subscription_id, lane.key, event.position,
                 greatest(event.recorded_at + event.wait_seconds * interval '1 second', event.not_before)
            from event, lane
-         returning pg_current_xact_id()::text as transaction, pg_backend_pid() as session",
+         returning pg_backend_pid() as session, pg_postmaster_start_time() as server, now() as began,
+                   current_setting('transaction_isolation') like 'read %' as fresh",
         many: "with current as materialized (select 1 from outbox_meta where generation = $8),
               input as materialized (
                 select e.*, e.ordinality - 1 as event
@@ -159,7 +165,10 @@ pub(crate) static POSTGRES: Sql = Sql {
                 select match.subscription, match.key, events.position,
                        greatest(events.recorded_at + input.wait * interval '1 second', input.not_before)
                   from match join input using (event) join events on events.event_id = input.id)
-         select pg_current_xact_id()::text as transaction, pg_backend_pid() as session where exists (select from events)",
+         select pg_backend_pid() as session, pg_postmaster_start_time() as server, now() as began,
+                current_setting('transaction_isolation') like 'read %' as fresh
+          where exists (select from events)",
+        confirm: "select generation from outbox_meta for share",
     },
 
     insert_deliveries: concat!(
@@ -262,7 +271,7 @@ pub(crate) static POSTGRES: Sql = Sql {
     // One round trip. Everything depends on `held`, so the lanes are locked before anything of them changes, and `pending`
     // is that of the locked row. What the statement reads besides is from before the locks: a delivery that a commit has
     // added in between is counted in `pending`, and if it is not seen as the lane's next one, the lane is due at once. The
-    // sub-selects hold the planner to the primary keys; for the joins at the end, `look_up` in connect.rs does.
+    // sub-selects hold the planner to the primary keys; for the joins at the end, `BEGIN_OF_WORKER` in sessions.rs does.
     settle: Settle::AtOnce(
         "with lease as materialized (
                 select r.*, r.ordinality - 1 as n
@@ -592,6 +601,8 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     event_by_id: concat!("select ", event_columns!(), " from outbox_events e where e.event_id = $1"),
 
+    event_exists: "select 1 from outbox_events where event_id = $1",
+
     standing: "
         select s.id, s.name, s.filter::text as filter, s.created_at, s.paused_at, s.circuit_until, s.backfill_from,
                clock_timestamp() as now,
@@ -671,6 +682,19 @@ pub(crate) static POSTGRES: Sql = Sql {
          where l.subscription_id = r.subscription and l.key = r.key and l.held_at is null
            and r.position = (select min(position) from outbox_deliveries d
                               where d.subscription_id = l.subscription_id and d.key = l.key)",
+
+    // A role that may not see the sequence gets null. Its value is what the next position comes after; a restore can set it
+    // back.
+    checkup: Some(
+        "select coalesce((select max(position) from outbox_events), 0) as last,
+                case when has_sequence_privilege(pg_get_serial_sequence('outbox_events', 'position'), 'select')
+                     then coalesce(
+                         pg_sequence_last_value(pg_get_serial_sequence('outbox_events', 'position')::regclass), 0) end as drawn,
+                pg_get_serial_sequence('outbox_events', 'position') as sequence,
+                current_setting('synchronous_commit') as synchronous_commit, current_setting('fsync') as fsync,
+                current_setting('full_page_writes') as full_page_writes,
+                current_setting('default_transaction_read_only') as read_only",
+    ),
 
     last_position: "select max(position) as last from outbox_events",
 

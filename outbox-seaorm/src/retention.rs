@@ -1,7 +1,7 @@
 use std::time::{Duration, Instant};
 
 use outbox_core::{InvalidPattern, TypePattern};
-use sea_orm::{DbErr, Value};
+use sea_orm::{DbBackend, DbErr, Value};
 use serde::Serialize;
 
 use crate::{
@@ -15,6 +15,10 @@ const BATCH: u64 = 1000;
 /// How long events and their history are kept after the last delivery.
 const DEFAULT_KEEP: Duration = Duration::from_secs(7 * 24 * 3600);
 
+/// The shortest time that events are kept on PostgreSQL: whoever finds out about a COMMIT whose answer was lost looks for
+/// its event.
+const SHORTEST: Duration = Duration::from_secs(60);
+
 /// The shortest time that the inbox is kept: an attempt that was overtaken may still be under way.
 const SHORTEST_INBOX: Duration = Duration::from_secs(3600);
 
@@ -22,7 +26,7 @@ const SHORTEST_INBOX: Duration = Duration::from_secs(3600);
 ///
 /// An event goes when it is older than that, everybody has had it for that long, and nobody waits for it: not while one of
 /// its deliveries is pending, leased or a dead letter, however old it is. Its history goes with it. Zero means that
-/// nothing is kept that is delivered.
+/// nothing is kept that is delivered; on PostgreSQL it stays for a minute in any case.
 ///
 /// ```
 /// use std::time::Duration;
@@ -112,13 +116,13 @@ impl Retention {
         self.rules.iter().map(|(_, time)| *time).fold(self.keep, Duration::max)
     }
 
-    fn rules(&self) -> Vec<Rule> {
+    fn rules(&self, at_least: Duration) -> Vec<Rule> {
         let rule = |pattern: &TypePattern, time: Duration| {
             let text = pattern.to_string();
             let (name, prefix) = text.strip_suffix('*').map_or((text.as_str(), false), |prefix| (prefix, true));
-            Rule { name: name.to_owned(), prefix, seconds: seconds(time) }
+            Rule { name: name.to_owned(), prefix, seconds: seconds(time.max(at_least)) }
         };
-        let rest = Rule { name: String::new(), prefix: true, seconds: seconds(self.keep) };
+        let rest = Rule { name: String::new(), prefix: true, seconds: seconds(self.keep.max(at_least)) };
         self.rules.iter().map(|(pattern, time)| rule(pattern, *time)).chain([rest]).collect()
     }
 }
@@ -165,9 +169,10 @@ impl Outbox {
         from: &str,
         purged: &mut Purged,
     ) -> Result<Option<String>, DbErr> {
-        let rules: Value = json(&retention.rules())?.into();
+        let at_least = if self.backend() == DbBackend::Postgres { SHORTEST } else { Duration::ZERO };
+        let rules: Value = json(&retention.rules(at_least))?.into();
         let tx = self.begin_write().await?;
-        let values = [rules.clone(), seconds(retention.shortest()).into(), from.into(), BATCH.into()];
+        let values = [rules.clone(), seconds(retention.shortest().max(at_least)).into(), from.into(), BATCH.into()];
         let rows = self.query_all(&tx, self.sql().old_events, values).await?;
         let Some(last) = rows.last() else { return Ok(None) };
         let last: String = last.try_get("", "recorded_at")?;

@@ -10,7 +10,10 @@ pub(crate) enum Flush {
     /// $1 … $7, then the generation. `many`: $9 events, $10 matches (index of the event, subscription, key). `one`: $9
     /// subscription, $10 key, then the columns of the event. Returns what a `CommitId` consists of; nothing if the
     /// generation is old.
-    AtOnce { one: &'static str, many: &'static str },
+    ///
+    /// `one` and `many` also return `fresh`: whether the transaction sees what others have committed meanwhile. If it does
+    /// not, `confirm` answers with the generation, or fails if that has changed since the transaction began.
+    AtOnce { one: &'static str, many: &'static str, confirm: &'static str },
     /// Statement by statement, where a statement costs no round trip. $1 events, in their order; $2 … $8 what they share.
     InSteps { insert_events: &'static str },
 }
@@ -59,6 +62,9 @@ pub(crate) struct Sql {
     pub(crate) generation: &'static str,
     pub(crate) instance: &'static str,
     pub(crate) bump_generation: &'static str,
+
+    /// $1 version of the tables. For tables that were emptied: a generation that no process has a copy of.
+    pub(crate) restore_meta: &'static str,
     pub(crate) subscriptions: &'static str,
 
     /// Events with their deliveries and lanes.
@@ -207,6 +213,9 @@ pub(crate) struct Sql {
     /// $1 event id.
     pub(crate) event_by_id: &'static str,
 
+    /// $1 event id. A row if it is there, whatever else is in it.
+    pub(crate) event_exists: &'static str,
+
     /// $1 position, $2 subscription or null. Of each subscription all that says where this event stands, as of one moment.
     pub(crate) standing: &'static str,
 
@@ -240,6 +249,9 @@ pub(crate) struct Sql {
     pub(crate) restart_lanes: &'static str,
 
     pub(crate) last_position: &'static str,
+
+    /// What is compared with what the outbox counts on.
+    pub(crate) checkup: Option<&'static str>,
 
     /// $1 position they come after, $2 last position, $3 event type or null, $4 number.
     pub(crate) next_positions: &'static str,

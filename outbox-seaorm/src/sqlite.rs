@@ -64,6 +64,10 @@ pub(crate) static SQLITE: Sql = Sql {
 
     bump_generation: "update outbox_meta set generation = generation + 1",
 
+    restore_meta: "
+        insert into outbox_meta (id, schema_version, generation, instance)
+        values (1, $1, abs(random() / 4096), lower(hex(randomblob(8)))) on conflict do nothing",
+
     subscriptions: "select id, name, filter, ordering from outbox_subscriptions order by id",
 
     // Local statements cost no round trips.
@@ -380,6 +384,10 @@ pub(crate) static SQLITE: Sql = Sql {
     },
 
     event_by_id: "select * from outbox_events where event_id = $1",
+
+    checkup: None,
+
+    event_exists: "select 1 from outbox_events where event_id = $1",
 
     standing: "
     select s.id, s.name, s.filter, s.created_at, s.paused_at, s.circuit_until, s.backfill_from,

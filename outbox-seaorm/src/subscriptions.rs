@@ -4,7 +4,7 @@ use std::{
 };
 
 use outbox_core::{Filter, Ordering, RecordedEvent, StartPosition, Subject, Subscription};
-use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, QueryResult, Value};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, QueryResult, RuntimeErr, Value};
 use serde::de::DeserializeOwned;
 
 use crate::{
@@ -18,6 +18,9 @@ const BACKFILL_BATCH: u64 = 500;
 
 /// How long a registration waits for the commits that are under way.
 const COMMITS_END_WITHIN: Duration = Duration::from_secs(5);
+
+/// How often a registration begins again after it has met another one.
+const TRIES: u32 = 20;
 
 /// How often it looks.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
@@ -61,6 +64,15 @@ pub(crate) fn parsed<T: DeserializeOwned>(row: &QueryResult, column: &str) -> Re
     serde_json::from_str(&row.try_get::<String>("", column)?).map_err(|error| DbErr::Json(error.to_string()))
 }
 
+/// Whether two transactions were in each other's way: a deadlock, or a conflict at another isolation level than ours.
+fn is_conflict(error: &DbErr) -> bool {
+    let (DbErr::Exec(RuntimeErr::SqlxError(error)) | DbErr::Query(RuntimeErr::SqlxError(error))) = error else {
+        return false;
+    };
+    let code = error.as_database_error().and_then(|error| error.code());
+    matches!(code.as_deref(), Some("40001" | "40P01"))
+}
+
 /// Why a subscription could not be registered.
 #[derive(Debug, thiserror::Error)]
 #[error("the subscription {name:?} could not be registered")]
@@ -90,13 +102,28 @@ impl Outbox {
     ///
     /// Safe: as a crash.
     pub async fn register(&self, subscription: &Subscription) -> Result<i32, RegisterError> {
-        let named = |source| RegisterError { name: subscription.name().to_owned(), source };
-        let (id, backfill) = self.upsert(subscription).await.map_err(named)?;
+        let mut tries = 1;
+        loop {
+            match self.try_register(subscription).await {
+                Err(source) if tries < TRIES && is_conflict(&source) => {
+                    tracing::debug!(error = %source, "the registration begins again");
+                    tokio::time::sleep(LOOK_AGAIN * tries).await;
+                    tries += 1;
+                }
+                ended => {
+                    return ended.map_err(|source| RegisterError { name: subscription.name().to_owned(), source });
+                }
+            }
+        }
+    }
+
+    async fn try_register(&self, subscription: &Subscription) -> Result<i32, DbErr> {
+        let (id, backfill) = self.upsert(subscription).await?;
         if backfill {
-            self.flushes_end(subscription.name()).await.map_err(named)?;
-            self.add_missed(subscription.name()).await.map_err(named)?;
-            while !self.backfill(id, subscription).await.map_err(named)? {}
-            if self.next_due(id).await.map_err(named)?.is_some_and(|next| next.after.is_some()) {
+            self.flushes_end(subscription.name()).await?;
+            self.add_missed(subscription.name()).await?;
+            while !self.backfill(id, subscription).await? {}
+            if self.next_due(id).await?.is_some_and(|next| next.after.is_some()) {
                 self.wake(&[id]);
             }
         }

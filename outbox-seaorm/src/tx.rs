@@ -99,6 +99,7 @@ struct InProgress<'a> {
     transaction: MutexGuard<'a, Option<DatabaseTransaction>>,
     turn: OwnedMutexGuard<()>,
     unfinished: Unfinished<'a>,
+    writer: &'a Connections,
 }
 
 struct Unfinished<'a> {
@@ -125,6 +126,7 @@ impl InProgress<'_> {
 
     fn finish_in_turn<T>(mut self, result: Result<T, DbErr>) -> Result<(T, OwnedMutexGuard<()>), DbErr> {
         if let Err(error) = &result {
+            self.writer.saw(error);
             self.unfinished.scope.fail(is_transient(error));
         }
         self.unfinished.armed = false;
@@ -138,7 +140,7 @@ impl Tx {
         let transaction = self.shared.transaction.lock().await;
         self.check()?;
         let unfinished = Unfinished { scope: &self.scope, armed: true };
-        let mut started = InProgress { transaction, turn, unfinished };
+        let mut started = InProgress { transaction, turn, unfinished, writer: &self.shared.writer };
         if let Some(control) = sql.and_then(|sql| transaction_control(sql, self.get_database_backend())) {
             let refused = format!(
                 "{control} would end or change the transaction of the whole request; for a part that may be rolled back \

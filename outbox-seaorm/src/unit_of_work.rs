@@ -15,6 +15,7 @@ use crate::{
     lanes,
     metrics::Recorded,
     outcome::{self, CommitId, Outcome},
+    sessions,
     to_its_end::to_its_end,
     tx::{Shared, Tx, roll_back},
 };
@@ -161,25 +162,28 @@ pub fn is_transient(error: &DbErr) -> bool {
             // SQLite BUSY and its extended codes, LOCKED; PostgreSQL serialization failure, deadlock, lock not available,
             // too many connections, read-only for the moment, shutting down and starting up, statement or transaction
             // over its time limit.
-            sqlx::Error::Database(error) => matches!(
-                error.code().as_deref(),
-                Some(
-                    "5" | "261"
-                        | "517"
-                        | "773"
-                        | "6"
-                        | "40001"
-                        | "40P01"
-                        | "55P03"
-                        | "53300"
-                        | "25006"
-                        | "57P01"
-                        | "57P02"
-                        | "57P03"
-                        | "57014"
-                        | "25P03"
-                )
-            ),
+            sqlx::Error::Database(error) => {
+                sessions::may_pass(&**error)
+                    || matches!(
+                        error.code().as_deref(),
+                        Some(
+                            "5" | "261"
+                                | "517"
+                                | "773"
+                                | "6"
+                                | "40001"
+                                | "40P01"
+                                | "55P03"
+                                | "53300"
+                                | "25006"
+                                | "57P01"
+                                | "57P02"
+                                | "57P03"
+                                | "57014"
+                                | "25P03"
+                        )
+                    )
+            }
             sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
             _ => false,
         },
@@ -190,7 +194,7 @@ pub fn is_transient(error: &DbErr) -> bool {
 impl UnitOfWork {
     pub(crate) fn new(outbox: Outbox, context: Context) -> Self {
         let events = Events::with_clock(outbox.push_limits(), context, outbox.push_clock());
-        let shared = Shared::new(outbox.connections().clone(), events);
+        let shared = Shared::new(outbox.connections(), events);
         let source = TxSource { outbox: outbox.clone(), shared: Arc::new(shared), in_use: Arc::default() };
         Self { outbox, source, finished: false, runtime: Handle::try_current().ok() }
     }
@@ -333,6 +337,7 @@ async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) ->
         if error.to_string().contains(NO_TRANSACTION) {
             return Err(CommitError::Unknown(error));
         }
+        shared.writer.saw(&error);
         match outcome::find_out(outbox, commit_id).await {
             Outcome::Committed => tracing::info!(%error, "the answer to a COMMIT was lost; it had happened"),
             Outcome::RolledBack => return Err(CommitError::Commit(error)),

@@ -125,8 +125,13 @@ impl Store {
         }
     }
 
+    /// Connections for what a test does to the tables itself.
+    pub(crate) fn hand(&self) -> &DatabaseConnection {
+        Place::hand(&self.outbox, &self.witness)
+    }
+
     pub(crate) async fn execute(&self, sql: &str) {
-        self.outbox.writer().execute_unprepared(sql).await.unwrap();
+        self.hand().execute_unprepared(sql).await.unwrap();
     }
 
     /// Rows as other connections see them.

@@ -8,7 +8,7 @@ use outbox_seaorm::{
     By, Changed, ClaimedLane, DeadLetterFilter, DeliveryState, EventFilter, LaneReport, Next, Outbox, Purged, Replay,
     Retention, Why, entity::archive, once,
 };
-use sea_orm::{ConnectionTrait, DbBackend, EntityTrait, Statement, TryGetable};
+use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, EntityTrait, Statement, TryGetable};
 use serde_json::json;
 use uuid::Uuid;
 
@@ -21,13 +21,16 @@ const KEPT: Duration = Duration::from_secs(3600);
 
 struct Db {
     outbox: Outbox,
+    witness: DatabaseConnection,
     _place: Place,
 }
 
 impl Db {
     async fn new() -> Self {
         let place = Place::migrated().await;
-        Self { outbox: place.connect(2).await, _place: place }
+        let outbox = place.connect(2).await;
+        let witness = place.witness(&outbox).await;
+        Self { outbox, witness, _place: place }
     }
 
     async fn subscribe(&self, name: &str) -> i32 {
@@ -68,12 +71,16 @@ impl Db {
         }
     }
 
+    fn hand(&self) -> &DatabaseConnection {
+        Place::hand(&self.outbox, &self.witness)
+    }
+
     async fn execute(&self, sql: &str) {
-        self.outbox.writer().execute_unprepared(sql).await.unwrap();
+        self.hand().execute_unprepared(sql).await.unwrap();
     }
 
     async fn column<T: TryGetable>(&self, sql: &str) -> Vec<T> {
-        let rows = self.outbox.reader().query_all_raw(Statement::from_string(BACKEND, sql)).await.unwrap();
+        let rows = self.witness.query_all_raw(Statement::from_string(BACKEND, sql)).await.unwrap();
         rows.iter().map(|row| row.try_get_by_index(0).unwrap()).collect()
     }
 
@@ -608,6 +615,7 @@ async fn retention_takes_what_is_old_and_finished_and_nothing_else() {
     db.is_whole().await;
     db.execute("delete from outbox_lanes").await;
     db.execute("delete from outbox_deliveries").await;
+    db.all_a_day_ago().await;
     let purged = db.purge(&Retention::default().keep(Duration::ZERO)).await;
     assert_eq!(purged.events, 3, "all but what is dead");
 }
@@ -638,7 +646,7 @@ async fn an_event_is_archived_before_it_goes() {
     db.all_a_day_ago().await;
     let purged = db.purge(&Retention::default().keep(KEPT).archive()).await;
     assert_eq!((purged.events, purged.archived), (2, 2));
-    let archived = archive::Entity::find().all(db.outbox.reader()).await.unwrap();
+    let archived = archive::Entity::find().all(db.hand()).await.unwrap();
     assert_eq!((archived[0].position, archived[0].event_id), (1, first));
     let stored: serde_json::Value = serde_json::from_str(archived[0].event["payload"].as_str().unwrap()).unwrap();
     assert_eq!((stored, &archived[0].event["event_type"]), (payload, &json!("todo.created")));

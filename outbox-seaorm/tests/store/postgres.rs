@@ -10,7 +10,7 @@ use outbox_seaorm::Outbox;
 use outbox_test_servers::Postgres;
 use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbBackend, Statement};
 
-use super::fixture;
+use super::{SETTINGS, STRANGER, fixture};
 
 pub(crate) const BACKEND: DbBackend = DbBackend::Postgres;
 
@@ -46,7 +46,7 @@ pub(crate) struct Place {
 /// No test here stops the server, so nothing has to survive that.
 pub(crate) fn server() -> &'static Postgres {
     static SERVER: OnceLock<Postgres> = OnceLock::new();
-    SERVER.get_or_init(|| Postgres::start(&["fsync=off", "max_connections=300"]))
+    SERVER.get_or_init(|| Postgres::start(&[&["fsync=off", "max_connections=300"], SETTINGS].concat()))
 }
 
 /// The database that [`Place::migrated`] copies.
@@ -59,6 +59,7 @@ fn template() -> &'static str {
             runtime.block_on(async {
                 let db = connect(&url, 1).await;
                 fixture::migrate(&Outbox::new(db.clone())).await;
+                db.execute_unprepared(STRANGER).await.unwrap();
                 // A database in use cannot be copied.
                 db.close().await.unwrap();
             });
@@ -69,7 +70,7 @@ fn template() -> &'static str {
     })
 }
 
-async fn connect(url: &str, connections: u32) -> DatabaseConnection {
+pub(crate) async fn connect(url: &str, connections: u32) -> DatabaseConnection {
     let mut options = ConnectOptions::new(url);
     options.max_connections(connections).sqlx_logging(false);
     Database::connect(options).await.unwrap()
@@ -94,9 +95,14 @@ impl Place {
         Outbox::connect(&self.url, 1).await.unwrap()
     }
 
-    /// Connections that see only what is committed.
+    /// Connections that see only what is committed, and that a stranger's tables do not lead astray.
     pub(crate) async fn witness(&self, _: &Outbox) -> DatabaseConnection {
-        connect(&self.url, 1).await
+        connect(&format!("{}?options[search_path]=public,stranger&options[idle_session_timeout]=0", self.url), 1).await
+    }
+
+    /// Connections for what a test does to the tables itself.
+    pub(crate) fn hand<'a>(_: &'a Outbox, witness: &'a DatabaseConnection) -> &'a DatabaseConnection {
+        witness
     }
 }
 

@@ -66,7 +66,7 @@ async fn plan(store: &Store, mode: &str, sql: &str, parameters: &str) -> String 
 #[tokio::test]
 async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
     let store = with_a_long_history().await;
-    let Flush::AtOnce { one, many } = POSTGRES.flush else { panic!("one round trip") };
+    let Flush::AtOnce { one, many, .. } = POSTGRES.flush else { panic!("one round trip") };
     let event = r#"[{"id":"019361b4-0000-7000-8000-000000000000","event_type":"a","schema_version":1,"aggregate_type":"a","aggregate_id":"1","payload":"{}","occurred_at":"2026-01-01","wait":0}]"#;
     let matches = r#"[{"event":0,"subscription":1,"key":"todo/1"}]"#;
     let shared = "null, null, null, null, null, null, null, 3";

@@ -42,8 +42,11 @@ async fn a_registration_that_was_cut_off_is_continued_by_the_next() {
         let subscription = from_the_beginning(&format!("cut-off-at-{cut_off_at}"));
         let progress = format!("select backfill_from from outbox_subscriptions where name = '{}'", subscription.name());
         let mut registration = Box::pin(store.outbox.register(&subscription));
-        while store.column::<Option<i64>>(&progress).await != [Some(cut_off_at)] {
-            assert!(poll_once(&mut registration).await.is_pending());
+        // On a busy machine several answers may be there at one poll, even the last one.
+        while store.column::<Option<i64>>(&progress).await.iter().all(|from| *from < Some(cut_off_at)) {
+            if poll_once(&mut registration).await.is_ready() {
+                break;
+            }
         }
         drop(registration);
         store.execute("select 1").await;

@@ -62,6 +62,11 @@ impl Place {
         Outbox::connect(&self.url(), connections).await.unwrap()
     }
 
+    /// Connections for what a test does to the tables itself.
+    pub(crate) fn hand<'a>(outbox: &'a Outbox, _: &'a DatabaseConnection) -> &'a DatabaseConnection {
+        outbox.writer()
+    }
+
     /// Connections that see only what is committed.
     pub(crate) async fn witness(&self, outbox: &Outbox) -> DatabaseConnection {
         outbox.reader().clone()

@@ -301,7 +301,7 @@ async fn every_table_can_be_read_through_its_entity() {
         .await;
     store.execute("update outbox_dead_letters set attempt_log = '[]'").await;
 
-    let db = store.outbox.reader();
+    let db = store.hand();
     let events = entity::events::Entity::find().all(db).await.unwrap();
     assert_eq!(events.len(), 7);
     assert_eq!(events[0].payload, json!({"id": "delivered"}));

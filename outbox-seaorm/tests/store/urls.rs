@@ -92,3 +92,40 @@ async fn a_url_with_unknown_parts_is_one_sentence() {
         assert!(!chain(&error).contains("hunter2") && !format!("{error:?}").contains("hunter2"), "{error:?}");
     }
 }
+
+#[tokio::test]
+async fn what_the_driver_would_ignore_is_refused_by_name() {
+    for (parameters, name) in [
+        ("target_session_attrs=read-write", "target_session_attrs"),
+        ("sslmode=disable&keepalives_idle=5", "keepalives_idle"),
+        ("tcp_user_timeout=5", "tcp_user_timeout"),
+        ("connect_timeout=hunter2", "connect_timeout"),
+        ("options[jit]=off&channel_binding=require", "channel_binding"),
+    ] {
+        let error = Outbox::connect(&format!("postgres://me:hunter2@localhost/db?{parameters}"), 1).await.unwrap_err();
+        assert!(matches!(error, ConnectError::Parameter { .. }), "{error:?}");
+        assert_eq!(
+            chain(&error),
+            format!(
+                "the database URL asks for {name:?}, which this driver does not have; remove it. Limits of statements \
+                 and sessions go into options[…], for example ?options[statement_timeout]=5s, those of TCP connections \
+                 into the operating system"
+            )
+        );
+        assert!(!format!("{error:?}").contains("hunter2"));
+    }
+}
+
+#[tokio::test]
+async fn several_hosts_are_refused_in_one_sentence() {
+    for url in [
+        "postgres://me:hunter2@one,two/db",
+        "postgres://me:hunter2@one:5432,two:5432/db",
+        "postgres:///db?host=one,two",
+        "postgres://one/db?port=5432,5433",
+    ] {
+        let error = Outbox::connect(url, 1).await.unwrap_err();
+        assert!(matches!(error, ConnectError::SeveralHosts), "{error:?}");
+        assert!(!chain(&error).contains("hunter2") && !format!("{error:?}").contains("hunter2"), "{error:?}");
+    }
+}

@@ -56,18 +56,53 @@ impl Postgres {
     #[must_use]
     pub fn start(settings: &[&str]) -> Self {
         let binaries = postgres_binaries();
-        let directory =
-            tempfile::Builder::new().prefix("outbox-postgres-").tempdir().expect("a temporary folder").keep();
-        // The ordinary user who runs the server has to reach its data.
-        fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).expect("the folder is ours");
+        let directory = server_folder();
         let initdb = as_ordinary_user(&binaries.join("initdb"))
             .args(["--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-locale", "--no-sync", "-D"])
             .arg(directory.join("data"))
             .output()
             .expect("initdb runs");
         assert_succeeded("initdb", &initdb);
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port();
         let settings = settings.iter().map(|setting| (*setting).to_owned()).collect();
+        Self::launched(directory, binaries, settings)
+    }
+
+    /// Starts a copy of this server that follows it asynchronously and can be read. It finds this server at `port`, which
+    /// may be that of a proxy.
+    ///
+    /// # Panics
+    ///
+    /// If the copy cannot be made, or does not start.
+    #[must_use]
+    pub fn standby(&self, port: u16) -> Self {
+        let directory = server_folder();
+        let data = directory.join("data");
+        let copied = as_ordinary_user(&self.binaries.join("pg_basebackup"))
+            .args(["-h", "127.0.0.1", "-U", "postgres", "-p", &port.to_string()])
+            .args(["--write-recovery-conf", "--checkpoint=fast", "--no-sync", "-D"])
+            .arg(&data)
+            .output()
+            .expect("pg_basebackup runs");
+        assert_succeeded("pg_basebackup", &copied);
+        Self::launched(directory, self.binaries.clone(), self.settings.clone())
+    }
+
+    /// Makes a standby the primary, on a timeline of its own.
+    ///
+    /// # Panics
+    ///
+    /// If it does not become one.
+    pub fn promote(&self) {
+        let promoted = as_ordinary_user(&self.binaries.join("pg_ctl"))
+            .args(["promote", "--wait", "-D"])
+            .arg(self.directory.join("data"))
+            .output()
+            .expect("pg_ctl runs");
+        assert_succeeded("pg_ctl promote", &promoted);
+    }
+
+    fn launched(directory: PathBuf, binaries: PathBuf, settings: Vec<String>) -> Self {
+        let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port();
         let server = Self { directory, binaries, settings, port, running: Mutex::default() };
         server.launch();
         server
@@ -184,6 +219,13 @@ impl Drop for Postgres {
     }
 }
 
+fn server_folder() -> PathBuf {
+    let folder = tempfile::Builder::new().prefix("outbox-postgres-").tempdir().expect("a temporary folder").keep();
+    // The ordinary user who runs the server has to reach its data.
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).expect("the folder is ours");
+    folder
+}
+
 fn database_name(url: &str) -> &str {
     url.rsplit('/').next().expect("a part behind the last slash")
 }
@@ -224,7 +266,9 @@ fn find_postgres_binaries() -> Option<PathBuf> {
         .unwrap_or_default();
     installed.sort();
     configured.into_iter().chain(installed.into_iter().rev()).find(|path| {
-        ["initdb", "postgres", "pg_ctl", "createdb", "pg_isready"].iter().all(|name| path.join(name).is_file())
+        ["initdb", "postgres", "pg_ctl", "pg_basebackup", "createdb", "pg_isready"]
+            .iter()
+            .all(|name| path.join(name).is_file())
     })
 }
 
@@ -243,5 +287,20 @@ mod tests {
         let directory = server.directory.clone();
         drop(server);
         assert!(!directory.exists());
+    }
+
+    #[test]
+    fn a_standby_follows_and_becomes_the_primary() {
+        let server = Postgres::start(&[]);
+        let standby = server.standby(server.port());
+        let url = server.database();
+        let deadline = Instant::now() + PATIENCE;
+        while !standby.tool("psql", &["-c", "select", database_name(&url)]).status.success() {
+            assert!(Instant::now() < deadline, "the database did not arrive");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(!standby.tool("createdb", &["other"]).status.success(), "it takes no writes");
+        standby.promote();
+        let _ = standby.database();
     }
 }

@@ -4,6 +4,7 @@ mod damage;
 mod delivery;
 mod disk;
 mod example;
+mod failover;
 mod faults;
 mod postgres;
 mod redis;

@@ -1,0 +1,159 @@
+//! The sessions of a pool on PostgreSQL: how they begin, what they are, and when they are not used any more.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use sea_orm::{
+    DbErr, RuntimeErr,
+    sqlx::{
+        self, Connection, PgConnection, Postgres, Row,
+        error::DatabaseError,
+        pool::PoolOptions,
+        postgres::{PgDatabaseError, PgRow},
+    },
+};
+
+/// After this much idle time a connection is tested before it is used.
+const PING_AFTER: Duration = Duration::from_secs(1);
+
+/// How often all connections may be replaced.
+const REPLACE_EVERY: Duration = Duration::from_secs(1);
+
+/// Every session begins with it, in one round trip. What the server, the database, the role or the URL says about these
+/// settings is for others: the statements count on READ COMMITTED, are over in a millisecond, look up rows by their keys,
+/// and their sessions wait in a pool.
+const BEGIN: &str = "select pg_is_in_recovery(),
+       set_config('default_transaction_isolation', 'read committed', false),
+       set_config('jit', 'off', false),
+       set_config('enable_indexscan', 'on', false),
+       set_config('enable_nestloop', 'on', false),
+       case when current_setting('server_version_num')::integer >= 140000
+            then set_config('idle_session_timeout', '0', false) end";
+
+/// A worker's statements look up single rows by their keys. While a table is small the planner would rather compare all
+/// its rows with all the keys, and go on so for a while when it has grown. Planning them anew brings nothing.
+const BEGIN_OF_WORKER: &str = "set enable_seqscan = off; set plan_cache_mode = force_generic_plan";
+
+/// Behind a connection pooler nothing can be set for a session.
+const BEGIN_POOLED: &str = "select pg_is_in_recovery()";
+
+/// What the pools of an outbox know about their server.
+#[derive(Debug, Default)]
+pub(crate) struct Sessions {
+    /// Connections from before this moment are closed instead of used.
+    good_since: Mutex<Option<Instant>>,
+    /// Whether the last new connection led to a standby.
+    standby: AtomicBool,
+}
+
+/// What a pool is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Units of work, and the application's own reading.
+    Requests,
+    /// Claims, settlements and renewals.
+    Worker,
+    /// Any, behind a connection pooler.
+    Pooled,
+}
+
+impl Sessions {
+    /// Sets up the pool. A standby is refused: it takes no writes, and the address may lead to the primary in a moment.
+    pub(crate) fn prepare(self: &Arc<Self>, options: PoolOptions<Postgres>, purpose: Purpose) -> PoolOptions<Postgres> {
+        let (connecting, acquiring) = (self.clone(), self.clone());
+        options
+            .test_before_acquire(false)
+            .after_connect(move |connection, _| {
+                let sessions = connecting.clone();
+                Box::pin(async move { sessions.begin(connection, purpose).await })
+            })
+            // A ping before every request would cost a round trip; one after a pause finds most dead connections.
+            .before_acquire(move |connection, meta| {
+                let good = acquiring.are_good(meta.age);
+                Box::pin(async move {
+                    if good && meta.idle_for >= PING_AFTER {
+                        connection.ping().await?;
+                    }
+                    Ok(good)
+                })
+            })
+    }
+
+    async fn begin(&self, connection: &mut PgConnection, purpose: Purpose) -> Result<(), sqlx::Error> {
+        let begin = if purpose == Purpose::Pooled { BEGIN_POOLED } else { BEGIN };
+        let row: PgRow = sqlx::raw_sql(begin).fetch_one(&mut *connection).await?;
+        let standby: bool = row.try_get(0)?;
+        self.standby.store(standby, Ordering::Relaxed);
+        if standby {
+            return Err(sqlx::Error::Protocol("the server is a standby, which takes no writes".to_owned()));
+        }
+        if purpose == Purpose::Worker {
+            sqlx::raw_sql(BEGIN_OF_WORKER).execute(connection).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether the last new connection led to a standby.
+    pub(crate) fn led_to_a_standby(&self) -> bool {
+        self.standby.load(Ordering::Relaxed)
+    }
+
+    /// After an error that tells of its session, connections from before are not used any more: the server is read-only or
+    /// going away, and so are they, or a table has changed under the statements they have prepared.
+    pub(crate) fn saw(&self, error: &DbErr) {
+        if !tells_of_its_session(error) {
+            return;
+        }
+        let mut good_since = self.good_since.lock().unwrap_or_else(PoisonError::into_inner);
+        if good_since.is_none_or(|since| since.elapsed() > REPLACE_EVERY) {
+            *good_since = Some(Instant::now());
+            tracing::debug!(%error, "all connections are replaced");
+        }
+    }
+
+    fn are_good(&self, age: Duration) -> bool {
+        let good_since = self.good_since.lock().unwrap_or_else(PoisonError::into_inner);
+        good_since.is_none_or(|since| age < since.elapsed())
+    }
+}
+
+fn tells_of_its_session(error: &DbErr) -> bool {
+    match error {
+        DbErr::Exec(RuntimeErr::SqlxError(error))
+        | DbErr::Query(RuntimeErr::SqlxError(error))
+        | DbErr::Conn(RuntimeErr::SqlxError(error)) => match &**error {
+            sqlx::Error::Io(_) => true,
+            sqlx::Error::Database(error) => match error.code().as_deref() {
+                // Read-only for the moment, shutting down, crashed, starting up, idle for too long.
+                Some("25006" | "57P01" | "57P02" | "57P03" | "57P05") => true,
+                Some(code) => code.starts_with("08") || is_old_plan(&**error),
+                None => false,
+            },
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
+/// Whether the error of a statement is about its server or its session, and may be over in a moment.
+pub(crate) fn may_pass(error: &dyn DatabaseError) -> bool {
+    match error.code().as_deref() {
+        // Idle for too long, input or output error.
+        Some("57P05" | "58030") => true,
+        // The connection; disk full, out of memory and other resources.
+        Some(code) => code.starts_with("08") || code.starts_with("53") || is_old_plan(error),
+        None => false,
+    }
+}
+
+/// A table has changed under a statement that was prepared before. Its code stands for much else, and its text comes in
+/// the server's language.
+fn is_old_plan(error: &dyn DatabaseError) -> bool {
+    let error = error.try_downcast_ref::<PgDatabaseError>();
+    error.is_some_and(|error| error.code() == "0A000" && error.routine() == Some("RevalidateCachedQuery"))
+}
