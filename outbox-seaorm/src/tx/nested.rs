@@ -54,7 +54,7 @@ impl Tx {
         let inside = self.scope.inside();
         let set = started.transaction().execute_unprepared(&format!("savepoint {}", name(&inside))).await;
         let turn = started.finish_in_turn(set)?.1;
-        self.scope.set_in_savepoint(true);
+        self.scope.count_savepoint();
         let events = self.events.open_savepoint();
         let tx = Self { scope: inside, events, ..self.clone() };
         Ok(NestedTx { tx, around: self.scope.clone(), _turn: turn, ended: false })
@@ -153,7 +153,7 @@ impl Drop for NestedTx {
         if !self.ended {
             self.around.fail(self.around.has_failed_by_chance());
         }
-        self.around.set_in_savepoint(false);
+        self.around.count_savepoint();
     }
 }
 

@@ -4,7 +4,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex as StdMutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -26,7 +26,8 @@ pub(crate) type AfterCommit = Pin<Box<dyn Future<Output = ()> + Send>>;
 pub(crate) struct Scope {
     /// Held by the statement at work, or by the savepoint that is open.
     turn: Arc<Mutex<()>>,
-    in_savepoint: AtomicBool,
+    /// How often a savepoint was opened or ended in it: odd while one is open.
+    savepoints: AtomicU32,
     failed: AtomicBool,
     transient: AtomicBool,
     ended: AtomicBool,
@@ -48,17 +49,20 @@ impl Scope {
         let waiting = self.turn.clone().lock_owned();
         tokio::pin!(waiting);
         loop {
-            match tokio::time::timeout(LONGEST_WAIT, &mut waiting).await {
-                Ok(turn) => return Some(turn),
-                // A statement may take as long as it likes.
-                Err(_) if self.in_savepoint.load(Ordering::SeqCst) => return None,
-                Err(_) => {}
+            let before = self.savepoints.load(Ordering::SeqCst);
+            if let Ok(turn) = tokio::time::timeout(LONGEST_WAIT, &mut waiting).await {
+                return Some(turn);
+            }
+            // A statement may take as long as it likes, and there may be many savepoints, one after the other.
+            if before % 2 == 1 && before == self.savepoints.load(Ordering::SeqCst) {
+                return None;
             }
         }
     }
 
-    pub(super) fn set_in_savepoint(&self, value: bool) {
-        self.in_savepoint.store(value, Ordering::SeqCst);
+    /// A savepoint was opened in it, or the one that is open ends.
+    pub(super) fn count_savepoint(&self) {
+        self.savepoints.fetch_add(1, Ordering::SeqCst);
     }
 
     /// For good.
