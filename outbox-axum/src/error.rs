@@ -122,9 +122,17 @@ impl IntoResponse for Error {
         } else {
             tracing::debug!(error = %error_text(&self), "a handler refused the request");
         }
-        answer_or_retry(status, self.sentence())
+        let mut response = answer_or_retry(status, self.sentence());
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            response.extensions_mut().insert(FoundItBusy);
+        }
+        response
     }
 }
+
+/// On a response: a statement of the handler found no connection, or the database busy.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FoundItBusy;
 
 #[derive(Serialize)]
 struct Sentence {

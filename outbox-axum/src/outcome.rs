@@ -1,5 +1,6 @@
 use axum::response::Response;
 use http::{HeaderName, HeaderValue, StatusCode};
+use outbox_core::error_text;
 use outbox_seaorm::{CommitError, is_transient};
 use sea_orm::DbErr;
 
@@ -64,7 +65,8 @@ impl Refusal {
 
     /// A context of the request with which nothing could be pushed.
     pub(crate) fn of_context(error: &Error) -> Self {
-        tracing::debug!(%error, "the context of a request is not valid");
+        let text = error_text(error);
+        tracing::warn!(error = %text, "the context of an inner `OutboxLayer` was not taken");
         Self { status: error.status(), sentence: error.sentence(), outcome: Outcome::RolledBack }
     }
 

@@ -21,6 +21,7 @@ use tower_service::Service;
 
 use crate::{
     Decision, OnlyEvents, OutboxLayer,
+    error::FoundItBusy,
     grpc::Protocol,
     nested::{self, MaxAge, Outer, Place},
     outcome::{Outcome, Refusal},
@@ -177,6 +178,9 @@ where
 async fn end(unit: UnitOfWork, layer: &OutboxLayer, route: &Route, mut response: Response) -> Response {
     match Decision::of(&mut response) {
         Decision::Rollback => {
+            if response.extensions_mut().remove::<FoundItBusy>().is_some() {
+                about_other_connections(&unit, route);
+            }
             roll_back(unit);
             Outcome::RolledBack.mark(response)
         }
@@ -211,6 +215,19 @@ fn only_events(unit: &UnitOfWork, layer: &OutboxLayer, route: &Route) -> bool {
 
 const ONLY_EVENTS: &str = "a request pushed events and executed nothing through `Tx`; what it wrote with another \
                            connection is stored apart from its events";
+
+/// The transaction is open and good, so it was another connection that waited in vain: on SQLite for the write lock that
+/// this transaction has, on PostgreSQL for a second connection or a row of its own.
+fn about_other_connections(unit: &UnitOfWork, route: &Route) {
+    if unit.source().has_begun() && !unit.lost_its_database() {
+        let (method, path) = (&route.method, route.path());
+        tracing::warn!(
+            %method, path,
+            "a statement beside the request's open transaction found the database busy; use `&tx` for it, or its own \
+             transaction is what it waits for"
+        );
+    }
+}
 
 /// The rollback begins, and ends by itself: a statement that is in progress may take long, and the answer is an error
 /// already. The unit of work is closed, so nothing of it can commit any more.

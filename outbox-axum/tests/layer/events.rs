@@ -3,7 +3,7 @@
 use axum::extract::State;
 use http::StatusCode;
 use outbox_axum::{Error, Events, Tx};
-use outbox_core::NewEvent;
+use outbox_core::{MAX_PAYLOAD_DEPTH, NewEvent};
 use serde_json::value::RawValue;
 
 use crate::support::{build_app, insert};
@@ -75,7 +75,7 @@ async fn an_event_with_a_name_that_is_not_valid_is_a_422() {
 
 #[tokio::test]
 async fn odd_json_is_stored_byte_for_byte() {
-    let deep = format!("{}{}", "[".repeat(1_000), "]".repeat(1_000));
+    let deep = format!("{}{}", "[".repeat(MAX_PAYLOAD_DEPTH), "]".repeat(MAX_PAYLOAD_DEPTH));
     let payloads = [
         r#""\u0000 and \ud83d\ude00, \\u0000 and \"""#,
         "{\"naïve\":\"Käse 🧀\u{2028}\u{202e}\"}",

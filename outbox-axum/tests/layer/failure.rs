@@ -1,6 +1,6 @@
 //! What goes wrong is a definite answer, and stores nothing.
 
-use axum::{Router, body::Body, routing::post as post_to};
+use axum::{Router, body::Body, extract::Path, routing::post as post_to};
 use futures_util::FutureExt;
 use http::{Request, StatusCode};
 use outbox_axum::{Error, Events, OnlyEvents, OutboxLayer, Tx};
@@ -353,6 +353,34 @@ async fn missing_layer_names_the_orders_that_are_wrong() {
         }
     }
     assert!(store.is_empty().await);
+}
+
+#[tokio::test]
+async fn a_write_beside_the_open_transaction_is_named_in_the_log() {
+    log::record();
+    let store = Store::new().await;
+    let db = store.impatient().await;
+    let beside = move |tx: Tx, path: Path<String>| {
+        let db = db.clone();
+        async move {
+            if *path == "tx" {
+                place(&tx, "a").await;
+            }
+            insert(&db, "b").await?;
+            Ok::<_, Error>(StatusCode::CREATED)
+        }
+    };
+    let router = Router::new().route("/beside/{what}", post_to(beside)).layer(store.layer());
+    let request = |path: &str| Request::post(path).body(Body::empty()).unwrap();
+    assert_eq!(send(&router, request("/beside/tx")).await.facts(), (503, "rolled-back"));
+    assert_eq!(send(&router, request("/beside/nothing")).await.facts(), (201, "committed"));
+    // Busy, but not because of itself.
+    let held = store.outbox.begin(Context::default());
+    held.tx().begin_now().await.unwrap();
+    assert_eq!(send(&router, request("/beside/nothing")).await.facts(), (503, "rolled-back"));
+    held.rollback().await;
+    let lines = log::lines_with("/beside/{what}");
+    assert!(lines.len() == 1 && lines[0].contains("use `&tx` for it"), "{lines:?}");
 }
 
 #[tokio::test]

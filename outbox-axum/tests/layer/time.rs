@@ -16,12 +16,12 @@ use outbox_axum::{OutboxLayer, Tx};
 use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
 use outbox_seaorm::Outbox;
 use outbox_test_servers::Postgres;
-use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, Statement, TransactionTrait};
+use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseTransaction, DbBackend, Statement, TransactionTrait};
 use tokio::time::timeout;
 
 use crate::{
     log,
-    support::{Answer, Store, build_app, build_app_with, insert, place, placed, post, route, send},
+    support::{Answer, Store, build_app, build_app_with, eventually, insert, place, placed, post, route, send},
 };
 
 const LIMIT: Duration = Duration::from_millis(100);
@@ -143,21 +143,27 @@ async fn a_statement_of_a_task_does_not_delay_the_answer() {
 
 #[tokio::test]
 async fn a_timeout_inside_does_not_wait_on_sqlite_either() {
-    // About a second.
-    const SLOW: &str = "insert into orders
-        with recursive n (i) as (select 1 union all select i + 1 from n where i < 5000000)
-        select 'slow ' || max(i) from n";
     let store = Store::new().await;
+    // A lock of another file is what the statement waits for, for 5 s at most.
+    let other = store.file().replace("test.db", "other.db");
+    let attach = format!("attach database '{other}' as other; create table other.orders (op text)");
+    store.outbox.writer().execute_unprepared(&attach).await.unwrap();
+    let mut options = ConnectOptions::new(format!("sqlite://{other}"));
+    let lock = Database::connect(options.max_connections(1).to_owned()).await.unwrap();
+    lock.execute_unprepared("begin exclusive").await.unwrap();
+    let impatient = store.impatient().await;
+
     let handler = |tx: Tx| async move {
         place(&tx, "a").await;
-        tx.execute_unprepared(SLOW).await.unwrap();
+        tx.execute_unprepared("insert into other.orders values ('a')").await.unwrap();
     };
     let router = Router::new().route("/", post_to(handler)).layer(from_fn(gives_up)).layer(store.layer());
-    let impatient = store.impatient().await;
     assert_eq!(send(&router, post()).await.facts(), (408, "rolled-back"));
     let open = impatient.execute_unprepared("begin immediate").await;
     assert!(open.is_err(), "the answer came after the end of the rollback");
-    assert!(store.can_write().await && store.is_empty().await);
+    lock.execute_unprepared("rollback").await.unwrap();
+    eventually("the rollback ends", async || store.can_write().await).await;
+    assert!(store.is_empty().await);
 }
 
 async fn waits_for_the_body(_: Bytes) {

@@ -128,3 +128,16 @@ async fn a_query_that_is_not_valid_begins_nothing() {
     assert_eq!((status.as_u16(), outcome.as_str()), (200, "rolled-back"));
     assert!(body["errors"][0]["message"].as_str().unwrap().contains("nothing"), "{body}");
 }
+/// The data loader works in a task of its own, which lets go of the transaction a moment after it has answered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_data_loader_in_the_transaction_is_no_obstacle() {
+    let outbox = database().await;
+    let router = router(&outbox);
+    for n in 0..100 {
+        let query = format!(r#"mutation {{ place(op: "{n:03}") a: length(op: "{n:03}") b: length(op: "none") }}"#);
+        let (status, outcome, body) = send(&router, &query).await;
+        assert_eq!((status.as_u16(), outcome.as_str()), (200, "committed"), "{n}: {body}");
+        assert_eq!((&body["data"]["a"], &body["data"]["b"]), (&json!(3), &json!(null)), "{body}");
+    }
+    assert_eq!(stored(&outbox).await, (100, 100));
+}

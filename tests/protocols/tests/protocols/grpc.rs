@@ -8,7 +8,7 @@ use std::{
 
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream, stream::BoxStream};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
-use outbox_axum::{Error, Events, OutboxLayer, Tx};
+use outbox_axum::{Decision, Error, Events, OutboxLayer, Tx};
 use outbox_core::NewEvent;
 use outbox_seaorm::Outbox;
 use sea_orm::ConnectionTrait;
@@ -51,7 +51,12 @@ async fn place(request: Request<Order>) -> Result<Response<Order>, Status> {
         "refused" => return Err(Status::failed_precondition("closed on Sundays: 100 %")),
         _ => {}
     }
-    Ok(Response::new(order))
+    let rehearsed = order.op == "rehearsed";
+    let mut response = Response::new(order);
+    if rehearsed {
+        response.extensions_mut().insert(Decision::Rollback);
+    }
+    Ok(response)
 }
 
 async fn store(tx: &Tx, events: &Events, op: &str) -> Result<(), Error> {
@@ -258,7 +263,7 @@ async fn a_busy_database_is_unavailable() {
     options.max_connections(1).acquire_timeout(Duration::from_millis(50));
     let pool = Outbox::new(sea_orm::Database::connect(options).await.unwrap());
     let held = pool.begin(outbox_core::Context::default());
-    held.tx().begin().await.unwrap();
+    held.tx().begin_now().await.unwrap();
     for setup in ALL {
         let serving = serve(setup, OutboxLayer::new(pool.clone()).eager(true)).await;
         let answer = call(setup, &serving, "a").await;
@@ -268,6 +273,15 @@ async fn a_busy_database_is_unavailable() {
         assert_eq!(retry_after.unwrap(), "1", "{setup:?}");
     }
     held.rollback().await;
+}
+
+#[tokio::test]
+async fn a_decision_overrides_a_grpc_success() {
+    let outbox = database().await;
+    let serving = serve(Setup::Tonic, OutboxLayer::new(outbox.clone())).await;
+    let answer = call(Setup::Tonic, &serving, "rehearsed").await.unwrap();
+    assert_eq!(outcome(answer.metadata()), "rolled-back");
+    assert_eq!(stored(&outbox).await, (0, 0));
 }
 
 async fn watched(serving: &Serving, op: &str) -> (usize, Option<Code>, String) {
