@@ -155,6 +155,11 @@ pub(crate) fn answer_or_retry(status: StatusCode, sentence: &'static str) -> Res
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::{self, Write},
+        sync::{Arc, Mutex},
+    };
+
     use outbox_core::{Events, Limits, MAX_TAGS, NewEvent, check_name};
     use sea_orm::ConnAcquireErr;
 
@@ -178,7 +183,7 @@ mod tests {
             (pushed(Limits::default().bytes(5)), 413),
             (PushError::from(name).into(), 422),
             (PushError::TooManyTags { limit: MAX_TAGS }.into(), 422),
-            (PushError::PayloadTooDeep { event_type: "a".to_owned(), limit: 120 }.into(), 422),
+            (PushError::PayloadTooDeep { event_type: "a".to_owned(), limit: 1000 }.into(), 422),
             (payload.into(), 422),
             (closed.into(), 500),
             (DbErr::ConnectionAcquire(ConnAcquireErr::Timeout).into(), 503),
@@ -188,5 +193,34 @@ mod tests {
         ] {
             assert_eq!(error.status().as_u16(), status, "{error:?}");
         }
+    }
+
+    /// What is logged while `work` runs.
+    fn logged(work: impl FnOnce()) -> String {
+        #[derive(Clone, Default)]
+        struct Log(Arc<Mutex<Vec<u8>>>);
+        impl Write for Log {
+            fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().extend_from_slice(text);
+                Ok(text.len())
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        tracing::subscriber::with_default(subscriber, work);
+        String::from_utf8(log.0.lock().unwrap().clone()).unwrap()
+    }
+
+    #[test]
+    fn a_text_of_the_database_cannot_forge_a_line_of_the_log() {
+        let text = "no\n2026-01-01T00:00:00Z  INFO all is well";
+        let log = logged(|| drop(Error::from(DbErr::Custom(text.to_owned())).into_response()));
+        assert_eq!(log.lines().count(), 1, "{log}");
+        assert!(log.contains(r"no\n2026-01-01T00:00:00Z  INFO all is well"), "{log}");
     }
 }

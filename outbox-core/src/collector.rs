@@ -84,8 +84,8 @@ pub enum PushError {
     },
     /// One payload is nested too deep.
     #[error(
-        "the payload of {event_type:?} has lists and objects that stand more than {limit} deep in each other; no consumer \
-         could read it"
+        "the payload of {event_type:?} has lists and objects that stand more than {limit} deep in each other; \
+         flatten it"
     )]
     PayloadTooDeep {
         /// The event type.

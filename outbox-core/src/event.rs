@@ -6,9 +6,9 @@ use uuid::Uuid;
 
 use crate::{InvalidName, PushError, check_id, check_name};
 
-/// How deep lists and objects of a payload may stand in each other. PostgreSQL gives up somewhere in the thousands,
-/// and consumers earlier: serde_json reads 127 levels, of which an envelope such as CloudEvents needs some.
-pub const MAX_PAYLOAD_DEPTH: usize = 120;
+/// How deep lists and objects of a payload may stand in each other. PostgreSQL gives up somewhere in the thousands, at a
+/// depth that its stack decides. Many consumers read less: serde_json 127 levels, an envelope such as CloudEvents included.
+pub const MAX_PAYLOAD_DEPTH: usize = 1000;
 
 /// How many tags an event may have.
 pub const MAX_TAGS: usize = 64;
@@ -347,7 +347,7 @@ impl From<InvalidName> for PushError {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde_json::{Value, value::RawValue};
+    use serde_json::value::RawValue;
 
     use super::*;
 
@@ -364,14 +364,12 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_that_consumers_cannot_read_is_refused() {
-        let deepest = pushed(&nested(MAX_PAYLOAD_DEPTH)).unwrap();
+    fn a_payload_that_a_database_may_not_store_is_refused() {
+        assert!(pushed(&nested(MAX_PAYLOAD_DEPTH)).is_ok());
         for depth in [MAX_PAYLOAD_DEPTH + 1, 6000] {
             let refused = pushed(&nested(depth));
             assert!(matches!(refused, Err(PushError::PayloadTooDeep { limit: MAX_PAYLOAD_DEPTH, .. })), "{depth}");
         }
-        let envelope = format!(r#"{{"data":{{"data":{}}}}}"#, deepest.payload());
-        assert!(serde_json::from_str::<Value>(&envelope).is_ok(), "an envelope has room");
     }
 
     #[test]

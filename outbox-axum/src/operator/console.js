@@ -1,5 +1,5 @@
 const $ = (id) => document.getElementById(id);
-// Without what stands before the @ of the address (user:token@host): the browser refuses a request to that.
+// Without what stands before the @ of an address like user:token@host: a request to that is refused by the browser.
 const api = location.origin + "/outbox/api";
 
 async function call(path, body) {

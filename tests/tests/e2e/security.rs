@@ -3,11 +3,12 @@
 use std::{net::SocketAddr, time::Duration};
 
 use outbox_tests::{
-    Database, Process, command, eventually,
+    Database, Process, TOKEN, command, eventually,
     sink::{SECRET, Sink},
 };
 use reqwest::{Client, StatusCode};
-use serde_json::json;
+use sea_orm::ConnectionTrait;
+use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, net::TcpStream, process::Command};
 
 /// A program that may open 1,024 files, as is common.
@@ -56,4 +57,40 @@ async fn half_open_sockets_stop_neither_api_nor_webhooks() {
     let (status, _) = app.terminate(Duration::from_secs(20)).await;
     assert!(status.success(), "{status}");
     drop(open);
+}
+
+#[tokio::test]
+async fn a_late_page_of_the_board_takes_little_memory() {
+    let database = Database::sqlite();
+    let url = database.url();
+    let app = Process::start("conformance-app", "worker", &[("DATABASE_URL", &url)]).await;
+    let outbox = database.open().await;
+    // 60,000 delivered events of 2 kB: as whole rows they would take hundreds of MB.
+    let fill = "with recursive n(i) as (select 1 union all select i + 1 from n where i < 60000)";
+    for sql in [
+        format!(
+            "{fill} insert into outbox_events (position, event_id, event_type, schema_version, aggregate_type, aggregate_id, payload,
+               occurred_at, recorded_at)
+             select i, randomblob(16), 'OrderPlaced', 1, 'order', i, '\"' || hex(zeroblob(1000)) || '\"',
+               strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), strftime('%Y-%m-%dT%H:%M:%fZ', 'now') from n"
+        ),
+        format!(
+            "{fill} insert into outbox_delivered (subscription_id, position, attempts, delivered_at)
+             select s.id, i, 1, strftime('%Y-%m-%dT%H:%M:%fZ', 'now') from n, outbox_subscriptions s where s.name = 'effects'"
+        ),
+    ] {
+        outbox.writer().execute_unprepared(&sql).await.unwrap();
+    }
+    let client = Client::new();
+    let page = async |page: u32| {
+        let path = format!("{}/api/v1/queues/effects/tasks?status=Done&page_size=10&page={page}", app.ops);
+        let answer = client.get(path).bearer_auth(TOKEN).send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK);
+        answer.json::<Vec<Value>>().await.unwrap().len()
+    };
+    assert_eq!(page(1).await, 10);
+    let before = app.most_memory();
+    assert_eq!((page(1000).await, page(1001).await, page(5999).await), (10, 0, 0));
+    let more = app.most_memory() - before;
+    assert!(more < 50, "{more} MB");
 }
