@@ -102,11 +102,13 @@ mod hostile {
     #[path = "postgres.rs"]
     mod database;
 
+    mod branches;
     mod claim;
     mod connect;
     mod damage;
     mod fixture;
     mod flush;
+    mod nested;
     mod operate;
     mod random;
     mod register;

@@ -234,3 +234,18 @@ async fn a_sequence_that_was_set_back_is_named() {
     record(&store.outbox, [todo("3")]).await;
     assert_eq!(store.count("outbox_events").await, 4);
 }
+
+#[tokio::test]
+async fn an_error_of_the_server_is_not_the_statements() {
+    let store = Store::new().await;
+    let raised = async |code: &str| {
+        let raise = format!("do $$ begin raise exception using errcode = '{code}'; end $$");
+        store.outbox.writer().execute_unprepared(&raise).await.unwrap_err()
+    };
+    for code in ["53100", "53200", "53300", "58030", "08006", "57P01", "57P05", "40001", "25006"] {
+        assert!(is_transient(&raised(code).await), "{code}");
+    }
+    for code in ["0A000", "22012", "23505", "42P01", "42501", "P0001"] {
+        assert!(!is_transient(&raised(code).await), "{code}");
+    }
+}
