@@ -229,7 +229,7 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::task::Attempt;
+    use crate::{clock::DatabaseClock, task::Attempt};
 
     fn task(token: i64) -> Task<DeliveryTask> {
         let event: RecordedEvent = serde_json::from_value(serde_json::json!({
@@ -245,6 +245,7 @@ mod tests {
             log: None,
             last: true,
             time: Duration::MAX,
+            clock: DatabaseClock::new(chrono::Utc::now(), std::time::Instant::now()),
             begun: Arc::default(),
             cancelled: CancellationToken::new(),
         };

@@ -30,11 +30,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    circuit::Circuit,
+    circuit::{Circuit, Failure, PATIENCE, Verdict},
+    clock::DatabaseClock,
     destination::{AttemptResult, Destination, End, no_result},
     lane::{Lane, Running, Suspicion},
     listing::task_id,
-    metrics::{self, Failure},
+    metrics::{self, Failed},
     options::Options,
     redis::{Job, Transport},
     task::{Attempt, DeliveryTask},
@@ -116,6 +117,7 @@ pub(crate) struct Source {
     pub(crate) runtime: Handle,
     pub(crate) until: Until,
     pub(crate) counts: Arc<Counts>,
+    pub(crate) clock: DatabaseClock,
     /// Cancelled when the feed has nothing to do any more; see [`Until`].
     pub(crate) idle: CancellationToken,
     /// Where lanes come from instead of the database, while Redis is up.
@@ -239,6 +241,8 @@ struct Taken {
     lanes: Vec<(ClaimedLane, bool)>,
     /// A commit has their lanes at this moment.
     busy: Vec<Job>,
+    /// How many were not what the database says.
+    void: usize,
     asked_at: Instant,
 }
 
@@ -316,6 +320,7 @@ impl Feed {
             let stopping = grace_end.is_some();
             if stopping {
                 self.release_ready();
+                self.take_over_the_last();
             } else {
                 self.start_ready();
                 self.claim();
@@ -326,7 +331,7 @@ impl Feed {
             if self.is_done() {
                 self.source.idle.cancel();
             }
-            if stopping && self.lanes.is_empty() && !self.has_reports() && self.is_quiet() {
+            if stopping && self.lanes.is_empty() && self.arrived.is_empty() && !self.has_reports() && self.is_quiet() {
                 return;
             }
             let report_at = self.report_at();
@@ -530,6 +535,7 @@ impl Feed {
                 log: lane.log.clone(),
                 last: lane.run.len() == 1,
                 time,
+                clock: self.source.clock.clone(),
                 begun: running.begun().clone(),
                 cancelled: lane.cancelled.child_token(),
             };
@@ -722,14 +728,30 @@ impl Feed {
         if full {
             self.adapt(Instant::now());
         }
+        self.take_over_arrived();
+    }
+
+    /// What has come through Redis to a worker that stops is taken over to be given back: only the lease in the database is
+    /// true, and others need not wait for its end.
+    fn take_over_the_last(&mut self) {
+        if let Some(transport) = self.source.transport.as_ref().filter(|_| self.source.stop.is_cancelled()) {
+            self.arrived.extend(transport.jobs.take(usize::MAX));
+        }
+        if self.taking.is_none() && !self.arrived.is_empty() {
+            self.take_over_arrived();
+        }
+    }
+
+    fn take_over_arrived(&mut self) {
         let jobs = std::mem::take(&mut self.arrived);
-        let Source { outbox, worker, options, .. } = self.source.clone();
-        self.taking = Some(tokio::spawn(async move { take_over(&outbox, &worker, jobs, options.lease).await }));
+        let source = self.source.clone();
+        self.taking = Some(tokio::spawn(async move { take_over(&source, jobs).await }));
     }
 
     fn taken(&mut self, taken: Result<Taken, DbErr>, stopping: bool) {
         match taken {
-            Ok(Taken { lanes, busy, asked_at }) => {
+            Ok(Taken { lanes, busy, void, asked_at }) => {
+                metrics::dropped_jobs(&self.source.name, "void", void);
                 self.arrived.extend(busy);
                 for (lane, probe) in lanes {
                     if probe {
@@ -746,20 +768,6 @@ impl Feed {
         }
         if stopping {
             self.release_ready();
-        }
-    }
-
-    /// Gives back what came through Redis and was not taken over.
-    fn release_arrived(&mut self) {
-        if let Some(transport) = &self.source.transport {
-            self.arrived.extend(transport.jobs.take(usize::MAX));
-        }
-        for Job { lane, probe } in self.arrived.drain(..) {
-            let next = Next::Release { attempts: lane.attempts.saturating_sub(1), log: lane.attempt_log };
-            self.reports.push(LaneReport { lane: lane.lane, finished: Vec::new(), next });
-            if probe {
-                self.changes.push_back(Change::OpenCircuit { wait: SOON, failed: false });
-            }
         }
     }
 
@@ -794,23 +802,18 @@ impl Feed {
                 let log = lane.log.take();
                 lane.finish_head(attempts, log, None);
                 self.delivered(&event);
-                self.answered(&key);
+                self.answered(&key, started);
                 self.go_on(key);
             }
-            End::Outcome(Outcome::Retry(error)) => self.failed(key, &event, &error, started),
-            End::Outcome(Outcome::Permanent(error)) => {
-                tracing::warn!(subscription = &*self.source.name, event_id = %event.id, attempts, %error, "dead letter");
-                let log = Some(lane.logged(&self.source.worker, &error, started));
-                metrics::failed(&self.source.name, &event, Failure::Permanent);
-                self.answered(&key);
-                self.die(key, attempts, log, error.message().to_owned());
+            End::Outcome(Outcome::Retry(error) | Outcome::Permanent(error)) => {
+                self.failed(key, &event, &error, started)
             }
             End::Settled => {
                 lane.run.pop_front();
                 lane.next_head();
                 self.open -= 1;
                 self.delivered(&event);
-                self.answered(&key);
+                self.answered(&key, started);
                 let over = self.lanes.get(&key).filter(|lane| lane.run.is_empty()).map(|lane| lane.lane.clone());
                 if let Some(lane) = over {
                     self.lanes.remove(&key);
@@ -841,12 +844,7 @@ impl Feed {
                 let wait = self.unknown_wait(&key);
                 self.postpone(&key, wait, error);
             }
-            End::Unavailable(error) => {
-                tracing::warn!(subscription = &*self.source.name, event_id = %event.id, %error, "attempt given back");
-                self.open -= 1;
-                let wait = self.source.retry.delay(1, fastrand::f64());
-                self.postpone(&key, wait, format!("{error}; no attempt was spent"));
-            }
+            End::Unavailable(error) => self.not_begun(&key, &event, &error),
             // `Outcome` may grow; a future kind is an unknown end.
             End::Outcome(_) => {
                 self.open -= 1;
@@ -857,80 +855,125 @@ impl Feed {
 
     fn delivered(&self, event: &RecordedEvent) {
         self.source.counts.delivered.fetch_add(1, Relaxed);
-        let since_commit = chrono::Utc::now().signed_duration_since(event.recorded_at);
+        let since_commit = self.source.clock.now().signed_duration_since(event.recorded_at);
         metrics::published(&self.source.name, event, since_commit.to_std().unwrap_or_default());
+    }
+
+    /// An attempt could not begin, which is the fault of neither the event nor its destination.
+    fn not_begun(&mut self, key: &str, event: &RecordedEvent, error: &DeliveryError) {
+        tracing::warn!(subscription = &*self.source.name, event_id = %event.id, %error, "attempt given back");
+        self.open -= 1;
+        let wait = self.source.retry.delay(1, fastrand::f64());
+        self.postpone(key, wait, format!("{error}; no attempt was spent"));
     }
 
     /// An attempt has failed. If its destination is down, it is not the event's fault.
     fn failed(&mut self, key: String, event: &RecordedEvent, error: &DeliveryError, started: Instant) {
-        self.source.counts.failed.fetch_add(1, Relaxed);
-        let Some(lane) = self.lanes.get(&key) else { return };
-        let down = match error.reason() {
-            Reason::Unreachable => true,
-            Reason::Unavailable => lane.probe | self.circuit.failed(&key),
-            _ => false,
-        };
-        if down || error.reason() == Reason::Gone {
-            metrics::failed(&self.source.name, event, Failure::Unavailable);
-        }
-        if down {
-            self.destination_is_down(&key, error);
+        if error.reason() == Reason::NotBegun {
+            self.not_begun(&key, event, error);
             return;
         }
         if error.reason() == Reason::Gone {
-            tracing::error!(subscription = &*self.source.name, %error, "the destination is gone; the subscription is paused");
-            self.changes.push_back(Change::Pause);
-            self.open -= 1;
-            let wait = self.source.retry.delay(1, fastrand::f64());
-            self.postpone(&key, wait, format!("{error}; the subscription was paused"));
+            self.destination_is_gone(&key, event, error);
             return;
         }
+        let Some(lane) = self.lanes.get(&key) else { return };
+        let (reason, outside, probe) = (error.reason(), self.source.destination.is_outside(), lane.probe);
+        let age = self.source.clock.now().signed_duration_since(event.recorded_at).to_std();
+        let failure = Failure { reason, outside, probe, old: age.is_ok_and(|age| age > PATIENCE) };
+        match self.circuit.failed(&key, failure) {
+            Verdict::Down => {
+                self.source.counts.failed.fetch_add(1, Relaxed);
+                metrics::failed(&self.source.name, event, Failed::Unavailable);
+                self.destination_is_down(&key, error);
+            }
+            verdict => self.attempt_counts(key, event, error, started, verdict == Verdict::Final),
+        }
+    }
+
+    /// A failed attempt counts. `is_final` says that there is no other.
+    fn attempt_counts(
+        &mut self,
+        key: String,
+        event: &RecordedEvent,
+        error: &DeliveryError,
+        started: Instant,
+        is_final: bool,
+    ) {
+        self.source.counts.failed.fetch_add(u64::from(!is_final), Relaxed);
+        if !self.source.destination.is_outside() && error.reason() != Reason::Unavailable {
+            self.answered(&key, started);
+        }
+        let Some(lane) = self.lanes.get_mut(&key) else { return };
+        let probe = std::mem::take(&mut lane.probe);
         let log = lane.logged(&self.source.worker, error, started);
-        let (attempts, counted) = (lane.attempts, lane.counted);
-        if error.reason() != Reason::Unavailable {
-            self.answered(&key);
-        }
-        if counted >= self.source.retry.attempts(event.max_attempts) {
+        let (attempts, counted, permanent) = (lane.attempts, lane.counted, error.is_permanent());
+        if is_final || counted >= self.source.retry.attempts(event.max_attempts) {
             tracing::warn!(subscription = &*self.source.name, event_id = %event.id, attempts, %error, "dead letter");
-            metrics::failed(&self.source.name, event, Failure::Dead);
+            let failed = if permanent { Failed::Permanent } else { Failed::Dead };
+            metrics::failed(&self.source.name, event, failed);
             self.die(key, attempts, Some(log), error.message().to_owned());
-            return;
+        } else {
+            metrics::failed(&self.source.name, event, Failed::Retry);
+            let wait = self.source.retry.delay(counted, fastrand::f64());
+            let after = error.wait().map_or(wait, |asked| asked.max(wait));
+            tracing::debug!(subscription = &*self.source.name, event_id = %event.id, attempts, ?after, %error, "attempt failed");
+            self.open -= 1;
+            let mut error = error.message().to_owned();
+            if permanent {
+                error.push_str("; tried again until it is known whether it is about this event");
+            }
+            self.finish_lane(&key, Next::Retry { after, attempts, error, log: Some(log) });
         }
-        metrics::failed(&self.source.name, event, Failure::Retry);
-        let wait = self.source.retry.delay(counted, fastrand::f64());
-        let after = error.wait().map_or(wait, |asked| asked.max(wait));
-        tracing::debug!(subscription = &*self.source.name, event_id = %event.id, attempts, ?after, %error, "attempt failed");
-        self.open -= 1;
-        let error = error.message().to_owned();
-        self.finish_lane(&key, Next::Retry { after, attempts, error, log: Some(log) });
+        if probe {
+            self.open_circuit(error, self.down_for(error), probe);
+        }
     }
 
     /// The destination has answered, whatever: it is not down.
-    fn answered(&mut self, key: &str) {
-        if self.lanes.get(key).is_some_and(|lane| lane.probe) {
+    fn answered(&mut self, key: &str, begun: Instant) {
+        let probe = self.lanes.get_mut(key).is_some_and(|lane| std::mem::take(&mut lane.probe));
+        if probe {
             tracing::info!(subscription = &*self.source.name, "the destination is back");
             self.circuit.closed();
             self.changes.push_back(Change::CloseCircuit);
             self.look_at = Instant::now();
         } else {
-            self.circuit.succeeded();
+            self.circuit.succeeded(key, begun);
         }
     }
 
-    fn destination_is_down(&mut self, key: &str, error: &DeliveryError) {
-        let wait = self.source.retry.delay(self.circuit.times_down(), fastrand::f64());
-        let wait = error.wait().map_or(wait, |asked| asked.max(wait));
+    fn destination_is_gone(&mut self, key: &str, event: &RecordedEvent, error: &DeliveryError) {
+        tracing::error!(subscription = &*self.source.name, %error, "the destination is gone; the subscription is paused");
+        self.source.counts.failed.fetch_add(1, Relaxed);
+        metrics::failed(&self.source.name, event, Failed::Unavailable);
+        self.changes.push_back(Change::Pause);
         self.open -= 1;
-        if let Some(lane) = self.lanes.get_mut(key) {
-            lane.probe = false;
-        }
+        let wait = self.source.retry.delay(1, fastrand::f64());
+        self.postpone(key, wait, format!("{error}; the subscription was paused"));
+    }
+
+    fn destination_is_down(&mut self, key: &str, error: &DeliveryError) {
+        self.open -= 1;
+        let probe = self.lanes.get_mut(key).is_some_and(|lane| std::mem::take(&mut lane.probe));
+        let wait = self.down_for(error);
         self.postpone(key, wait, format!("{error}; the destination is down, no attempt was spent"));
-        if self.circuit.opened() {
+        self.open_circuit(error, wait, probe);
+    }
+
+    fn open_circuit(&mut self, error: &DeliveryError, wait: Duration, probe: bool) {
+        if self.circuit.opened(probe) {
             tracing::warn!(subscription = &*self.source.name, %error, ?wait, "the destination is down");
             self.changes.push_back(Change::OpenCircuit { wait, failed: true });
             self.look_at = Instant::now() + wait;
             self.release_ready();
         }
+    }
+
+    /// How long nobody delivers.
+    fn down_for(&self, error: &DeliveryError) -> Duration {
+        let wait = self.source.retry.delay(self.circuit.times_down(), fastrand::f64());
+        error.wait().map_or(wait, |asked| asked.max(wait))
     }
 
     /// Tells the database what was found out about the subscription, one thing after another.
@@ -1038,9 +1081,6 @@ impl Feed {
 
     /// Gives back what was leased and not started.
     fn release_ready(&mut self) {
-        if self.source.stop.is_cancelled() {
-            self.release_arrived();
-        }
         let ready: Vec<String> =
             self.lanes.iter().filter(|(_, lane)| lane.running.is_none()).map(|(key, _)| key.clone()).collect();
         self.ready.clear();
@@ -1243,28 +1283,33 @@ impl Feed {
     }
 }
 
-async fn take_over(outbox: &Outbox, worker: &str, jobs: Vec<Job>, lease: Duration) -> Result<Taken, DbErr> {
-    let asked_at = Instant::now();
-    let refs: Vec<LaneRef> = jobs.iter().map(|job| job.lane.lane.clone()).collect();
+/// Only the lease counts, and it counts once: what else a job says, or how often it comes, changes nothing.
+async fn take_over(source: &Source, jobs: Vec<Job>) -> Result<Taken, DbErr> {
+    let Source { outbox, subscription, worker, options, .. } = source;
+    let (asked_at, total) = (Instant::now(), jobs.len());
+    let refs: Vec<LaneRef> = jobs.iter().map(|job| job.lane.clone()).collect();
     let mut taken: HashMap<String, ClaimedLane> = HashMap::with_capacity(refs.len());
-    for lane in outbox.take_over(worker, &refs, lease).await? {
+    for lane in outbox.take_over(*subscription, worker, &refs, count(options.batch), options.lease).await? {
         taken.insert(lane.lane.key.clone(), lane);
     }
     let mut lanes = Vec::with_capacity(taken.len());
     let mut others = Vec::new();
     for job in jobs {
-        match taken.remove(&job.lane.lane.key) {
-            Some(ClaimedLane { lane, attempts, attempt_log, .. }) => {
-                lanes.push((ClaimedLane { lane, attempts, attempt_log, ..job.lane }, job.probe));
+        match taken.remove(&job.lane.key) {
+            Some(mut lane) => {
+                lane.run.truncate(if job.probe { 1 } else { usize::MAX });
+                lanes.push((lane, job.probe));
             }
-            None => others.push(job),
+            None if job.lane.subscription == *subscription => others.push(job),
+            None => {}
         }
     }
-    let refs: Vec<LaneRef> = others.iter().map(|job| job.lane.lane.clone()).collect();
-    let held: HashSet<LaneRef> =
-        if refs.is_empty() { HashSet::new() } else { outbox.held(&refs).await?.into_iter().collect() };
-    let busy = others.into_iter().filter(|job| held.contains(&job.lane.lane)).collect();
-    Ok(Taken { lanes, busy, asked_at })
+    let refs: Vec<LaneRef> = others.iter().map(|job| job.lane.clone()).collect();
+    let waiting: HashSet<LaneRef> =
+        if refs.is_empty() { HashSet::new() } else { outbox.relayed(&refs).await?.into_iter().collect() };
+    let busy: Vec<Job> = others.into_iter().filter(|job| waiting.contains(&job.lane)).collect();
+    let void = total - lanes.len() - busy.len();
+    Ok(Taken { lanes, busy, void, asked_at })
 }
 
 /// Completes when there may be a job from Redis.

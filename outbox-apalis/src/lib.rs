@@ -49,6 +49,7 @@
 
 mod backend;
 mod circuit;
+mod clock;
 mod dashboard;
 mod destination;
 mod feed;

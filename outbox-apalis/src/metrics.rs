@@ -9,7 +9,7 @@ use outbox_seaorm::metrics::{aggregate_type, event_type};
 
 /// How a failed attempt ended: the label `outcome`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Failure {
+pub(crate) enum Failed {
     /// It is tried again.
     Retry,
     /// It was the last: a dead letter.
@@ -20,7 +20,7 @@ pub(crate) enum Failure {
     Unavailable,
 }
 
-impl Failure {
+impl Failed {
     fn label(self) -> &'static str {
         match self {
             Self::Retry => "retry",
@@ -54,12 +54,12 @@ pub(crate) fn published(subscription: &str, event: &RecordedEvent, latency: Dura
 }
 
 /// An attempt has failed.
-pub(crate) fn failed(subscription: &str, event: &RecordedEvent, failure: Failure) {
+pub(crate) fn failed(subscription: &str, event: &RecordedEvent, failed: Failed) {
     counter!(
         "outbox_publish_errors_total",
         "subscription" => subscription.to_owned(),
         "event_type" => event_type(&event.event_type),
-        "outcome" => failure.label(),
+        "outcome" => failed.label(),
     )
     .increment(1);
 }
@@ -67,4 +67,16 @@ pub(crate) fn failed(subscription: &str, event: &RecordedEvent, failure: Failure
 /// The result of an attempt was dropped: its lease was lost.
 pub(crate) fn superseded(subscription: &str) {
     counter!("outbox_superseded_total", "subscription" => subscription.to_owned()).increment(1);
+}
+
+/// A job of Redis was dropped: it was not what the database says.
+pub(crate) fn dropped_jobs(subscription: &str, reason: &'static str, jobs: usize) {
+    if jobs > 0 {
+        counter!(
+            "outbox_redis_jobs_dropped_total",
+            "subscription" => subscription.to_owned(),
+            "reason" => reason,
+        )
+        .increment(jobs as u64);
+    }
 }

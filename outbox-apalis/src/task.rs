@@ -7,6 +7,8 @@ use outbox_core::{Delivery, RecordedEvent};
 use outbox_seaorm::LaneRef;
 use serde::{Deserialize, Serialize};
 
+use crate::clock::DatabaseClock;
+
 /// The argument of an apalis task: one attempt of one delivery.
 ///
 /// Its serialized form is the event, which is what the dashboard shows.
@@ -29,6 +31,7 @@ pub(crate) struct Attempt {
     pub(crate) last: bool,
     /// How long the handler or publisher may take.
     pub(crate) time: Duration,
+    pub(crate) clock: DatabaseClock,
     /// Set when the attempt begins: until then nothing of it can have happened.
     pub(crate) begun: Arc<AtomicBool>,
     /// Cancelled when the lease is lost or the worker stops.
@@ -49,7 +52,7 @@ impl DeliveryTask {
 
 impl Attempt {
     pub(crate) fn delivery(&self, event: &Arc<RecordedEvent>) -> Delivery {
-        Delivery::new(event.clone(), self.subscription.clone(), self.number)
+        Delivery::new(event.clone(), self.subscription.clone(), self.number).starting_at(self.clock.now())
     }
 }
 

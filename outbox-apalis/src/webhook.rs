@@ -2,11 +2,14 @@ use std::{
     error::Error,
     fmt,
     sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime},
 };
 
+use chrono::{DateTime, Utc};
 use http::{Method, Request, Uri, header};
-use outbox_core::{Delivery, DeliveryError, Publisher};
+use http_body_util::Full;
+use hyper::body::Bytes;
+use outbox_core::{Delivery, DeliveryError, Publisher, RetryPolicy};
 use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, pem::PemObject},
@@ -17,12 +20,14 @@ use uuid::Uuid;
 use address::Allowed;
 use answer::Hidden;
 use connection::HttpClient;
+use proxy::Proxy;
 use signature::Signer;
 
 mod address;
 mod answer;
 mod cloud_event;
 mod connection;
+mod proxy;
 mod signature;
 
 /// Longest time for a name, a connection and its TLS handshake.
@@ -42,7 +47,7 @@ const SOURCE: &str = "/outbox";
 /// `traceparent` and `tracestate`.
 ///
 /// The headers are those of [Standard Webhooks](https://www.standardwebhooks.com): `webhook-id` (the event id),
-/// `webhook-timestamp` (seconds, of this attempt) and `webhook-signature`. Every receiver's library for Standard Webhooks
+/// `webhook-timestamp` (seconds, when this attempt began by the database's clock) and `webhook-signature`. Every receiver's library for Standard Webhooks
 /// verifies them.
 ///
 /// Events arrive **at least once**: again after an error, a timeout, or a crash before the success was stored, with the
@@ -52,14 +57,26 @@ const SOURCE: &str = "/outbox";
 /// |---|---|
 /// | answers 2xx | is done; the body is not read |
 /// | answers 408, 425, 429 or 5xx | is tried again, no earlier than its `Retry-After` asks (1 h at most) |
-/// | answers 3xx or any other 4xx | becomes a dead letter at once; redirects are never followed |
+/// | answers 3xx or any other 4xx | is tried again until the destination has taken another event, then becomes a dead letter; redirects are never followed |
+/// | answers what cannot be read (not HTTP, a head of more than 64 KiB or 1,000 headers) | is tried again |
 /// | cannot be reached, breaks off, fails at TLS, or takes too long | is tried again |
+///
+/// When events of five different keys have failed in a row, whatever the answers were, and none was taken meanwhile, the
+/// destination counts as down: nothing more is spent until it takes one again. So a receiver that answers 404 or 401 to
+/// everything while it is deployed costs no event. After three days it does.
+///
+/// What only some events meet is tried again for about a day, as [`RetryPolicy::patient`] says, unless the subscription
+/// [says otherwise](outbox_core::Subscription::retry).
+///
+/// A connection that is used again and breaks before the answer is no failure: the request goes out once more, at once, on
+/// a new one. While this process has no file descriptors or ports left, no attempt is spent.
 ///
 /// # Addresses
 ///
 /// Connections go to public addresses only, whatever name the URL has and whatever it resolves to at that moment, so a URL
 /// that a customer typed cannot reach the network of the worker. [`allow`](Self::allow) and
-/// [`allow_loopback`](Self::allow_loopback) open what is meant to be reached. Proxies of the environment are not used.
+/// [`allow_loopback`](Self::allow_loopback) open what is meant to be reached. Proxies of the environment are not used; one
+/// that is meant is given to [`proxy`](Self::proxy).
 ///
 /// ```no_run
 /// use outbox_apalis::{WebhookPublisher, Worker};
@@ -81,6 +98,7 @@ pub struct WebhookPublisher {
     connect_timeout: Duration,
     allowed: Allowed,
     authorities: Arc<RootCertStore>,
+    proxy: Option<Proxy>,
     client: HttpClient,
 }
 
@@ -106,6 +124,9 @@ pub enum InvalidWebhook {
     /// The network is not one.
     #[error("{0:?} is not a network; write an address such as `10.0.0.7`, or a network such as `10.0.0.0/8`")]
     Network(String),
+    /// The proxy is none that can be used. The URL is not shown: it may have a password.
+    #[error("a proxy is given as http://HOST:PORT or http://USER:PASSWORD@HOST:PORT")]
+    Proxy,
     /// No time is left for an attempt.
     #[error("a webhook needs more time than zero")]
     Timeout,
@@ -133,7 +154,7 @@ impl WebhookPublisher {
         let uri = Uri::try_from(url.as_str()).map_err(|error| InvalidWebhook::Url(error.into()))?;
         let allowed = Allowed::default();
         let authorities = Arc::new(connection::public_authorities());
-        let client = connection::client(&allowed, &authorities, CONNECT_TIMEOUT);
+        let client = HttpClient::new(&allowed, &authorities, CONNECT_TIMEOUT, None);
         Ok(Self {
             uri,
             hidden: Hidden::of(&url),
@@ -143,6 +164,7 @@ impl WebhookPublisher {
             connect_timeout: CONNECT_TIMEOUT,
             allowed,
             authorities,
+            proxy: None,
             client,
         })
     }
@@ -226,14 +248,32 @@ impl WebhookPublisher {
         Ok(self.reconnected())
     }
 
+    /// Connects through this HTTP proxy, `http://HOST:PORT` or `http://USER:PASSWORD@HOST:PORT`: the usual way to give
+    /// deliveries a fixed source address, or a network that reaches nothing inside. It is asked for a tunnel (`CONNECT`), for
+    /// `https` and for `http`, so it sees neither the events nor the signatures of `https`. Never taken from the environment.
+    /// Defaults to none.
+    ///
+    /// **The proxy looks up the names, so it has to be the one that refuses internal addresses.** Here only addresses that
+    /// are written out, and `localhost`, are still checked. The address of the proxy itself may be any.
+    ///
+    /// A proxy that is away or refuses counts as a destination that cannot be reached.
+    ///
+    /// # Errors
+    ///
+    /// If the URL has another form. The error does not show it.
+    pub fn proxy(mut self, url: &str) -> Result<Self, InvalidWebhook> {
+        self.proxy = Some(Proxy::new(url)?);
+        Ok(self.reconnected())
+    }
+
     fn reconnected(mut self) -> Self {
-        self.client = connection::client(&self.allowed, &self.authorities, self.connect_timeout);
+        self.client = HttpClient::new(&self.allowed, &self.authorities, self.connect_timeout, self.proxy.as_ref());
         self
     }
 
-    fn request(&self, id: Uuid, body: String) -> Result<Request<String>, http::Error> {
+    fn request(&self, id: Uuid, at: DateTime<Utc>, body: String) -> Result<Request<Full<Bytes>>, http::Error> {
         // A clock before 1970 signs a time that every receiver refuses, and says so.
-        let timestamp = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let timestamp = u64::try_from(at.timestamp()).unwrap_or_default();
         let id = id.to_string();
         Request::builder()
             .method(Method::POST)
@@ -243,7 +283,13 @@ impl WebhookPublisher {
             .header("webhook-signature", self.signer.sign(&id, timestamp, &body))
             .header("webhook-timestamp", timestamp)
             .header("webhook-id", id)
-            .body(body)
+            .body(body.into())
+    }
+
+    /// Scheme, host and port, all of the URL that may be shown, and the way there.
+    fn route(&self) -> String {
+        let proxy = self.proxy.as_ref().map(|proxy| format!(" through the proxy {proxy}"));
+        self.origin() + &proxy.unwrap_or_default()
     }
 
     /// Scheme, host and port: all of the URL that may be shown.
@@ -256,18 +302,23 @@ impl WebhookPublisher {
 impl Publisher for WebhookPublisher {
     async fn publish(&self, delivery: &Delivery) -> Result<(), DeliveryError> {
         let event = delivery.event();
-        let request = self.request(event.id, cloud_event::body(event, &self.source)?)?;
+        let request = self.request(event.id, delivery.started_at(), cloud_event::body(event, &self.source)?)?;
         let started = Instant::now();
         let answer = match tokio::time::timeout(self.timeout, self.client.request(request)).await {
             Ok(Ok(answer)) => answer,
-            Ok(Err(error)) => return Err(connection::failed(&error, &self.origin())),
+            Ok(Err(error)) => return Err(connection::failed(&error, &self.route())),
             Err(_) => return Err(DeliveryError::unavailable(format!("timed out after {}", Seconds(self.timeout)))),
         };
         if answer.status().is_success() {
             return Ok(());
         }
         let left = self.timeout.saturating_sub(started.elapsed());
-        Err(answer::failed(answer, left, &self.hidden).await)
+        let now = SystemTime::from(delivery.started_at()) + started.elapsed();
+        Err(answer::failed(answer, left, now, &self.hidden).await)
+    }
+
+    fn retry_policy(&self) -> RetryPolicy {
+        RetryPolicy::patient()
     }
 }
 

@@ -12,13 +12,14 @@ use apalis::{
     prelude::{Monitor, WorkerBuilder},
 };
 use outbox_core::{Outcome, Publisher, Subscription};
-use outbox_seaorm::{Outbox, Purged, RegisterError, Retention, SchemaError};
+use outbox_seaorm::{Instance, Outbox, Purged, RegisterError, Retention, SchemaError};
 use sea_orm::DbBackend;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     Handlers, InvalidOption, OutboxBackend,
+    clock::DatabaseClock,
     destination::{self, AttemptResult, Destination, End, PublisherDestination},
     feed::{Counts, Source, Until},
     handlers::HandlersDestination,
@@ -119,9 +120,14 @@ impl Worker {
         self
     }
 
-    /// Adds a subscription whose events go to a destination outside.
+    /// Adds a subscription whose events go to a destination outside. Without a [policy](Subscription::retry) of its own it
+    /// has that of the publisher.
     #[must_use]
     pub fn publisher(mut self, subscription: Subscription, publisher: impl Publisher) -> Self {
+        let subscription = match subscription.retry_policy() {
+            Some(_) => subscription,
+            None => subscription.retry(publisher.retry_policy()),
+        };
         self.subscriptions.push((subscription, Arc::new(PublisherDestination(publisher))));
         self
     }
@@ -319,7 +325,9 @@ impl Worker {
             let _entered = thread.runtime().enter();
             self.redis.as_ref().map(Redis::connection).transpose().map_err(|error| StartError::Redis(error.into()))?
         };
-        let (instance, health) = (self.outbox.instance().await?, Health::new());
+        let asked_at = Instant::now();
+        let Instance { name: instance, now, .. } = self.outbox.instance().await?;
+        let (clock, health) = (DatabaseClock::new(now, asked_at), Health::new());
         let stop = CancellationToken::new();
         let counts = Arc::new(Counts::default());
         let mut sources: Vec<Source> = Vec::new();
@@ -342,7 +350,7 @@ impl Worker {
                 subscription: self.outbox.register(&subscription).await?,
                 name: subscription.name().into(),
                 worker: worker.clone(),
-                retry: *subscription.retry_policy(),
+                retry: subscription.retry_policy().unwrap_or_default(),
                 destination,
                 after_dead_letter: subscription.dead_letter_policy(),
                 pace: rate.map(|rate| Duration::try_from_secs_f64(1.0 / rate).unwrap_or(LONGEST)).unwrap_or_default(),
@@ -352,12 +360,13 @@ impl Worker {
                 runtime: thread.runtime().clone(),
                 until: Until::Stopped,
                 counts: counts.clone(),
+                clock: clock.clone(),
                 idle: CancellationToken::new(),
                 transport,
             });
         }
         let redis = connection.map(|connection| (connection, health));
-        Ok(StartedWorker { store, worker, sources, stop, counts, thread, redis, retention: self.retention })
+        Ok(StartedWorker { store, worker, sources, stop, counts, clock, thread, redis, retention: self.retention })
     }
 }
 
@@ -369,6 +378,7 @@ pub struct StartedWorker {
     sources: Vec<Source>,
     stop: CancellationToken,
     counts: Arc<Counts>,
+    clock: DatabaseClock,
     thread: FeedThread,
     redis: Option<(ConnectionManager, Health)>,
     retention: Retention,
@@ -391,7 +401,7 @@ impl StartedWorker {
     }
 
     pub(crate) async fn run(self, until: Until, shutdown: impl Future<Output = ()> + Send) -> Deliveries {
-        let Self { store, worker, mut sources, stop, counts, thread, redis, retention } = self;
+        let Self { store, worker, mut sources, stop, counts, clock, thread, redis, retention } = self;
         sources.iter_mut().for_each(|source| source.until = until);
         let names: Vec<String> = sources.iter().map(|source| source.name.to_string()).collect();
         let idle: Vec<CancellationToken> = sources.iter().map(|source| source.idle.clone()).collect();
@@ -408,7 +418,7 @@ impl StartedWorker {
             }
         }
         let monitor = sources.into_iter().fold(Monitor::new(), register);
-        background.spawn_on(upkeep(store.clone(), worker.clone(), names), thread.runtime());
+        background.spawn_on(upkeep(store.clone(), worker.clone(), names, clock), thread.runtime());
         background.spawn_on(purging(store.clone(), retention), thread.runtime());
         background.spawn_on(listen(store.clone()), thread.runtime());
         // Feeds stop before apalis does: only they know what is under way and how long it may go on.
@@ -497,14 +507,15 @@ async fn run(
 struct AttemptFailed(String);
 
 /// Shows that the worker is alive, and mends what only time can tell.
-async fn upkeep(outbox: Outbox, worker: Arc<str>, names: Vec<String>) {
+async fn upkeep(outbox: Outbox, worker: Arc<str>, names: Vec<String>, clock: DatabaseClock) {
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let mut interval = tokio::time::interval(HEARTBEAT);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
         let beat = async {
-            outbox.heartbeat(&worker, &names).await?;
+            let asked_at = Instant::now();
+            clock.set(outbox.heartbeat(&worker, &names).await?, asked_at);
             outbox.forget_workers(FORGET_AFTER).await?;
             outbox.settle_subscriptions().await
         };

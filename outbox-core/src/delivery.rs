@@ -1,5 +1,7 @@
 use std::{error::Error, fmt, sync::Arc, time::Duration};
 
+use chrono::{DateTime, Utc};
+
 use crate::{RecordedEvent, error_text, one_line};
 
 /// One attempt to hand one event to one destination.
@@ -11,13 +13,20 @@ pub struct Delivery {
     event: Arc<RecordedEvent>,
     subscription: Arc<str>,
     attempt: u32,
+    started_at: DateTime<Utc>,
 }
 
 impl Delivery {
-    /// Describes attempt number `attempt` (1 for the first).
+    /// Describes attempt number `attempt` (1 for the first), which begins now by the clock of this machine.
     #[must_use]
     pub fn new(event: Arc<RecordedEvent>, subscription: Arc<str>, attempt: u32) -> Self {
-        Self { event, subscription, attempt }
+        Self { event, subscription, attempt, started_at: Utc::now() }
+    }
+
+    /// The same attempt, which begins at that time. A worker gives the database's.
+    #[must_use]
+    pub fn starting_at(self, started_at: DateTime<Utc>) -> Self {
+        Self { started_at, ..self }
     }
 
     /// The event.
@@ -36,6 +45,14 @@ impl Delivery {
     #[must_use]
     pub fn attempt(&self) -> u32 {
         self.attempt
+    }
+
+    /// When this attempt began, by the database's clock: for what a destination compares with its own. In a worker it is
+    /// the database's time of at most some seconds ago, plus what has passed since, so a wrong clock of this machine does
+    /// not matter.
+    #[must_use]
+    pub fn started_at(&self) -> DateTime<Utc> {
+        self.started_at
     }
 }
 
@@ -67,10 +84,15 @@ pub enum Outcome {
 /// | | what it means | attempts |
 /// |---|---|---|
 /// | [`retry`](Self::retry), [`retry_after`](Self::retry_after) | this delivery failed; the destination may have said when to try again | one is spent |
-/// | [`permanent`](Self::permanent) | another attempt cannot help | dead letter at once |
+/// | [`permanent`](Self::permanent) | another attempt cannot help | dead letter at once; of a [`Publisher`](crate::Publisher) once its destination has taken another event |
 /// | [`unavailable`](Self::unavailable) | the destination answered that it has trouble of its own | one is spent, unless others fail so too |
+/// | [`not_begun`](Self::not_begun) | this process could not even try | none is spent |
 /// | [`unreachable`](Self::unreachable) | the destination cannot have got it | none is spent |
 /// | [`gone`](Self::gone) | the destination wants nothing any more | none is spent, the subscription is paused |
+///
+/// What a publisher reports is judged together: when deliveries of five different keys have failed in a row, whatever the
+/// errors say, and none has succeeded meanwhile, then it is about the destination, which counts as down as with
+/// [`unreachable`](Self::unreachable). A handler, which runs in this process, is believed.
 ///
 /// ```
 /// use outbox_core::DeliveryError;
@@ -106,6 +128,8 @@ pub enum Reason {
     Unreachable,
     /// The destination is gone for good.
     Gone,
+    /// This process could not begin the attempt, which says nothing about event or destination.
+    NotBegun,
 }
 
 /// Longest error text that is kept, in bytes.
@@ -125,6 +149,10 @@ impl DeliveryError {
     }
 
     /// An error that another attempt cannot mend: dead letter at once.
+    ///
+    /// From a publisher it is only believed when the destination has taken an event of another key after this one was
+    /// refused: a destination that is being deployed, or whose credentials have expired, refuses everything for good. Until
+    /// then the event is tried again as with [`retry`](Self::retry).
     #[must_use]
     pub fn permanent(message: impl Into<String>) -> Self {
         Self { reason: Reason::Permanent, ..Self::retry(message) }
@@ -149,6 +177,13 @@ impl DeliveryError {
     #[must_use]
     pub fn gone(message: impl Into<String>) -> Self {
         Self { reason: Reason::Gone, ..Self::retry(message) }
+    }
+
+    /// This process could not begin the attempt: it has no file descriptors left, for example. No attempt is spent, and the
+    /// destination is not taken to be down.
+    #[must_use]
+    pub fn not_begun(message: impl Into<String>) -> Self {
+        Self { reason: Reason::NotBegun, ..Self::retry(message) }
     }
 
     /// The same, no earlier than `after` from now.

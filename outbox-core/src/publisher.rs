@@ -1,6 +1,6 @@
 use std::future::Future;
 
-use crate::{Delivery, DeliveryError};
+use crate::{Delivery, DeliveryError, RetryPolicy};
 
 /// Hands events to a destination outside this process: a webhook, a broker, a log.
 ///
@@ -28,6 +28,12 @@ pub trait Publisher: Send + Sync + 'static {
     ///
     /// The future is dropped when the attempt's time is over or the worker stops; the delivery is then tried again.
     fn publish(&self, delivery: &Delivery) -> impl Future<Output = Result<(), DeliveryError>> + Send;
+
+    /// The retry policy of subscriptions to this destination that [set none](crate::Subscription::retry). Defaults to
+    /// [`RetryPolicy::default`].
+    fn retry_policy(&self) -> RetryPolicy {
+        RetryPolicy::default()
+    }
 }
 
 /// Writes each event to the log at level `info`, without its payload.

@@ -50,6 +50,17 @@ impl RetryPolicy {
         jitter: Jitter::Equal,
     };
 
+    /// For destinations of other people, which may be down for a night: 14 attempts in about a day, 1, 4, 16, 64, 256, 1,024
+    /// and 4,096 s apart, then 4 h each time. With the default jitter the last comes after 13 to 25 h.
+    ///
+    /// What fails in a row for several keys opens the circuit and spends nothing, however long it takes. So this is for
+    /// what only some events meet, or a subscription with few keys; and what comes after such an event in its key waits as
+    /// long.
+    #[must_use]
+    pub fn patient() -> Self {
+        Self { max_attempts: 14, max: Duration::from_secs(4 * 3600), multiplier: 4.0, ..Self::DEFAULT }
+    }
+
     /// Sets how often a delivery is tried before it becomes a dead letter. Defaults to 6: the first attempt and five
     /// more.
     ///
@@ -142,6 +153,21 @@ mod tests {
         let waits: Vec<_> = (1..=8).map(|n| policy.delay(n, 0.3).as_secs()).collect();
         assert_eq!(waits, [1, 2, 4, 8, 16, 32, 60, 60]);
         assert_eq!(policy.delay(u32::MAX, 0.3).as_secs(), 60);
+    }
+
+    #[test]
+    fn a_patient_policy_outlives_a_night_and_starts_soon() {
+        let policy = RetryPolicy::patient();
+        let sum = |random| {
+            (1..policy.attempts(None)).map(|n| policy.delay(n, random)).sum::<Duration>().as_secs_f64() / 3600.0
+        };
+        assert!(
+            (12.5..13.0).contains(&sum(0.0)) && (25.0..26.0).contains(&sum(0.999_999)),
+            "{} {}",
+            sum(0.0),
+            sum(1.0)
+        );
+        assert_eq!(policy.jitter(Jitter::None).delay(1, 0.3).as_secs(), 1);
     }
 
     #[test]

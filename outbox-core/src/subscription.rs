@@ -25,7 +25,7 @@ pub struct Subscription {
     name: String,
     filter: Filter,
     ordering: Ordering,
-    retry: RetryPolicy,
+    retry: Option<RetryPolicy>,
     start: StartPosition,
     after_dead_letter: AfterDeadLetter,
     concurrency: Option<usize>,
@@ -60,7 +60,7 @@ impl Subscription {
             name,
             filter: Filter::default(),
             ordering: Ordering::default(),
-            retry: RetryPolicy::default(),
+            retry: None,
             start: StartPosition::default(),
             after_dead_letter: AfterDeadLetter::default(),
             concurrency: None,
@@ -112,10 +112,11 @@ impl Subscription {
         self
     }
 
-    /// Sets when and how often failed deliveries are tried again.
+    /// Sets when and how often failed deliveries are tried again. Defaults to the policy of the
+    /// [publisher](crate::Publisher::retry_policy), and for handlers to [`RetryPolicy::default`].
     #[must_use]
     pub fn retry(mut self, retry: RetryPolicy) -> Self {
-        self.retry = retry;
+        self.retry = Some(retry);
         self
     }
 
@@ -177,10 +178,10 @@ impl Subscription {
         &self.ordering
     }
 
-    /// The retry policy.
+    /// The retry policy, if one was set.
     #[must_use]
-    pub fn retry_policy(&self) -> &RetryPolicy {
-        &self.retry
+    pub fn retry_policy(&self) -> Option<RetryPolicy> {
+        self.retry
     }
 
     /// Where it begins.

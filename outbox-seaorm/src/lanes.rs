@@ -33,7 +33,7 @@ pub struct LaneRef {
 }
 
 /// A lane with the deliveries to work on, in their order.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug)]
 pub struct ClaimedLane {
     /// The lease.
     pub lane: LaneRef,
@@ -42,14 +42,14 @@ pub struct ClaimedLane {
     /// Earlier attempts of the first delivery: a JSON array.
     pub attempt_log: Option<String>,
     /// The events to deliver. More than one only if the first has not been tried before; none only if the first is
-    /// unreadable.
+    /// unreadable, or for a relay.
     pub run: Vec<RecordedEvent>,
     /// What is wrong with the first event.
     pub unreadable: Option<Unreadable>,
 }
 
 /// An event whose row cannot be read: somebody changed or deleted it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unreadable {
     /// Its position.
     pub position: i64,
@@ -219,6 +219,19 @@ struct How<'a> {
 
 const ATTEMPT: How<'static> = How { attempts: 1, probe: false, mark: None };
 
+/// Behind the name of a relay, so that its leases can be taken over and those of workers cannot. The statements know it.
+pub(crate) const OF_RELAY: &str = " (relay)";
+
+/// An outbox among others.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Instance {
+    /// A name that no other outbox has, for what several of them share.
+    pub name: String,
+    /// The database's time.
+    pub now: DateTime<Utc>,
+}
+
 impl Outbox {
     /// Leases up to `lanes` lanes that are due, oldest first, with up to `run` deliveries of each.
     ///
@@ -275,8 +288,8 @@ impl Outbox {
         Ok(claim)
     }
 
-    /// As [`claim`](Self::claim), without counting an attempt: for a relay, which hands the lanes to workers that
-    /// [take them over](Self::take_over).
+    /// As [`claim`](Self::claim), without counting an attempt and without the deliveries: for a relay, which hands the
+    /// lanes to workers that [take them over](Self::take_over). Only such leases can be taken over.
     ///
     /// # Errors
     ///
@@ -290,10 +303,10 @@ impl Outbox {
         subscription: i32,
         relay: &str,
         lanes: u32,
-        run: u32,
         lease: Duration,
     ) -> Result<Claim, DbErr> {
-        self.claim_counting(subscription, relay, lanes, run, lease, How { attempts: 0, ..ATTEMPT }).await
+        let relay = format!("{relay}{OF_RELAY}");
+        self.claim_counting(subscription, &relay, lanes, 0, lease, How { attempts: 0, ..ATTEMPT }).await
     }
 
     async fn claim_counting(
@@ -331,7 +344,7 @@ impl Outbox {
             return Ok(Claim { next: self.next_due(subscription).await?, ..nothing });
         }
         let how = How { probe: true, ..how };
-        let (lanes, _) = self.claim_lanes(subscription, worker, 1, 1, lease, how).await?;
+        let (lanes, _) = self.claim_lanes(subscription, worker, 1, run.min(1), lease, how).await?;
         if lanes.is_empty() {
             // Somebody holds the lanes at this moment: nothing was found out.
             tracing::debug!(subscription, failures, "nothing to probe the destination with");
@@ -369,19 +382,25 @@ impl Outbox {
         let is_full = rows.len() >= lanes as usize;
         let since = mark.map_or(begun, |mark| mark.since);
         let mut next = None;
-        let mut claimed = HashMap::with_capacity(rows.len());
+        let mut claimed = Vec::with_capacity(rows.len());
         for row in &rows {
-            let key: String = row.try_get("", "key")?;
-            let lane = LaneRef { subscription, key: key.clone(), token: row.try_get("", "lease_token")? };
-            let attempts = row.try_get::<i32>("", "attempts")?.unsigned_abs();
-            let attempt_log = row.try_get("", "attempt_log")?;
+            let lane = leased(subscription, row)?;
             if is_full && let Some(due_at) = row.try_get("", "was_due_at")? {
-                next = Some(Mark { due_at, key: key.clone(), since });
+                next = Some(Mark { due_at, key: lane.lane.key.clone(), since });
             }
-            let order = (f64::INFINITY, i64::MAX);
-            claimed
-                .insert(key, (order, ClaimedLane { lane, attempts, attempt_log, run: Vec::new(), unreadable: None }));
+            claimed.push(lane);
         }
+        if run == 0 {
+            return Ok((claimed, next));
+        }
+        Ok((self.with_runs(subscription, claimed, run).await?, next))
+    }
+
+    /// Leased lanes with their first deliveries. Those that have nothing due are given back.
+    async fn with_runs(&self, subscription: i32, lanes: Vec<ClaimedLane>, run: u32) -> Result<Vec<ClaimedLane>, DbErr> {
+        let order = (f64::INFINITY, i64::MAX);
+        let mut claimed: HashMap<String, _> =
+            lanes.into_iter().map(|lane| (lane.lane.key.clone(), (order, lane))).collect();
         let keys: Vec<&String> = claimed.keys().collect();
         // A statement of its own: what it sees is from after the claim, so nothing that was finished before.
         let values = [subscription.into(), json(&keys)?.into(), run.into()];
@@ -420,7 +439,7 @@ impl Outbox {
             complete.into_iter().partition(|(_, lane)| !lane.run.is_empty() || lane.unreadable.is_some());
         self.give_back(empty.into_iter().map(|(_, lane)| lane)).await?;
         complete.sort_by(|((since_a, a), _), ((since_b, b), _)| since_a.total_cmp(since_b).then(a.cmp(b)));
-        Ok((complete.into_iter().map(|(_, lane)| lane).collect(), next))
+        Ok(complete.into_iter().map(|(_, lane)| lane).collect())
     }
 
     /// Gives back lanes that turned out to have nothing due: their head waits for its time.
@@ -502,9 +521,10 @@ impl Outbox {
         Ok(settled)
     }
 
-    /// Takes over leases from a relay: each gets a new token, so nobody else can take it over again, a new end, and the
-    /// attempt is counted. Lanes that are missing in the answer were lost, or a commit holds them at this moment;
-    /// [`held`](Self::held) tells which. The runs of the answers are empty: they came with the relay's job.
+    /// Takes over leases of this subscription from a relay: each gets a new token, so nobody else can take it over again, a
+    /// new end, and the attempt is counted. What is to be delivered comes from the database, as with [`claim`](Self::claim).
+    /// Lanes that are missing in the answer were lost, belong to another subscription, have nothing due, or a commit holds
+    /// them at this moment; [`relayed`](Self::relayed) tells which.
     ///
     /// # Errors
     ///
@@ -513,31 +533,39 @@ impl Outbox {
     /// # Cancel safety
     ///
     /// Dropping the future leaves open whether the leases are taken over. Run it in a task of its own.
-    pub async fn take_over(&self, worker: &str, lanes: &[LaneRef], lease: Duration) -> Result<Vec<ClaimedLane>, DbErr> {
-        let values = [leases(lanes)?.into(), seconds(lease).into(), worker.into()];
+    pub async fn take_over(
+        &self,
+        subscription: i32,
+        worker: &str,
+        lanes: &[LaneRef],
+        run: u32,
+        lease: Duration,
+    ) -> Result<Vec<ClaimedLane>, DbErr> {
+        let own: Vec<LaneRef> = lanes.iter().filter(|lane| lane.subscription == subscription).cloned().collect();
+        let values = [leases(&own)?.into(), seconds(lease).into(), worker.into()];
         let rows = self.query_all(self.store(), self.sql().take_over, values).await?;
-        rows.iter()
-            .map(|row| {
-                let (subscription, key) = (row.try_get("", "subscription_id")?, row.try_get("", "key")?);
-                Ok(ClaimedLane {
-                    lane: LaneRef { subscription, key, token: row.try_get("", "lease_token")? },
-                    attempts: row.try_get::<i32>("", "attempts")?.unsigned_abs(),
-                    attempt_log: row.try_get("", "attempt_log")?,
-                    run: Vec::new(),
-                    unreadable: None,
-                })
-            })
-            .collect()
+        let taken: Vec<_> = rows.iter().map(|row| leased(subscription, row)).collect::<Result<_, _>>()?;
+        if taken.is_empty() { Ok(taken) } else { self.with_runs(subscription, taken, run).await }
     }
 
-    /// A name that no other outbox has, for what several of them share.
+    /// Returns the leases that are still a relay's.
     ///
     /// # Errors
     ///
     /// If the database fails.
-    pub async fn instance(&self) -> Result<String, DbErr> {
+    pub async fn relayed(&self, lanes: &[LaneRef]) -> Result<Vec<LaneRef>, DbErr> {
+        self.still(self.sql().relayed, lanes).await
+    }
+
+    /// The name of this outbox, and the database's time.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn instance(&self) -> Result<Instance, DbErr> {
         let row = self.query_one(self.store_reader(), self.sql().instance, []).await?;
-        row.ok_or_else(|| DbErr::RecordNotFound("outbox_meta".to_owned()))?.try_get("", "instance")
+        let row = row.ok_or_else(|| DbErr::RecordNotFound("outbox_meta".to_owned()))?;
+        Ok(Instance { name: row.try_get("", "instance")?, now: row.try_get("", "now")? })
     }
 
     /// Extends leases to `lease` from now and returns those that were extended. The others were taken over, or a commit
@@ -583,13 +611,28 @@ impl Outbox {
     ///
     /// If the database fails.
     pub async fn held(&self, lanes: &[LaneRef]) -> Result<Vec<LaneRef>, DbErr> {
-        let rows = self.query_all(self.store_reader(), self.sql().held, [leases(lanes)?.into()]).await?;
+        self.still(self.sql().held, lanes).await
+    }
+
+    async fn still(&self, sql: &'static str, lanes: &[LaneRef]) -> Result<Vec<LaneRef>, DbErr> {
+        let rows = self.query_all(self.store_reader(), sql, [leases(lanes)?.into()]).await?;
         let held = rows.iter().map(|row| {
             let index: i64 = row.try_get("", "report")?;
             Ok(usize::try_from(index).ok().and_then(|index| lanes.get(index)).cloned())
         });
         held.filter_map(Result::transpose).collect()
     }
+}
+
+/// A lane as the statements lease it, without what is to be delivered.
+fn leased(subscription: i32, row: &QueryResult) -> Result<ClaimedLane, DbErr> {
+    Ok(ClaimedLane {
+        lane: LaneRef { subscription, key: row.try_get("", "key")?, token: row.try_get("", "lease_token")? },
+        attempts: row.try_get::<i32>("", "attempts")?.unsigned_abs(),
+        attempt_log: row.try_get("", "attempt_log")?,
+        run: Vec::new(),
+        unreadable: None,
+    })
 }
 
 /// Leases as the statements take them.

@@ -50,7 +50,9 @@ pub use dead_letters::{Changed, DeadLetter, DeadLetterFilter};
 pub use deliveries::{DELIVERIES_LISTED, DamagedEvent, DeliveryRecord, DeliveryState};
 pub use events::{DeliveryDetails, EventDetails, EventFilter, EventPage};
 pub use inbox::once;
-pub use lanes::{Claim, ClaimedLane, Finished, LaneRef, LaneReport, Mark, Next, NextDue, Settled, Unreadable};
+pub use lanes::{
+    Claim, ClaimedLane, Finished, Instance, LaneRef, LaneReport, Mark, Next, NextDue, Settled, Unreadable,
+};
 pub use outbox::{Outbox, SchemaError};
 pub use replay::Replay;
 pub use retention::{Purged, Retention};

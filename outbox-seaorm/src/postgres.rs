@@ -90,7 +90,7 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     generation: "select generation from outbox_meta",
 
-    instance: "select instance from outbox_meta",
+    instance: "select instance, clock_timestamp() as now from outbox_meta",
 
     bump_generation: "update outbox_meta set generation = generation + 1",
 
@@ -370,7 +370,7 @@ pub(crate) static POSTGRES: Sql = Sql {
                  cross join lateral (
                        select l.subscription_id, l.key from outbox_lanes l
                         where l.subscription_id = r.subscription and l.key = r.key
-                          and l.lease_token = r.token and l.leased_by is not null
+                          and l.lease_token = r.token and l.leased_by like '% (relay)'
                           for update skip locked) l)
         update outbox_lanes l
            set attempts = attempts + 1, lease_token = lease_token + 1, leased_by = $3,
@@ -379,6 +379,15 @@ pub(crate) static POSTGRES: Sql = Sql {
          where l.subscription_id = held.subscription_id and l.key = held.key
            and l.key = any (array(select key from held))
         returning l.subscription_id, l.key, l.lease_token, l.attempts, l.attempt_log::text as attempt_log",
+
+    relayed: "
+        select (r.ordinality - 1)::bigint as report
+          from rows from (jsonb_to_recordset($1::text::jsonb) as (subscription integer, key text, token bigint))
+               with ordinality as r(subscription, key, token, ordinality)
+         cross join lateral (
+               select from outbox_lanes l
+                where l.subscription_id = r.subscription and l.key = r.key
+                  and l.lease_token = r.token and l.leased_by like '% (relay)' offset 0) l",
 
     renew: "
         with held as materialized (
@@ -498,7 +507,8 @@ pub(crate) static POSTGRES: Sql = Sql {
     heartbeat: "
         insert into outbox_workers (id, subscriptions, started_at, last_seen_at)
         values ($1, $2::text::jsonb, clock_timestamp(), clock_timestamp())
-        on conflict (id) do update set subscriptions = excluded.subscriptions, last_seen_at = excluded.last_seen_at",
+        on conflict (id) do update set subscriptions = excluded.subscriptions, last_seen_at = excluded.last_seen_at
+        returning last_seen_at",
 
     forget_workers: "
         delete from outbox_workers where last_seen_at < clock_timestamp() - $1 * interval '1 second'",

@@ -117,9 +117,12 @@ pub(crate) struct Sql {
     /// next delivery; after `hold` it is not due until an operator decides. A lane without deliveries is deleted.
     pub(crate) settle: Settle,
 
-    /// $1 lanes, $2 lease, $3 worker. Hands leases over with a new token and counts the attempt. Returns the lanes whose
-    /// lease was still held.
+    /// $1 lanes, $2 lease, $3 worker. Hands leases of relays over with a new token and counts the attempt. Returns the
+    /// lanes whose lease was still a relay's.
     pub(crate) take_over: &'static str,
+
+    /// $1 lanes. Those whose lease is still a relay's.
+    pub(crate) relayed: &'static str,
 
     /// $1 lanes, $2 lease. Returns the lanes whose lease was still held.
     pub(crate) renew: &'static str,
@@ -174,7 +177,7 @@ pub(crate) struct Sql {
     /// $1 consumer, $2 event id.
     pub(crate) inbox_insert: &'static str,
 
-    /// $1 worker, $2 subscriptions.
+    /// $1 worker, $2 subscriptions. Returns the time.
     pub(crate) heartbeat: &'static str,
 
     /// $1 seconds.

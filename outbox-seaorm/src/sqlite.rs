@@ -60,7 +60,7 @@ pub(crate) static SQLITE: Sql = Sql {
 
     generation: "select generation from outbox_meta",
 
-    instance: "select instance from outbox_meta",
+    instance: "select instance, strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as now from outbox_meta",
 
     bump_generation: "update outbox_meta set generation = generation + 1",
 
@@ -224,9 +224,14 @@ pub(crate) static SQLITE: Sql = Sql {
       from (select value->>'subscription' as subscription, value->>'key' as lane, value->>'token' as token
               from json_each($1)) r
      where outbox_lanes.subscription_id = r.subscription and outbox_lanes.key = r.lane
-       and outbox_lanes.lease_token = r.token and outbox_lanes.leased_by is not null
+       and outbox_lanes.lease_token = r.token and outbox_lanes.leased_by like '% (relay)'
     returning outbox_lanes.subscription_id, outbox_lanes.key, outbox_lanes.lease_token, outbox_lanes.attempts,
               outbox_lanes.attempt_log",
+
+    relayed: "
+    select r.key as report from json_each($1) r
+      join outbox_lanes l on l.subscription_id = r.value->>'subscription' and l.key = r.value->>'key'
+       and l.lease_token = r.value->>'token' and l.leased_by like '% (relay)'",
 
     renew: "
     update outbox_lanes
@@ -291,7 +296,8 @@ pub(crate) static SQLITE: Sql = Sql {
     heartbeat: "
     insert into outbox_workers (id, subscriptions, started_at, last_seen_at)
     values ($1, $2, strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
-    on conflict (id) do update set subscriptions = excluded.subscriptions, last_seen_at = excluded.last_seen_at",
+    on conflict (id) do update set subscriptions = excluded.subscriptions, last_seen_at = excluded.last_seen_at
+    returning last_seen_at",
 
     forget_workers: "
     delete from outbox_workers

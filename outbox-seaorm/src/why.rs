@@ -8,6 +8,7 @@ use uuid::Uuid;
 use crate::{
     DeliveryDetails, DeliveryState, Outbox,
     deliveries::{attempt_log, recorded},
+    lanes::OF_RELAY,
     subscriptions::parsed,
 };
 
@@ -192,7 +193,10 @@ impl Standing {
         if queued.is_leased(self.now) {
             let (worker, until) = (queued.leased_by.as_deref().unwrap_or_default(), queued.lane_due_at);
             let until_text = until.map(shown).unwrap_or_default();
-            let reason = format!("attempt {} is under way in {worker}, leased until {until_text}", queued.attempts);
+            let reason = match worker.strip_suffix(OF_RELAY) {
+                Some(relay) => format!("{relay} has put it into Redis for a worker, until {until_text}"),
+                None => format!("attempt {} is under way in {worker}, leased until {until_text}", queued.attempts),
+            };
             return (reason, None, json!({ "cause": "leased", "worker": worker, "until": until }));
         }
         if queued.held {

@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use sea_orm::DbErr;
 
 use crate::{
@@ -8,14 +9,16 @@ use crate::{
 };
 
 impl Outbox {
-    /// Shows dashboards that a worker is alive. Says nothing about leases: those have ends of their own.
+    /// Shows dashboards that a worker is alive, and returns the database's time. Says nothing about leases: those have ends
+    /// of their own.
     ///
     /// # Errors
     ///
     /// If the database fails.
-    pub async fn heartbeat(&self, worker: &str, subscriptions: &[&str]) -> Result<(), DbErr> {
+    pub async fn heartbeat(&self, worker: &str, subscriptions: &[&str]) -> Result<DateTime<Utc>, DbErr> {
         let values = [worker.into(), json(subscriptions)?.into()];
-        self.execute(self.store(), self.sql().heartbeat, values).await.map(|_| ())
+        let row = self.query_one(self.store(), self.sql().heartbeat, values).await?;
+        row.ok_or_else(|| DbErr::RecordNotFound("outbox_workers".to_owned()))?.try_get("", "last_seen_at")
     }
 
     /// Takes a worker that has stopped off the dashboards.

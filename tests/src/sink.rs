@@ -30,6 +30,7 @@ pub const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 pub struct Sink {
     arrivals: Arc<Mutex<Vec<Arrival>>>,
     refused: Arc<AtomicUsize>,
+    asked: Arc<AtomicUsize>,
     mood: Arc<Mutex<Mood>>,
     at_work: Arc<AtomicUsize>,
     most_at_work: Arc<AtomicUsize>,
@@ -66,6 +67,8 @@ pub struct Arrival {
     pub event: Value,
     /// The same, byte for byte.
     pub body: Bytes,
+    /// The seconds that it was signed with.
+    pub timestamp: i64,
     /// When it came.
     pub at: Instant,
 }
@@ -131,6 +134,12 @@ impl Sink {
         numbers
     }
 
+    /// How many requests came that were signed, whatever became of them.
+    #[must_use]
+    pub fn asked(&self) -> usize {
+        self.asked.load(Ordering::SeqCst)
+    }
+
     /// How many arrivals were not what was signed.
     #[must_use]
     pub fn refused(&self) -> usize {
@@ -148,6 +157,7 @@ async fn take(State(sink): State<Sink>, headers: HeaderMap, body: Bytes) -> Stat
     let (id, timestamp) = (header("webhook-id"), header("webhook-timestamp"));
     match serde_json::from_slice::<Value>(&body) {
         Ok(event) if event["id"] == id && header("webhook-signature") == signature(id, timestamp, &body) => {
+            sink.asked.fetch_add(1, Ordering::SeqCst);
             let at_work = sink.at_work.fetch_add(1, Ordering::SeqCst) + 1;
             sink.most_at_work.fetch_max(at_work, Ordering::SeqCst);
             let mood = *sink.mood.lock().unwrap_or_else(PoisonError::into_inner);
@@ -165,7 +175,8 @@ async fn take(State(sink): State<Sink>, headers: HeaderMap, body: Bytes) -> Stat
                 Mood::Answer { status, .. } => StatusCode::from_u16(status).expect("a status"),
             };
             if status.is_success() || matches!(mood, Mood::Answer { .. }) {
-                sink.lock().push(Arrival { event, body, at });
+                let timestamp = timestamp.parse().unwrap_or_default();
+                sink.lock().push(Arrival { event, body, timestamp, at });
             }
             if let Mood::Answer { after, .. } = mood {
                 tokio::time::sleep(after).await;

@@ -74,6 +74,11 @@ impl Config {
         })
     }
 
+    /// Whether anything about attempts was set.
+    pub(crate) fn sets_retries(&self) -> bool {
+        self.max_attempts.is_some() || self.backoff_base.is_some() || self.backoff_max.is_some()
+    }
+
     pub(crate) fn retry_policy(&self) -> Result<RetryPolicy, ConfigError> {
         let mut policy = RetryPolicy::default();
         if let Some(attempts) = self.max_attempts {

@@ -185,16 +185,19 @@ async fn page_config(State(app): State<App>) -> Json<serde_json::Value> {
 
 fn worker(outbox: &Outbox, config: &Config) -> Result<Worker, Box<dyn Error>> {
     let retry = config.retry_policy()?;
-    let subscription = |name: &str| -> Result<Subscription, Box<dyn Error>> {
-        Ok(Subscription::new(name)?.events(["todo.*"])?.retry(retry).start(StartPosition::Beginning))
+    let named = |name: &str| -> Result<Subscription, Box<dyn Error>> {
+        Ok(Subscription::new(name)?.events(["todo.*"])?.start(StartPosition::Beginning))
     };
+    let subscription = |name: &str| named(name).map(|named| named.retry(retry));
     let mut worker = Worker::new(outbox.clone())
         .handlers(subscription("stats")?, activity::stats_handlers())
         .handlers(subscription("activity")?, activity::activity_handlers());
     if let Some((url, secret)) = &config.webhook {
         // A receiver on the same machine is what one tries first.
         let webhook = WebhookPublisher::new(url, secret)?.source("/todo-app")?.allow_loopback();
-        worker = worker.publisher(subscription("webhook")?, webhook);
+        // Somebody else's: it may be down for a night.
+        let subscription = if config.sets_retries() { subscription("webhook")? } else { named("webhook")? };
+        worker = worker.publisher(subscription, webhook);
     }
     Ok(config.apply(worker)?)
 }

@@ -4,7 +4,7 @@ use apalis::{layers::WorkerBuilderExt, prelude::WorkerBuilder};
 use apalis_core::backend::ext::BackendExt;
 
 use super::{Jobs, Transport, job::Readable};
-use crate::feed::Source;
+use crate::{feed::Source, metrics};
 
 /// How often an idle worker asks Redis: what a delivery waits there at most.
 const ASK_EVERY: Duration = Duration::from_millis(25);
@@ -24,11 +24,11 @@ pub(crate) async fn consume(source: &Source, transport: &Transport) {
         transport.health.wait_for(true).await;
         // Never a name twice: a worker that comes back under its old name is refused.
         let name = format!("{}-{:08x}", source.worker, fastrand::u32(..));
-        let jobs = transport.jobs.clone();
+        let (jobs, name_of) = (transport.jobs.clone(), source.name.clone());
         let worker = WorkerBuilder::new(name.as_str())
             .backend(transport.queue.storage().poll_with_interval(ASK_EVERY))
             .concurrency(HAND_OVERS)
-            .build(move |job: Readable| hand_over(jobs.clone(), job));
+            .build(move |job: Readable| hand_over(name_of.clone(), jobs.clone(), job));
         let started = tokio::time::Instant::now();
         let stop = source.stop.clone();
         // When the worker stops, what it has fetched and not handed over goes back into Redis.
@@ -53,10 +53,20 @@ pub(crate) async fn consume(source: &Source, transport: &Transport) {
 }
 
 /// The job is done for Redis when the feed has it: from then on the lease in the database counts.
-async fn hand_over(jobs: Arc<Jobs>, Readable(job): Readable) -> Result<(), std::convert::Infallible> {
+async fn hand_over(
+    subscription: Arc<str>,
+    jobs: Arc<Jobs>,
+    Readable(job): Readable,
+) -> Result<(), std::convert::Infallible> {
     match job {
         Some(job) => jobs.put(job).await,
-        None => tracing::warn!("a job was garbled in Redis; its deliveries are due again when its lease ends"),
+        None => {
+            tracing::warn!(
+                subscription = &*subscription,
+                "a job was garbled in Redis; its deliveries are due again when its lease ends"
+            );
+            metrics::dropped_jobs(&subscription, "garbled", 1);
+        }
     }
     Ok(())
 }

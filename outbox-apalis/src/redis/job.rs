@@ -4,14 +4,15 @@ use std::{
 };
 
 use apalis_core::backend::codec::Codec;
-use outbox_seaorm::ClaimedLane;
+use outbox_seaorm::LaneRef;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, Semaphore};
 
-/// What travels through Redis: a leased lane with its run.
+/// What travels through Redis: a relay's lease, and nothing of an event. Whoever takes it over asks the database what is to
+/// be delivered, so whoever can write to Redis can take leases away, which then end, and nothing else.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Job {
-    pub(crate) lane: ClaimedLane,
+    pub(crate) lane: LaneRef,
     /// It finds out whether a destination that was down is back.
     pub(crate) probe: bool,
 }

@@ -82,9 +82,9 @@ async fn move_batch(source: &Source, transport: &Transport) -> Moved {
 
 async fn claim_and_push(source: &Source, transport: &Transport, room: usize) -> Moved {
     let Source { outbox, subscription, worker, options, .. } = source;
-    let (lanes, run) = (u32::try_from(room).unwrap_or(u32::MAX), u32::try_from(options.batch).unwrap_or(u32::MAX));
+    let lanes = u32::try_from(room).unwrap_or(u32::MAX);
     let lease = options.lease * RELAY_LEASES;
-    let claim = match outbox.claim_for_relay(*subscription, worker, lanes, run, lease).await {
+    let claim = match outbox.claim_for_relay(*subscription, worker, lanes, lease).await {
         Ok(claim) => claim,
         Err(error) => {
             tracing::warn!(subscription = &*source.name, %error, "cannot claim deliveries for Redis, trying again");
@@ -96,7 +96,7 @@ async fn claim_and_push(source: &Source, transport: &Transport, room: usize) -> 
         return Moved::All(claim.next.and_then(|next| next.after));
     }
     let full = claimed.len() == room;
-    let jobs = claimed.iter().map(|lane| Job { lane: lane.clone(), probe }).collect();
+    let jobs = claimed.iter().map(|lane| Job { lane: lane.lane.clone(), probe }).collect();
     if let Err(error) = transport.queue.push(jobs).await {
         tracing::warn!(subscription = &*source.name, error, "Redis did not take jobs; they are given back");
         // Some may have arrived: their leases are over now, so nobody can take them over.

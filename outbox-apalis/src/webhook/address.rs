@@ -20,6 +20,10 @@ pub(super) struct Allowed {
 }
 
 impl Allowed {
+    pub(super) fn everything() -> Self {
+        Self { networks: vec![IpNet::V4(v4(0, 0, 0, 0, 0)), IpNet::V6(v6(0, 0, 0))] }
+    }
+
     pub(super) fn loopback(&mut self) {
         self.networks.extend([IpNet::V4(LOOPBACK_V4), IpNet::V6(LOOPBACK_V6)]);
     }

@@ -23,8 +23,8 @@ const SHOWN_CHARS: usize = 512;
 /// Longest wait for the body of a failure: its status has said what counts.
 const BODY_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What an answer other than 2xx means for the delivery.
-pub(super) async fn failed<B>(answer: Response<B>, left: Duration, hidden: &Hidden) -> DeliveryError
+/// What an answer other than 2xx means for the delivery. `now` is the database's time.
+pub(super) async fn failed<B>(answer: Response<B>, left: Duration, now: SystemTime, hidden: &Hidden) -> DeliveryError
 where
     B: BodyExt<Data: AsRef<[u8]>> + Unpin,
 {
@@ -44,7 +44,7 @@ where
         status if in_trouble(status) => DeliveryError::unavailable(text),
         _ => DeliveryError::retry(text),
     };
-    match wait(&head.headers, SystemTime::now()) {
+    match wait(&head.headers, now) {
         None => error,
         Some(wait) => error.no_earlier(wait),
     }

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use outbox_core::Publisher as _;
+use outbox_core::{Delivery, Publisher as _};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -93,6 +93,19 @@ async fn retry_after_as_a_date_is_honoured() {
     })
     .await;
     let wait = failure(&publisher(&receiver.url())).await.wait().unwrap();
+    assert!((50..=60).contains(&wait.as_secs()), "{wait:?}");
+}
+
+#[tokio::test]
+async fn retry_after_as_a_date_is_compared_with_the_time_of_the_database() {
+    let database = SystemTime::now() + Duration::from_secs(600);
+    let receiver = Receiver::start(move |_| {
+        let date = httpdate::fmt_http_date(database + Duration::from_secs(60));
+        (axum::http::StatusCode::SERVICE_UNAVAILABLE, [("retry-after", date)])
+    })
+    .await;
+    let delivery = Delivery::new(Arc::new(event()), "webhook".into(), 1).starting_at(database.into());
+    let wait = publisher(&receiver.url()).publish(&delivery).await.unwrap_err().wait().unwrap();
     assert!((50..=60).contains(&wait.as_secs()), "{wait:?}");
 }
 
@@ -216,6 +229,47 @@ async fn an_answer_whose_head_has_no_end_is_tried_again() {
     let error = failure(&publisher(&format!("http://{address}"))).await;
     assert!(!error.is_permanent(), "{error}");
     assert!(error.message().starts_with(&format!("no answer from http://{address}: ")), "{error}");
+}
+
+#[tokio::test]
+async fn an_answer_with_many_headers_is_an_answer() {
+    for (status, taken) in [(200, true), (500, false)] {
+        let address = raw(move |mut connection| async move {
+            let _ = connection.read(&mut [0; 4096]).await;
+            let headers: String = (0..500).map(|n| format!("x-header-{n}: value\r\n")).collect();
+            let head = format!("HTTP/1.1 {status} X\r\n{headers}content-length: 0\r\n\r\n");
+            let _ = connection.write_all(head.as_bytes()).await;
+        })
+        .await;
+        let result = publish(&publisher(&format!("http://{address}")), event()).await;
+        assert_eq!(result.is_ok(), taken, "{result:?}");
+        assert!(taken || result.unwrap_err().message().starts_with("the destination answered 500"));
+    }
+}
+
+/// The destination is there, and answers this event so each time: attempts are spent.
+#[tokio::test]
+async fn an_answer_that_cannot_be_read_is_about_the_event() {
+    let too_many: String = (0..2000).map(|n| format!("x{n}: v\r\n")).collect();
+    let heads = [
+        format!("HTTP/1.1 200 OK\r\n{too_many}\r\n"),
+        format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "x".repeat(200_000)),
+        "SSH-2.0\r\n".to_owned(),
+    ];
+    for head in heads {
+        let address = raw(move |mut connection| {
+            let head = head.clone();
+            async move {
+                let _ = connection.read(&mut [0; 4096]).await;
+                let _ = connection.write_all(head.as_bytes()).await;
+                let _ = connection.read(&mut [0; 4096]).await;
+            }
+        })
+        .await;
+        let error = failure(&publisher(&format!("http://{address}"))).await;
+        assert_eq!(error.reason(), outbox_core::Reason::Failed, "{error}");
+        assert!(error.message().contains("what came cannot be read"), "{error}");
+    }
 }
 
 #[tokio::test]

@@ -1,9 +1,16 @@
 use std::{
     collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     time::{Duration, Instant},
 };
 
-use tokio::net::TcpListener;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+};
 
 use crate::fixture::{MS, Receiver, event, failure, in_child, publish, publisher, raw};
 
@@ -61,6 +68,52 @@ async fn a_connection_is_used_again() {
         let connections: HashSet<_> = receiver.received().iter().map(|received| received.from).collect();
         assert_eq!(connections.len(), 1, "{connections:?}");
     }
+}
+
+/// It closes or resets the connection when it is used again, without an answer.
+#[tokio::test]
+async fn a_used_connection_that_breaks_is_no_failure() {
+    for reset in [false, true] {
+        let requests = Arc::new(AtomicUsize::new(0));
+        let count = requests.clone();
+        let address = raw(move |mut connection| {
+            let count = count.clone();
+            async move {
+                let _ = connection.read(&mut [0; 4096]).await;
+                count.fetch_add(1, SeqCst);
+                let _ = connection.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await;
+                let _ = connection.read(&mut [0; 4096]).await;
+                if reset {
+                    let _ = connection.set_zero_linger();
+                }
+            }
+        })
+        .await;
+        let publisher = publisher(&format!("http://{address}"));
+        for n in 1..=5 {
+            publish(&publisher, event()).await.unwrap();
+            assert_eq!(requests.load(SeqCst), n, "each is answered once");
+            // The connection task has to see the end of the answer.
+            tokio::time::sleep(5 * MS).await;
+        }
+    }
+}
+
+/// Nobody knows whether what broke a new one would not break the next.
+#[tokio::test]
+async fn a_new_connection_that_breaks_is_a_failure() {
+    let connections = Arc::new(AtomicUsize::new(0));
+    let count = connections.clone();
+    let address = raw(move |mut connection| {
+        count.fetch_add(1, SeqCst);
+        async move {
+            let _ = connection.read(&mut [0; 4096]).await;
+        }
+    })
+    .await;
+    let error = failure(&publisher(&format!("http://{address}"))).await;
+    assert!(error.message().starts_with("no answer from http://"), "{error}");
+    assert_eq!(connections.load(SeqCst), 1);
 }
 
 #[tokio::test]

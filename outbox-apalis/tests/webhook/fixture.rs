@@ -146,12 +146,24 @@ where
 ///
 /// The environment of this process belongs to all tests at once.
 pub(crate) fn in_child(test: &str, environment: &[(&str, &str)]) -> bool {
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child.envs(environment.iter().copied());
+    in_this_child(test, child)
+}
+
+/// As [`in_child`], in a process that can open few files.
+pub(crate) fn in_limited_child(test: &str, files: u32) -> bool {
+    let mut child = std::process::Command::new("sh");
+    child.args(["-c", &format!("ulimit -n {files} && exec \"$0\" \"$@\"")]).arg(std::env::current_exe().unwrap());
+    in_this_child(test, child)
+}
+
+fn in_this_child(test: &str, mut child: std::process::Command) -> bool {
     const MARK: &str = "OUTBOX_WEBHOOK_TEST";
     if std::env::var(MARK).is_ok_and(|running| running == test) {
         return true;
     }
-    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
-    child.args([test, "--exact", "--test-threads=1"]).env(MARK, test).envs(environment.iter().copied());
+    child.args([test, "--exact", "--test-threads=1"]).env(MARK, test);
     let output = child.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && text.contains("1 passed"), "{text}{}", String::from_utf8_lossy(&output.stderr));

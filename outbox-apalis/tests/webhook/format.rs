@@ -1,8 +1,11 @@
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use outbox_apalis::{InvalidWebhook, WebhookPublisher};
-use outbox_core::RecordedEvent;
+use outbox_core::{Delivery, Publisher as _, RecordedEvent};
 use uuid::Uuid;
 
 use crate::{
@@ -169,4 +172,14 @@ fn settings_that_cannot_work_are_refused_where_they_are_given() {
     let zero = std::time::Duration::ZERO;
     assert!(matches!(publisher().timeout(zero).unwrap_err(), InvalidWebhook::Timeout));
     assert!(matches!(publisher().connect_timeout(zero).unwrap_err(), InvalidWebhook::Timeout));
+}
+
+/// The database says what time it is, not this machine.
+#[tokio::test]
+async fn the_timestamp_is_when_the_attempt_began() {
+    let receiver = Receiver::accepting().await;
+    let delivery = Delivery::new(Arc::new(event()), "webhook".into(), 1);
+    let delivery = delivery.starting_at("2001-02-03T04:05:06.789Z".parse().unwrap());
+    publisher(&receiver.url()).publish(&delivery).await.unwrap();
+    assert_eq!(timestamp(&receiver.only()), 981_173_106);
 }

@@ -5,6 +5,8 @@ mod answers;
 mod connections;
 mod fixture;
 mod format;
+mod limits;
+mod proxy;
 mod secrecy;
 mod standard_webhooks;
 mod tls;

@@ -12,10 +12,10 @@ use tokio_rustls::TlsAcceptor;
 use crate::fixture::{Receiver, SECRET, event, failure, publish, publisher, raw};
 
 /// Has signed the certificate of the name `localhost`. Both are valid until 2120.
-const AUTHORITY: &str = include_str!("tls/authority.pem");
+pub(crate) const AUTHORITY: &str = include_str!("tls/authority.pem");
 
 /// A destination behind TLS; the port.
-async fn receiver() -> u16 {
+pub(crate) async fn receiver() -> u16 {
     let certificate = CertificateDer::from_pem_slice(include_bytes!("tls/localhost.pem")).unwrap();
     let key = PrivatePkcs8KeyDer::from(include_bytes!("tls/localhost.key.der").as_slice());
     let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))

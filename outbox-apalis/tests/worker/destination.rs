@@ -110,6 +110,100 @@ async fn one_event_that_a_healthy_destination_never_takes_becomes_a_dead_letter(
     assert!(!circuit_is_open(&fixture).await);
 }
 
+/// While it is deployed, or its credentials have expired: whatever it answers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_destination_that_refuses_everything_costs_no_event() {
+    for refused in [DeliveryError::retry, DeliveryError::permanent] {
+        let fixture = Fixture::new().await;
+        let destination = Destination::new(move |_| Err(refused("no")));
+        let worker = fixture.worker().concurrency(4).unwrap();
+        let worker = run(worker.publisher(subscription("s"), destination.clone())).await;
+        push_keys(&fixture, 100).await;
+        eventually("it is probed", || async {
+            fixture.count("outbox_subscriptions where circuit_failures > 20").await == 1
+        })
+        .await;
+        assert_eq!(fixture.count("outbox_dead_letters").await, 0);
+        let calls = destination.calls().len();
+        let probes: i32 = fixture.value("select circuit_failures from outbox_subscriptions").await;
+        // Four keys, and what is under way; then one at a time.
+        assert!(calls <= 4 + 4 + probes as usize + 1, "{calls} calls, {probes} times found down");
+        destination.now(|_| Ok(()));
+        fixture.delivered(100).await;
+        worker.stop().await;
+        fixture.is_at_rest().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_event_that_is_refused_for_good_dies_at_its_second_attempt() {
+    let fixture = Fixture::new().await;
+    let destination = Destination::new(|delivery| match delivery.event().aggregate_id.as_str() {
+        "7" => Err(DeliveryError::permanent("malformed")),
+        _ => Ok(()),
+    });
+    let slow = outbox_core::RetryPolicy::default().backoff(100 * MS, 100 * MS).unwrap();
+    let worker = fixture.worker().concurrency(1).unwrap().publisher(subscription("s").retry(slow), destination.clone());
+    let worker = run(worker).await;
+    push_keys(&fixture, 20).await;
+    fixture.dead(1).await;
+    fixture.delivered(19).await;
+    worker.stop().await;
+    assert!(!circuit_is_open(&fixture).await);
+    assert_eq!(fixture.column::<i32>("select attempts from outbox_dead_letters").await, [2]);
+    assert_eq!(fixture.column::<String>("select error from outbox_dead_letters").await, ["malformed"]);
+}
+
+/// Nothing tells whether it is the event or the destination.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lone_key_that_is_refused_has_all_its_attempts() {
+    let fixture = Fixture::new().await;
+    let destination = Destination::new(|_| Err(DeliveryError::permanent("404")));
+    let worker = run(fixture.worker().publisher(subscription("s"), destination.clone())).await;
+    fixture.push([noted("a", 0), noted("a", 1)]).await;
+    fixture.dead(2).await;
+    worker.stop().await;
+    assert_eq!(fixture.column::<i32>("select attempts from outbox_dead_letters order by position").await, [5, 5]);
+    assert!(!circuit_is_open(&fixture).await);
+}
+
+/// This process has run out of something.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn attempts_that_cannot_begin_are_given_back() {
+    let fixture = Fixture::new().await;
+    let destination = Destination::new(|_| Err(DeliveryError::not_begun("no file descriptors")));
+    let worker = run(fixture.worker().publisher(subscription("s"), destination.clone())).await;
+    push_keys(&fixture, 20).await;
+    eventually("each is tried often", || async { destination.calls().len() > 200 }).await;
+    assert!(destination.calls().iter().all(|(_, attempt, _)| *attempt == 1), "no attempt is spent");
+    assert!(!circuit_is_open(&fixture).await);
+    destination.now(|_| Ok(()));
+    fixture.delivered(20).await;
+    worker.stop().await;
+    assert_eq!(fixture.states("s").await, [(Delivered, 1)].repeat(20));
+}
+
+/// A publisher may know better than the default of all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_subscription_without_a_policy_has_that_of_its_publisher() {
+    struct Once;
+    impl Publisher for Once {
+        async fn publish(&self, _: &Delivery) -> Answer {
+            Err(DeliveryError::retry("no"))
+        }
+
+        fn retry_policy(&self) -> outbox_core::RetryPolicy {
+            outbox_core::RetryPolicy::default().max_attempts(1).unwrap()
+        }
+    }
+    let fixture = Fixture::new().await;
+    let subscription = outbox_core::Subscription::new("s").unwrap();
+    let worker = run(fixture.worker().publisher(subscription, Once)).await;
+    push_keys(&fixture, 1).await;
+    fixture.dead(1).await;
+    worker.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_an_outage_the_load_begins_with_one_delivery() {
     let fixture = Fixture::new().await;

@@ -2,7 +2,7 @@ use std::time::{Duration, Instant};
 
 use chrono::{SubsecRound, Utc};
 use outbox_core::{Context, Ordering, Subscription};
-use outbox_seaorm::{Next, Settled};
+use outbox_seaorm::{LaneRef, Next, Settled};
 
 use super::{
     database,
@@ -358,4 +358,44 @@ async fn a_subscription_that_does_not_exist_gives_nothing() {
     assert!(store.claim(7).await.is_empty());
     assert_eq!(store.next_due(7).await, None);
     store.is_whole().await;
+}
+
+/// The token of a job in Redis is public there, and that of the worker which has taken it over is one more.
+#[tokio::test]
+async fn only_leases_of_relays_are_taken_over_and_once() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    let other = store.subscribe("other").await;
+    store.record_todos(&["a", "a", "b"]).await;
+    let relayed = store.outbox.claim_for_relay(id, "r", 10, LONG).await.unwrap().lanes;
+    assert_eq!(relayed.len(), 2);
+    assert!(relayed.iter().all(|lane| lane.run.is_empty() && lane.attempts == 1), "{relayed:?}");
+    let jobs: Vec<_> = relayed.into_iter().map(|lane| lane.lane).collect();
+    assert_eq!(store.outbox.relayed(&jobs).await.unwrap(), jobs);
+    let take_over =
+        async |subscription, jobs: &[LaneRef]| store.outbox.take_over(subscription, "w", jobs, 10, LONG).await.unwrap();
+    assert!(take_over(other, &jobs).await.is_empty(), "they are of another subscription");
+    let forged = jobs.iter().map(|job| LaneRef { token: job.token + 1, ..job.clone() }).collect::<Vec<_>>();
+    assert!(take_over(id, &forged).await.is_empty());
+
+    let taken = take_over(id, &[jobs.clone(), jobs.clone()].concat()).await;
+    assert_eq!(runs(&taken), [("todo/a", vec![1, 2]), ("todo/b", vec![3])]);
+    assert!(taken.iter().all(|lane| lane.attempts == 1));
+    assert!(take_over(id, &jobs).await.is_empty(), "they are taken");
+    let leases: Vec<_> = taken.iter().map(|lane| lane.lane.clone()).collect();
+    assert!(take_over(id, &leases).await.is_empty(), "a worker has them");
+    assert!(store.outbox.relayed(&leases).await.unwrap().is_empty());
+    assert_eq!(store.outbox.held(&leases).await.unwrap(), leases);
+    store.outbox.settle(&taken.iter().map(delivered_run).collect::<Vec<_>>()).await.unwrap();
+    assert_eq!(store.claim(other).await.len(), 2);
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn the_database_says_what_time_it_is() {
+    let store = Store::new().await;
+    let (before, instance) = (Utc::now(), store.outbox.instance().await.unwrap());
+    let beat = store.outbox.heartbeat("w", &["s"]).await.unwrap();
+    let margin = chrono::TimeDelta::milliseconds(10);
+    assert!(before - margin <= instance.now && instance.now <= beat && beat <= Utc::now() + margin);
 }

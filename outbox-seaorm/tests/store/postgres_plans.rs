@@ -89,6 +89,7 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
     let (list, of) = (&POSTGRES.list_events, |what: &str| format!("{what}, null, null, null, null, null, 50"));
     let rules = r#"'[{"name":"","prefix":true,"seconds":604800}]'"#;
     let (old, still_old) = (format!("{rules}, 604800, '', 1000"), format!("{rules}, '[1,2,3]'"));
+    let taken = format!("{lanes}, 30, 'w'");
     let mut wrong = Vec::new();
     for (name, sql, parameters, indexes) in [
         ("next due", POSTGRES.next_due, "1", &[due][..]),
@@ -102,6 +103,8 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
         ("delete empty lanes", POSTGRES.delete_empty_lanes, lanes, &[lane]),
         ("note attempts", POSTGRES.note_attempts, lanes, &[lane]),
         ("renew", POSTGRES.renew, &renewed, &[lane]),
+        ("take over", POSTGRES.take_over, &taken, &[lane]),
+        ("relayed", POSTGRES.relayed, lanes, &[lane]),
         ("list unfinished", POSTGRES.list_unfinished, "1, false, 900, 50", &[listed, event]),
         ("list leased", POSTGRES.list_unfinished, "1, true, 900, 50", &[event]),
         ("list delivered", POSTGRES.list_delivered, "1, 900, 50", &[delivered, event]),

@@ -57,6 +57,8 @@ async fn flush_and_settle_touch_only_their_own_lanes_and_deliveries() {
         SQLITE.delete_empty_lanes,
         SQLITE.note_attempts,
         SQLITE.renew,
+        SQLITE.take_over,
+        SQLITE.relayed,
     ] {
         let plan = plan(&store, sql).await;
         let tables = plan.lines().filter(|step| !step.contains("VIRTUAL TABLE"));

@@ -297,6 +297,84 @@ async fn jobs_are_garbled() {
     assert!(garbled.parse::<u32>().is_ok_and(|garbled| garbled > 0));
 }
 
+/// What somebody does to a job who can write to Redis: each kind by its number, and only to what it finds.
+const FORGE: &str = r#"
+    math.randomseed(tonumber(ARGV[1]))
+    -- A job like that one, in this queue.
+    local function add(queue, id, data, like_queue, like)
+      local meta = redis.call('hgetall', like_queue:gsub(':data$', ':meta:') .. like)
+      if #meta > 0 then redis.call('hset', queue:gsub(':data$', ':meta:') .. id, unpack(meta)) end
+      redis.call('hset', queue, id, data)
+      redis.call('rpush', (queue:gsub(':data$', ':active')), id)
+    end
+    for _, key in ipairs(redis.call('keys', '*:data')) do
+      for _, id in ipairs(redis.call('hkeys', key)) do
+        if redis.call('sadd', 'met', id) == 1 then
+          local job = redis.call('hget', key, id)
+          local kind, forged, n = math.random(40), nil, 0
+          if kind == 1 then forged, n = job:gsub('"op":', '"forged":')
+          elseif kind == 2 then forged, n = job:gsub('"event_type":"order', '"event_type":"forged')
+          elseif kind == 3 then forged, n = job:gsub('"run":%[.*%],"unreadable"', '"run":[],"unreadable"')
+          elseif kind == 4 then forged, n = job:gsub('"unreadable":null', '"unreadable":{"position":1,"error":"forged"}')
+          elseif kind == 5 then forged, n = job:gsub('"position":(%d+)', '"position":1%1')
+          elseif kind == 6 then forged, n = job:gsub('"token":(%d-)%d([,}])', '"token":%19%2')
+          elseif kind == 7 then forged, n = job:gsub('"key":"', '"key":"forged')
+          elseif kind == 8 then forged, n = job:gsub('"subscription":(%d+)', function(s) return '"subscription":' .. (s % 3 + 1) end)
+          elseif kind == 9 then forged, n = job:gsub('"probe":false', '"probe":true')
+          elseif kind == 10 then forged, n = '{}', 1
+          elseif kind == 11 then add(key, id .. 'twice', job, key, id) redis.call('hincrby', 'forged', kind, 1)
+          elseif kind == 12 then
+            -- The token that the job's lease has when a worker has taken it over.
+            local next, found = job:gsub('"token":(%d-)([0-8])([,}])', function(t, d, e) return '"token":' .. t .. (d + 1) .. e end)
+            if found == 1 then add(key, id .. 'stolen', next, key, id) redis.call('hincrby', 'forged', kind, 1) end
+          elseif kind == 13 then
+            -- Into the queue of another subscription.
+            for _, other in ipairs(redis.call('keys', '*:data')) do
+              if other ~= key then add(other, id .. 'moved', job, key, id) redis.call('hincrby', 'forged', kind, 1) end
+            end
+          end
+          if n > 0 then
+            redis.call('hset', key, id, forged)
+            redis.call('hincrby', 'forged', kind, 1)
+          end
+        end
+      end
+    end"#;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn jobs_are_forged() {
+    let redis = Redis::start(&[]);
+    let shop = Shop::open(&redis.url()).await;
+    // Jobs wait in Redis, so that all of them are met there.
+    shop.range.sink.set(Mood::Answer { status: 204, after: Duration::from_millis(20) });
+    let shop = shop
+        .survives(async |_| {
+            let until = Instant::now() + sized(Duration::from_secs(6), Duration::from_secs(60));
+            while Instant::now() < until {
+                let done = redis.command(&["EVAL", FORGE, "0", &fastrand::u32(..).to_string()]);
+                assert!(done.trim().is_empty(), "{done}");
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        })
+        .await;
+    let (met, forged) = (redis.command(&["SCARD", "met"]), redis.command(&["HGETALL", "forged"]));
+    println!("{met} jobs, forged:\n{forged}");
+    // What a job can have of an event, it does not have.
+    let kinds: Vec<&str> = forged.lines().step_by(2).collect();
+    assert!(["1", "2", "3", "4", "5"].iter().all(|kind| !kinds.contains(kind)), "{forged}");
+    assert!(["6", "7", "8", "9", "10", "11", "12", "13"].iter().all(|kind| kinds.contains(kind)), "{forged}");
+    let mut dropped = 0.0;
+    for worker in &shop.workers {
+        dropped += counter(worker, "outbox_redis_jobs_dropped_total").await;
+    }
+    assert!(dropped > 0.0, "what is dropped is counted");
+    let leased = "select key from outbox_lanes where leased_by is not null";
+    eventually(Duration::from_secs(10), "no lease is kept for ever", || async {
+        shop.range.texts(leased).await.is_empty()
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn workers_with_redis_are_killed_and_restarted_under_load() {
     let redis = Redis::start(&[]);

@@ -78,6 +78,25 @@ impl Range {
         self.witness.writer().execute_unprepared(sql).await.unwrap();
     }
 
+    /// The database's clock can be moved from now on.
+    pub(crate) async fn let_the_clock_jump(&self) {
+        let name = self.url.rsplit('/').next().unwrap();
+        let path = format!("alter database {name} set search_path = public, pg_catalog");
+        for sql in [
+            "create table jump (by interval)",
+            "insert into jump values ('0')",
+            "create function clock_timestamp() returns timestamptz language sql volatile as
+               'select pg_catalog.clock_timestamp() + by from public.jump'",
+            path.as_str(),
+        ] {
+            self.execute(sql).await;
+        }
+    }
+
+    pub(crate) async fn jump(&self, by: &str) {
+        self.execute(&format!("update jump set by = by + interval '{by}'")).await;
+    }
+
     pub(crate) async fn texts(&self, sql: &str) -> Vec<String> {
         texts(&self.witness, sql).await
     }
