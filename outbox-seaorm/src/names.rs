@@ -1,5 +1,6 @@
 use std::{
     collections::HashMap,
+    fmt,
     sync::{Arc, OnceLock, PoisonError, RwLock},
 };
 
@@ -11,12 +12,21 @@ const DEFAULT_PREFIX: &str = "outbox_";
 
 /// What the tables are called: their prefix and, on PostgreSQL, the schema in which they were found. A unit of work may
 /// set another `search_path` for itself, and find tables of the same names there.
-#[derive(Debug)]
 pub(crate) struct Names {
     prefix: String,
     schema: OnceLock<String>,
     /// The statements with these names, by the place of the original and whether the schema was known.
     statements: RwLock<HashMap<(usize, usize, bool), Arc<str>>>,
+}
+
+/// Without the statements, which would be pages of SQL in the `Debug` of an outbox.
+impl fmt::Debug for Names {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Names")
+            .field("prefix", &self.prefix)
+            .field("schema", &self.schema.get())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Default for Names {
