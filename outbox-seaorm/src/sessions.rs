@@ -140,16 +140,26 @@ fn tells_of_its_session(error: &DbErr) -> bool {
     }
 }
 
-/// Whether the error of a statement is about its server or its session, and may be over in a moment.
+/// Whether the error of a statement is about its server, its session or others, and may be over in a moment.
 pub(crate) fn may_pass(error: &dyn DatabaseError) -> bool {
     match error.code().as_deref() {
-        // Idle for too long, input or output error.
-        Some("57P05" | "58030") => true,
-        // The connection; disk full, out of memory and other resources.
-        Some(code) => code.starts_with("08") || code.starts_with("53") || is_old_plan(error),
+        // Serialization failure, deadlock, lock not available; read-only for the moment; a statement or a transaction over
+        // its time limit; shutting down, crashed, starting up, idle for too long; input or output error.
+        Some(
+            "40001" | "40P01" | "55P03" | "25006" | "57014" | "25P03" | "57P01" | "57P02" | "57P03" | "57P05" | "58030",
+        ) => true,
+        Some(code) if code.len() == SQLSTATE => {
+            // The connection; disk full, out of memory, too many connections and other resources.
+            code.starts_with("08") || code.starts_with("53") || is_old_plan(error)
+        }
+        // SQLite: busy, locked, out of memory, input or output error, disk full; the rest of an extended code says more.
+        Some(code) => code.parse::<u32>().is_ok_and(|code| matches!(code & 0xff, 5 | 6 | 7 | 10 | 13)),
         None => false,
     }
 }
+
+/// Length of PostgreSQL's codes. Those of SQLite are shorter.
+const SQLSTATE: usize = 5;
 
 /// A table has changed under a statement that was prepared before. Its code stands for much else, and its text comes in
 /// the server's language.

@@ -153,37 +153,13 @@ impl CommitError {
 }
 
 /// Whether a database error is about load or chance, not about the statement: no free connection, database locked,
-/// serialization failure, deadlock.
+/// serialization failure, deadlock, a disk that is full.
 #[must_use]
 pub fn is_transient(error: &DbErr) -> bool {
     match error {
         DbErr::ConnectionAcquire(_) | DbErr::Conn(_) => true,
         DbErr::Exec(RuntimeErr::SqlxError(error)) | DbErr::Query(RuntimeErr::SqlxError(error)) => match &**error {
-            // SQLite BUSY and its extended codes, LOCKED; PostgreSQL serialization failure, deadlock, lock not available,
-            // too many connections, read-only for the moment, shutting down and starting up, statement or transaction
-            // over its time limit.
-            sqlx::Error::Database(error) => {
-                sessions::may_pass(&**error)
-                    || matches!(
-                        error.code().as_deref(),
-                        Some(
-                            "5" | "261"
-                                | "517"
-                                | "773"
-                                | "6"
-                                | "40001"
-                                | "40P01"
-                                | "55P03"
-                                | "53300"
-                                | "25006"
-                                | "57P01"
-                                | "57P02"
-                                | "57P03"
-                                | "57014"
-                                | "25P03"
-                        )
-                    )
-            }
+            sqlx::Error::Database(error) => sessions::may_pass(&**error),
             sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
             _ => false,
         },
