@@ -218,6 +218,23 @@ impl IntoResponse for MissingLayer {
     }
 }
 
+/// As that of [`outbox_seaorm::Tx`].
+#[cfg(feature = "stream")]
+impl sea_orm::StreamTrait for Tx {
+    type Stream<'a> = <outbox_seaorm::Tx as sea_orm::StreamTrait>::Stream<'a>;
+
+    fn get_database_backend(&self) -> DbBackend {
+        ConnectionTrait::get_database_backend(&self.0)
+    }
+
+    fn stream_raw<'a>(
+        &'a self,
+        statement: Statement,
+    ) -> std::pin::Pin<Box<dyn Future<Output = Result<Self::Stream<'a>, DbErr>> + Send + 'a>> {
+        self.0.stream_raw(statement)
+    }
+}
+
 #[async_trait]
 impl ConnectionTrait for Tx {
     fn get_database_backend(&self) -> DbBackend {

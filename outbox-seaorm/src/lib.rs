@@ -7,6 +7,8 @@
 //! All SQL stands in one file per database (`src/sqlite.rs`, `src/postgres.rs`). Every time that is compared comes from the database's
 //! clock.
 //!
+//! The feature `stream` (off by default) implements SeaORM's `StreamTrait` for the transaction handles.
+//!
 //! The feature `testing` (off by default, brings the crate `tempfile`) adds `testing`: an outbox on a temporary file for
 //! tests of applications.
 

@@ -2,6 +2,8 @@ mod control;
 mod nested;
 mod savepoint;
 mod scope;
+#[cfg(feature = "stream")]
+mod stream;
 
 use std::{
     fmt,

@@ -354,3 +354,29 @@ async fn connections_to_nothing_are_refused_with_a_sentence() {
     pushed.events().push(todo("1")).unwrap();
     assert!(matches!(pushed.commit().await, Err(CommitError::Begin(_))));
 }
+
+/// Runs with the whole workspace, where another package asks for the feature.
+#[cfg(feature = "stream")]
+#[tokio::test]
+async fn rows_are_streamed_and_a_dropped_stream_fails_nothing() {
+    use futures_util::StreamExt;
+    use sea_orm::{Statement, StreamTrait};
+
+    let store = Store::new().await;
+    let unit = store.outbox.begin(Context::default());
+    let tx = unit.tx();
+    tx.execute_unprepared("insert into notes values ('a'), ('b'), ('c')").await.unwrap();
+    let all = || Statement::from_string(database::BACKEND, "select text from notes order by text");
+    let rows: Vec<String> =
+        tx.stream_raw(all()).await.unwrap().map(|row| row.unwrap().try_get_by_index(0).unwrap()).collect().await;
+    assert_eq!(rows, ["a", "b", "c"]);
+    let mut halfway = tx.stream_raw(all()).await.unwrap();
+    assert!(halfway.next().await.is_some());
+    drop(halfway);
+    assert!(tx.stream_raw(Statement::from_string(database::BACKEND, "select nothing from nowhere")).await.is_err());
+    drop(tx);
+    assert!(
+        matches!(unit.commit().await, Err(CommitError::StatementFailed)),
+        "the failed stream is a failed statement"
+    );
+}
