@@ -249,8 +249,10 @@ async fn with_too_little_memory(policy: &str) -> String {
     let redis = Redis::start(&["maxmemory 3mb", &format!("maxmemory-policy {policy}")]);
     let shop = Shop::open(&redis.url()).await;
     shop.survives(async |shop| {
-        // Of somebody else, so that quick workers do not make the room that is left enough.
-        redis.command(&["SETRANGE", "neighbour", "1600000", "x"]);
+        // Of somebody else, so that there is no room left even for jobs, which are small.
+        let used = count(&redis.command(&["INFO", "memory"]), "used_memory");
+        let rest = (3_u64 << 20).saturating_sub(used);
+        redis.command(&["SETRANGE", "neighbour", &rest.saturating_sub(1000).to_string(), "x"]);
         let http = reqwest::Client::new();
         let until = Instant::now() + sized(Duration::from_secs(5), Duration::from_secs(60));
         for n in 0.. {
