@@ -459,9 +459,10 @@ mod tests {
     fn tags_count_as_bytes_of_the_request() {
         let events = events(Limits::default().bytes(10));
         events.push(event("a").tag("name", "value").unwrap()).unwrap_err();
-        events.push(event("a").tag("name", "val").unwrap()).unwrap();
+        let savepoint = events.open_savepoint();
+        savepoint.push(event("a").tag("name", "val").unwrap()).unwrap();
         assert!(matches!(events.push(event("b")), Err(PushError::TooManyBytes { limit: 10 })));
-        events.truncate(0);
+        savepoint.discard();
         events.push(event("b")).unwrap();
     }
 
