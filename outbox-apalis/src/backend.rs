@@ -239,7 +239,7 @@ mod tests {
         }))
         .unwrap();
         let attempt = Attempt {
-            lane: LaneRef { subscription: 1, key: "note/a".to_owned(), token },
+            lane: LaneRef { subscription: 1, key: "note/a".to_owned(), token, worker: "w".to_owned() },
             subscription: "s".into(),
             number: 1,
             log: None,

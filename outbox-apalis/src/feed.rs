@@ -10,7 +10,7 @@ use std::{
     collections::{HashMap, HashSet, VecDeque},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicI32, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -75,6 +75,9 @@ const SLOW: Duration = Duration::from_millis(500);
 /// How many batches are leased in advance at most, in lanes and in deliveries.
 const MOST_AHEAD: usize = 10;
 
+/// How large the payloads of all leased lanes are together when nothing more is leased: each claim adds some MiB.
+const MOST_BYTES: usize = 16 << 20;
+
 /// How many tasks wait for the worker at most: enough to keep its threads busy.
 const MOST_WAITING: usize = 32;
 
@@ -96,11 +99,32 @@ const RUN_ON: Duration = Duration::from_millis(50);
 /// How long after the grace a worker that stops goes on trying to store results, if its leases last that long.
 const LAST_TRIES: Duration = Duration::from_secs(10);
 
+/// The id of a subscription. Another one, if it is removed and registered again while the worker runs; one that no
+/// subscription has, if it is gone.
+#[derive(Clone, Debug)]
+pub(crate) struct SubscriptionId(Arc<AtomicI32>);
+
+impl SubscriptionId {
+    pub(crate) fn new(id: i32) -> Self {
+        Self(Arc::new(AtomicI32::new(id)))
+    }
+
+    pub(crate) fn now(&self) -> i32 {
+        self.0.load(Relaxed)
+    }
+
+    /// Returns whether it was another one.
+    pub(crate) fn set(&self, id: Option<i32>) -> bool {
+        let id = id.unwrap_or(0);
+        self.0.swap(id, Relaxed) != id
+    }
+}
+
 /// What a feed works for.
 #[derive(Clone)]
 pub(crate) struct Source {
     pub(crate) outbox: Outbox,
-    pub(crate) subscription: i32,
+    pub(crate) subscription: SubscriptionId,
     pub(crate) name: Arc<str>,
     pub(crate) worker: Arc<str>,
     pub(crate) retry: RetryPolicy,
@@ -310,7 +334,7 @@ impl Feed {
     async fn run(mut self, mut results: mpsc::UnboundedReceiver<AttemptResult>) {
         let options = self.source.options;
         let (outbox, subscription, stop) =
-            (self.source.outbox.clone(), self.source.subscription, self.source.stop.clone());
+            (self.source.outbox.clone(), self.source.subscription.clone(), self.source.stop.clone());
         let tasks = self.tasks.clone();
         let mut tick = tokio::time::interval(options.lease / 10);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -350,7 +374,7 @@ impl Feed {
                 (lanes, noted) = finished(&mut self.noting) => self.noted(&lanes, noted),
                 (asked_at, lanes, held) = finished(&mut self.renewing) => self.renewed(asked_at, &lanes, held),
                 () = finished(&mut self.changing) => {}
-                () = outbox.woken(subscription), if !stopping && !self.is_relayed() => {
+                () = outbox.woken(subscription.now()), if !stopping && !self.is_relayed() => {
                     let coalesce = match self.source.until {
                         Until::Stopped if self.loaded => COALESCE_LOADED,
                         Until::Stopped => COALESCE,
@@ -616,9 +640,11 @@ impl Feed {
             return;
         }
         let capacity = self.room().min(self.ahead.max(self.source.options.batch));
-        // Long runs fill the memory even when their lanes are few.
+        // Long runs fill the memory even when their lanes are few, and large payloads even when they are not long.
         let waiting: usize = self.lanes.values().map(|lane| lane.run.len()).sum();
-        if self.lanes.len() >= self.concurrency() && waiting >= MOST_AHEAD * self.source.options.batch {
+        let bytes: usize = self.lanes.values().flat_map(|lane| &lane.run).map(|event| event.payload.len()).sum();
+        let enough = self.lanes.len() >= self.concurrency() && waiting >= MOST_AHEAD * self.source.options.batch;
+        if enough || bytes >= MOST_BYTES {
             self.look_at = Instant::now() + SOON;
             return;
         }
@@ -632,7 +658,8 @@ impl Feed {
             let asked_at = Instant::now();
             let (lanes, run) = (count(capacity), count(options.batch));
             let claimed = async {
-                let claim = outbox.claim_after(mark, subscription, &worker, lanes, run, options.lease).await?;
+                let id = subscription.now();
+                let claim = outbox.claim_after(mark, id, &worker, lanes, run, options.lease).await?;
                 Ok(Claimed { claim, asked_at, times_down })
             };
             (capacity, claimed.await)
@@ -986,8 +1013,8 @@ impl Feed {
         self.changing = Some(tokio::spawn(async move {
             for failures in 1..=3 {
                 let changed = match change {
-                    Change::OpenCircuit { wait, failed } => outbox.open_circuit(subscription, wait, failed).await,
-                    Change::CloseCircuit => outbox.close_circuit(subscription).await,
+                    Change::OpenCircuit { wait, failed } => outbox.open_circuit(subscription.now(), wait, failed).await,
+                    Change::CloseCircuit => outbox.close_circuit(subscription.now()).await,
                     Change::Pause => outbox.pause(&name).await.map(|_| ()),
                 };
                 let Err(error) = changed else { return };
@@ -1286,10 +1313,11 @@ impl Feed {
 /// Only the lease counts, and it counts once: what else a job says, or how often it comes, changes nothing.
 async fn take_over(source: &Source, jobs: Vec<Job>) -> Result<Taken, DbErr> {
     let Source { outbox, subscription, worker, options, .. } = source;
+    let subscription = subscription.now();
     let (asked_at, total) = (Instant::now(), jobs.len());
     let refs: Vec<LaneRef> = jobs.iter().map(|job| job.lane.clone()).collect();
     let mut taken: HashMap<String, ClaimedLane> = HashMap::with_capacity(refs.len());
-    for lane in outbox.take_over(*subscription, worker, &refs, count(options.batch), options.lease).await? {
+    for lane in outbox.take_over(subscription, worker, &refs, count(options.batch), options.lease).await? {
         taken.insert(lane.lane.key.clone(), lane);
     }
     let mut lanes = Vec::with_capacity(taken.len());
@@ -1300,7 +1328,7 @@ async fn take_over(source: &Source, jobs: Vec<Job>) -> Result<Taken, DbErr> {
                 lane.run.truncate(if job.probe { 1 } else { usize::MAX });
                 lanes.push((lane, job.probe));
             }
-            None if job.lane.subscription == *subscription => others.push(job),
+            None if job.lane.subscription == subscription => others.push(job),
             None => {}
         }
     }

@@ -2,7 +2,7 @@ use std::{collections::HashMap, fmt, future::Future, panic::AssertUnwindSafe, sy
 
 use futures_util::{FutureExt, future::BoxFuture};
 use outbox_core::{Context, Delivery, DeliveryError, Event, Events, RecordedEvent};
-use outbox_seaorm::{CommitError, Finished, LaneReport, Next, Outbox, Settled, Tx, UnitOfWork, once};
+use outbox_seaorm::{CommitError, Finished, LaneReport, Next, Outbox, Settled, Tx, UnitOfWork, once_within};
 
 use crate::{
     destination::{Destination, End, no_result, panic_message},
@@ -259,7 +259,7 @@ impl HandlersDestination {
         attempt: &Attempt,
     ) -> Result<(), DeliveryError> {
         let tx = unit.tx();
-        if !once(&self.outbox, &tx, &attempt.subscription, event.id).await? {
+        if !once_within(&self.outbox, &tx, &attempt.subscription, event.id, attempt.time).await? {
             return Ok(());
         }
         let effect = Effect { tx, events: unit.events(), delivery: attempt.delivery(event) };

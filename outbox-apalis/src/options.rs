@@ -12,6 +12,12 @@ pub(crate) struct Options {
     pub(crate) grace: Duration,
 }
 
+/// A busy server is not a silent one, however short the lease is.
+const SHORTEST_CALL: Duration = Duration::from_secs(1);
+
+/// However long the lease is, an operator does not wait for longer.
+const LONGEST_CALL: Duration = Duration::from_secs(15);
+
 /// An option of a worker that makes no sense; the text says why.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -30,6 +36,12 @@ impl Options {
     /// How long one attempt may take.
     pub(crate) fn timeout(&self) -> Duration {
         self.timeout.unwrap_or(self.lease)
+    }
+
+    /// How long a call to the database may take: a server that is silent for longer is asked over new connections, early
+    /// enough that what was leased meanwhile is delivered within two leases.
+    pub(crate) fn call_limit(&self) -> Duration {
+        (self.lease / 2).clamp(SHORTEST_CALL, LONGEST_CALL)
     }
 
     /// An attempt is cancelled this long before its lease ends, so that its result still counts.

@@ -21,7 +21,7 @@ use crate::{
     Handlers, InvalidOption, OutboxBackend,
     clock::DatabaseClock,
     destination::{self, AttemptResult, Destination, End, PublisherDestination},
-    feed::{Counts, Source, Until},
+    feed::{Counts, Source, SubscriptionId, Until},
     handlers::HandlersDestination,
     options::Options,
     redis::{self, Health, Jobs, Queue, RELAY_LEASES, Redis, Transport},
@@ -38,6 +38,9 @@ const LONGEST: Duration = Duration::from_secs(24 * 3600);
 /// How often what is old is taken away.
 const SHORTEST_PURGE: Duration = Duration::from_secs(1);
 const LONGEST_PURGE: Duration = Duration::from_secs(60);
+
+/// How often the log says again what is wrong with a subscription.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
 
 /// When a worker that was killed disappears from the dashboards.
 const FORGET_AFTER: Duration = Duration::from_secs(3600);
@@ -319,7 +322,7 @@ impl Worker {
         let thread = FeedThread::start()?;
         let store = {
             let _entered = thread.runtime().enter();
-            self.outbox.with_own_store()
+            self.outbox.with_own_store(self.options.call_limit())
         };
         let connection = {
             let _entered = thread.runtime().enter();
@@ -330,7 +333,7 @@ impl Worker {
         let (clock, health) = (DatabaseClock::new(now, asked_at), Health::new());
         let stop = CancellationToken::new();
         let counts = Arc::new(Counts::default());
-        let mut sources: Vec<Source> = Vec::new();
+        let (mut sources, mut registrations) = (Vec::<Source>::new(), Vec::new());
         for (subscription, destination) in self.subscriptions {
             let (concurrency, rate) = subscription.limits();
             let options = Options { concurrency: concurrency.unwrap_or(self.options.concurrency), ..self.options };
@@ -345,9 +348,14 @@ impl Worker {
                     jobs: Arc::new(Jobs::new(waiting)),
                 }
             });
+            let registered = self.outbox.register_as(&subscription, &worker).await?;
+            let id = SubscriptionId::new(registered.id);
+            let mut registration = Registration { subscription: subscription.clone(), id: id.clone(), said_at: None };
+            registration.judge(registered.kept_by.as_deref());
+            registrations.push(registration);
             sources.push(Source {
                 outbox: store.clone(),
-                subscription: self.outbox.register(&subscription).await?,
+                subscription: id,
                 name: subscription.name().into(),
                 worker: worker.clone(),
                 retry: subscription.retry_policy().unwrap_or_default(),
@@ -366,7 +374,18 @@ impl Worker {
             });
         }
         let redis = connection.map(|connection| (connection, health));
-        Ok(StartedWorker { store, worker, sources, stop, counts, clock, thread, redis, retention: self.retention })
+        Ok(StartedWorker {
+            store,
+            worker,
+            sources,
+            registrations,
+            stop,
+            counts,
+            clock,
+            thread,
+            redis,
+            retention: self.retention,
+        })
     }
 }
 
@@ -376,6 +395,7 @@ pub struct StartedWorker {
     store: Outbox,
     worker: Arc<str>,
     sources: Vec<Source>,
+    registrations: Vec<Registration>,
     stop: CancellationToken,
     counts: Arc<Counts>,
     clock: DatabaseClock,
@@ -401,7 +421,7 @@ impl StartedWorker {
     }
 
     pub(crate) async fn run(self, until: Until, shutdown: impl Future<Output = ()> + Send) -> Deliveries {
-        let Self { store, worker, mut sources, stop, counts, clock, thread, redis, retention } = self;
+        let Self { store, worker, mut sources, registrations, stop, counts, clock, thread, redis, retention } = self;
         sources.iter_mut().for_each(|source| source.until = until);
         let names: Vec<String> = sources.iter().map(|source| source.name.to_string()).collect();
         let idle: Vec<CancellationToken> = sources.iter().map(|source| source.idle.clone()).collect();
@@ -418,7 +438,7 @@ impl StartedWorker {
             }
         }
         let monitor = sources.into_iter().fold(Monitor::new(), register);
-        background.spawn_on(upkeep(store.clone(), worker.clone(), names, clock), thread.runtime());
+        background.spawn_on(upkeep(store.clone(), worker.clone(), registrations, clock), thread.runtime());
         background.spawn_on(purging(store.clone(), retention), thread.runtime());
         background.spawn_on(listen(store.clone()), thread.runtime());
         // Feeds stop before apalis does: only they know what is under way and how long it may go on.
@@ -507,20 +527,94 @@ async fn run(
 struct AttemptFailed(String);
 
 /// Shows that the worker is alive, and mends what only time can tell.
-async fn upkeep(outbox: Outbox, worker: Arc<str>, names: Vec<String>, clock: DatabaseClock) {
-    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+async fn upkeep(outbox: Outbox, worker: Arc<str>, mut registrations: Vec<Registration>, clock: DatabaseClock) {
     let mut interval = tokio::time::interval(HEARTBEAT);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
-        let beat = async {
-            let asked_at = Instant::now();
-            clock.set(outbox.heartbeat(&worker, &names).await?, asked_at);
-            outbox.forget_workers(FORGET_AFTER).await?;
-            outbox.settle_subscriptions().await
-        };
-        if let Err(error) = beat.await {
-            tracing::debug!(%error, "heartbeat failed");
+        if let Err(error) = beat(&outbox, &worker, &mut registrations, &clock).await {
+            let error: &dyn std::error::Error = &error;
+            tracing::debug!(error, "heartbeat failed");
+        }
+    }
+}
+
+async fn beat(
+    outbox: &Outbox,
+    worker: &str,
+    registrations: &mut [Registration],
+    clock: &DatabaseClock,
+) -> Result<(), StartError> {
+    let subscriptions: Vec<&Subscription> = registrations.iter().map(|each| &each.subscription).collect();
+    let asked_at = Instant::now();
+    clock.set(outbox.heartbeat(worker, &subscriptions).await?, asked_at);
+    outbox.forget_workers(FORGET_AFTER).await?;
+    let stored = outbox.registered(&subscriptions).await?;
+    for (registration, stored) in registrations.iter_mut().zip(stored) {
+        registration.look_after(outbox, worker, stored).await?;
+    }
+    outbox.settle_subscriptions().await?;
+    Ok(())
+}
+
+/// A subscription as this worker registered it. Others may change it, remove it, and register it again.
+struct Registration {
+    subscription: Subscription,
+    id: SubscriptionId,
+    /// When the log last had it that something is wrong.
+    said_at: Option<Instant>,
+}
+
+impl Registration {
+    /// `stored` is the id, and whether it is defined as here.
+    async fn look_after(
+        &mut self,
+        outbox: &Outbox,
+        worker: &str,
+        stored: Option<(i32, bool)>,
+    ) -> Result<(), RegisterError> {
+        let name = self.subscription.name();
+        let changed = self.id.set(stored.map(|(id, _)| id));
+        match stored {
+            // Who removed it did not want it back; and what was pushed since then would be missing in it.
+            None => self.say(|name| {
+                tracing::error!(
+                    subscription = name,
+                    "the subscription was removed, nothing is delivered; start this worker again to register it anew, or \
+                     without it"
+                );
+            }),
+            Some(_) if changed => {
+                tracing::warn!(subscription = name, "the subscription was registered anew; this worker goes on with it");
+            }
+            Some((_, true)) => self.said_at = None,
+            Some((_, false)) => {
+                let registered = outbox.register_as(&self.subscription, worker).await?;
+                self.judge(registered.kept_by.as_deref());
+            }
+        }
+        Ok(())
+    }
+
+    /// Says so if another definition stays.
+    fn judge(&mut self, kept_by: Option<&str>) {
+        match kept_by {
+            None => self.said_at = None,
+            Some(other) => self.say(|name| {
+                tracing::warn!(
+                    subscription = name,
+                    other,
+                    "this worker has an older definition of the subscription than another that is alive; the newer one \
+                     counts until its last worker ends"
+                );
+            }),
+        }
+    }
+
+    fn say(&mut self, say: impl FnOnce(&str)) {
+        if self.said_at.is_none_or(|at| at.elapsed() >= SAY_AGAIN) {
+            self.said_at = Some(Instant::now());
+            say(self.subscription.name());
         }
     }
 }

@@ -9,8 +9,6 @@ mod refusal;
 mod status;
 mod subscriptions;
 
-use std::time::Duration;
-
 use axum::{
     Json, Router,
     extract::{Request, State},
@@ -38,15 +36,12 @@ use crate::{
     token::{InvalidToken, Token},
 };
 
-/// A probe that waits longer has given up.
-const READY_WITHIN: Duration = Duration::from_secs(2);
-
 /// What operators use, for a listener of its own: console, API, metrics, health checks, and the dashboard.
 ///
 /// | path | answer |
 /// |---|---|
 /// | `GET /healthz` | 200 `ok` while the process runs |
-/// | `GET /readyz` | 200 `ready` if the database answers and has the tables, else 503 `not ready` |
+/// | `GET /readyz` | 200 `ready` if the database answers, has the tables, and answers the worker of this process too, else 503 `not ready`; within 2 s |
 /// | `GET /outbox` | the console, a page that shows and does what the API can |
 /// | `GET /metrics` | Prometheus text: gauges of the database, counters of this process |
 /// | `GET /outbox/api/status` | subscriptions with their counts, and workers |
@@ -157,16 +152,11 @@ fn page<T: Serialize>(items: Vec<T>, next: Option<i64>) -> Json<Value> {
 }
 
 async fn ready(State(outbox): State<Outbox>) -> (StatusCode, &'static str) {
-    const NOT_READY: (StatusCode, &str) = (StatusCode::SERVICE_UNAVAILABLE, "not ready");
-    match tokio::time::timeout(READY_WITHIN, outbox.check_schema()).await {
-        Ok(Ok(())) => (StatusCode::OK, "ready"),
-        Ok(Err(error)) => {
+    match outbox.ready().await {
+        Ok(()) => (StatusCode::OK, "ready"),
+        Err(error) => {
             tracing::warn!(error = %outbox_core::error_text(&error), "not ready");
-            NOT_READY
-        }
-        Err(_) => {
-            tracing::warn!("not ready: the database does not answer in time");
-            NOT_READY
+            (StatusCode::SERVICE_UNAVAILABLE, "not ready")
         }
     }
 }

@@ -56,6 +56,14 @@ enum Command {
         #[command(flatten)]
         by: select::Who,
     },
+    /// Makes due what waits: failed deliveries, and those that a clock which was ahead has put off; not what an event asked
+    /// for.
+    Due {
+        /// The subscription.
+        subscription: String,
+        #[command(flatten)]
+        by: select::Who,
+    },
     /// Goes on with the delivery of a subscription.
     Resume {
         /// The subscription.
@@ -123,6 +131,7 @@ async fn run(cli: Cli) -> Answer {
         Command::Dead { command } => dead::run(&outbox, command.unwrap_or_default()).await,
         Command::Replay(replay) => subscriptions::replay(&outbox, replay).await,
         Command::Pause { subscription, by } => subscriptions::pause(&outbox, &subscription, by).await,
+        Command::Due { subscription, by } => subscriptions::due(&outbox, &subscription, by).await,
         Command::Resume { subscription, by } => subscriptions::resume(&outbox, &subscription, by).await,
         Command::Subscriptions { command } => subscriptions::run(&outbox, command.unwrap_or_default()).await,
         Command::Why { event } => events::why(&outbox, event).await,

@@ -19,8 +19,8 @@ use crate::{
 /// What the oldest delivery may wait before the doctor wonders.
 const PATIENCE: f64 = 300.0;
 
-/// A worker that was not seen for this long is gone.
-const SEEN_WITHIN: f64 = 15.0;
+/// A log of SQLite that is larger cannot be begun anew at this moment.
+const LARGE_LOG: u64 = 64 << 20;
 
 #[derive(Args)]
 pub(crate) struct Purge {
@@ -131,8 +131,12 @@ pub(crate) async fn doctor(outbox: &Outbox) -> Answer {
     let mut note = |what: String, to_do: &str| found.push([what, to_do.to_owned()]);
     for each in &status.subscriptions {
         let name = &each.name;
-        let seen = |worker: &&outbox_seaorm::WorkerStatus| worker.last_seen_seconds < SEEN_WITHIN;
-        let workers = status.workers.iter().filter(seen).filter(|worker| worker.subscriptions.contains(name)).count();
+        let workers = status
+            .workers
+            .iter()
+            .filter(|worker| worker.is_alive())
+            .filter(|worker| worker.subscriptions.contains(name))
+            .count();
         if workers == 0 {
             note(format!("no worker delivers {name}"), "start one; if nobody needs it: outbox subscriptions remove");
         }
@@ -148,6 +152,26 @@ pub(crate) async fn doctor(outbox: &Outbox) -> Answer {
         if let Some(age) = each.oldest_pending_age_seconds.filter(|age| *age > PATIENCE) {
             note(format!("the oldest delivery of {name} waits for {age:.0} s"), "outbox events list, then outbox why");
         }
+    }
+    for worker in status.workers.iter().filter(|worker| worker.is_alive()) {
+        for name in &worker.removed {
+            let to_do = "start it again to register the subscription anew, or without it";
+            note(format!("worker {} delivers {name}, which was removed", worker.id), to_do);
+        }
+        for name in &worker.disagrees {
+            let to_do = "outbox subscriptions list; bring its program to the version of the others, or end theirs";
+            note(format!("worker {} has another definition of {name} than the one that counts", worker.id), to_do);
+        }
+    }
+    for late in outbox.postponed().await? {
+        let (name, keys, hours) = (&late.subscription, late.keys, late.seconds / 3600.0);
+        let problem = format!("{keys} deliveries of {name} wait for up to {hours:.1} h, which no delay explains");
+        note(problem, "see whether the clock of the database was ahead; outbox due");
+    }
+    if let Some(log) = outbox.write_ahead_log().filter(|log| *log > LARGE_LOG) {
+        let to_do =
+            "find who has the file open for long, for example with `fuser`: a backup, a console, a stopped program";
+        note(format!("the write-ahead log is {} MiB: a reader keeps an old snapshot", log >> 20), to_do);
     }
     if status.subscriptions.is_empty() {
         note("there are no subscriptions: events go nowhere".to_owned(), "start a worker");

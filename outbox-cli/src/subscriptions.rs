@@ -114,6 +114,11 @@ pub(crate) async fn resume(outbox: &Outbox, name: &str, by: select::Who) -> Answ
     Ok(one(changed, format!("resumed {name}"), format!("{name} was not paused")))
 }
 
+pub(crate) async fn due(outbox: &Outbox, name: &str, by: select::Who) -> Answer {
+    let changed = outbox.make_due(name, &by.by()).await?.ok_or_else(|| select::no_subscription(name))?;
+    Ok(Output::new(format!("made due: {changed}\n"), json!({ "changed": changed })))
+}
+
 fn one(changed: bool, done: String, already: String) -> Output {
     Output::new(if changed { done } else { already } + "\n", json!({ "changed": u8::from(changed) }))
 }

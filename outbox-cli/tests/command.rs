@@ -211,3 +211,19 @@ fn the_tables_come_and_go() {
     let status = outbox(&url, &["status"]);
     assert!(status.code == Some(1) && status.err.contains("no outbox tables"), "{}", status.err);
 }
+
+/// Somebody holds a snapshot: the log can only grow.
+#[tokio::test]
+async fn the_doctor_sees_a_log_that_cannot_shrink() {
+    let directory = tempfile::tempdir().unwrap();
+    let url = sqlite(&directory);
+    ok(&url, &["migrate", "up"]);
+    let log = "write-ahead log";
+    assert!(!outbox(&url, &["doctor"]).out.contains(log));
+    let opened = Outbox::connect(&url, 1).await.unwrap();
+    for sql in ["create table blobs (blob blob)", "insert into blobs values (zeroblob(70000000))"] {
+        opened.writer().execute_unprepared(sql).await.unwrap();
+    }
+    let doctor = outbox(&url, &["doctor"]);
+    assert!(doctor.code == Some(1) && doctor.out.contains(log), "{}", doctor.out);
+}

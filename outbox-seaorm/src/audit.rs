@@ -45,7 +45,7 @@ pub struct AuditEntry {
     pub at: DateTime<Utc>,
     /// Who.
     pub actor: String,
-    /// What: `pause`, `resume`, `remove`, `replay`, `discard`.
+    /// What: `pause`, `resume`, `remove`, `replay`, `discard`, `due`; `define` by a program that changed a subscription.
     pub action: String,
     /// To what: a subscription, or `dead-letters`.
     pub target: String,

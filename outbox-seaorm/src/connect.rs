@@ -41,6 +41,13 @@ const PARAMETERS: [&str; 18] = [
     "options",
 ];
 
+/// How long the store waits for an answer, outside of workers, whose lease says how long. Long enough for the counts of a
+/// dashboard.
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// How large the write-ahead log of SQLite stays when it is begun anew, in bytes: 64 MiB.
+const LOG_LIMIT: &str = "67108864";
+
 /// Why the database could not be opened. No text holds a password: only scheme, file and cause are shown.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -111,10 +118,12 @@ pub(crate) struct Pools {
 }
 
 impl Pools {
-    pub(crate) fn with_own_store(&self) -> Self {
+    /// Its calls have this limit. If it is exceeded, the other pools begin anew too.
+    pub(crate) fn with_own_store(&self, limit: Duration) -> Self {
         let store = match self.store.get_database_backend() {
             DbBackend::Postgres => {
-                let pool = self.store.db.get_postgres_connection_pool();
+                let store = self.store.now();
+                let pool = store.get_postgres_connection_pool();
                 let mut options = pool.options().clone().min_connections(0).max_connections(STORE_CONNECTIONS);
                 let sessions = self.store.sessions().clone();
                 if self.opened_here {
@@ -122,7 +131,9 @@ impl Pools {
                     options = sessions.prepare(options, purpose);
                 }
                 let pool = options.connect_lazy_with((*pool.connect_options()).clone());
-                Connections::from(SqlxPostgresConnector::from_sqlx_postgres_pool(pool)).sharing(&sessions)
+                Connections::from(SqlxPostgresConnector::from_sqlx_postgres_pool(pool))
+                    .sharing(&sessions)
+                    .replaceable(Some(limit), &[&self.store, &self.writer])
             }
             // Its connections have threads of their own.
             _ => return self.clone(),
@@ -135,7 +146,7 @@ impl Outbox {
     /// Opens a database for the outbox and for the application's own use ([`reader`](Self::reader)).
     ///
     /// On **SQLite**: a write-ahead log, `synchronous=FULL` (a commit that was confirmed survives a power cut), foreign
-    /// keys on, one connection for writing and `connections` for reading. Several write connections are no faster and
+    /// keys on, a log that is cut to 64 MiB when it can be, one connection for writing and `connections` for reading. Several write connections are no faster and
     /// make the slowest requests many times slower (measured).
     ///
     /// On **PostgreSQL**: one pool of at most `connections` for units of work and the application's own reading, and a
@@ -162,10 +173,11 @@ impl Outbox {
                 check_parameters(url)?;
                 let sessions = Arc::default();
                 let requests = postgres(url, connections, &sessions).await?;
-                let store = postgres(url, STORE_CONNECTIONS, &sessions).await?;
+                let store = postgres(url, STORE_CONNECTIONS, &sessions).await?.replaceable(Some(ANSWER_WITHIN), &[]);
                 let pools = Pools {
                     reader: requests.db.clone(),
-                    writer: requests,
+                    // How long a unit of work may take is the application's decision.
+                    writer: requests.replaceable(None, &[]),
                     store: store.clone(),
                     store_reader: store,
                     opened_here: true,
@@ -249,6 +261,8 @@ async fn sqlite(url: &str, connections: u32) -> Result<DatabaseConnection, Conne
                 .synchronous(SqliteSynchronous::Full)
                 .busy_timeout(ACQUIRE_TIMEOUT)
                 .foreign_keys(true)
+                // After a reader has kept a snapshot for long, the log is as large as what was written meanwhile.
+                .pragma("journal_size_limit", LOG_LIMIT)
         })
         .map_sqlx_sqlite_pool_opts(clean::guarded);
     Database::connect(options).await.map_err(|error| refused(error, ConnectError::Open))

@@ -21,6 +21,10 @@ const PROBE_AGAIN: Duration = Duration::from_millis(100);
 /// How long claims go on from where the one before has ended, at most, without a look at what came to lie behind.
 const MARK_LASTS: Duration = Duration::from_secs(1);
 
+/// How large the payloads of one claim are together, if there is more than one: what a claim takes of the memory is a
+/// few times as much.
+const CLAIM_BYTES: usize = 8 << 20;
+
 /// A lease on a lane: the ordered queue of one key of one subscription.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LaneRef {
@@ -30,6 +34,8 @@ pub struct LaneRef {
     pub key: String,
     /// Fences late results: every claim of the lane gets a higher one, and a lane that is created anew starts elsewhere.
     pub token: i64,
+    /// Who holds it. After a failover that has lost claims their tokens come again, for others.
+    pub worker: String,
 }
 
 /// A lane with the deliveries to work on, in their order.
@@ -182,6 +188,7 @@ struct LaneRow<'a> {
     subscription: i32,
     key: &'a str,
     token: i64,
+    worker: &'a str,
     finished: usize,
     next: &'static str,
     attempts: u32,
@@ -203,8 +210,20 @@ impl<'a> From<&'a LaneReport> for LaneRow<'a> {
             }
         };
         let held_at = if let Next::Hold { position } = report.next { Some(position) } else { None };
-        let LaneRef { subscription, key, token } = &report.lane;
-        Self { subscription: *subscription, key, token: *token, finished: 0, next, attempts, wait, error, log, held_at }
+        let LaneRef { subscription, key, token, worker } = &report.lane;
+        Self {
+            subscription: *subscription,
+            key,
+            token: *token,
+            worker,
+            finished: 0,
+            next,
+            attempts,
+            wait,
+            error,
+            log,
+            held_at,
+        }
     }
 }
 
@@ -233,7 +252,8 @@ pub struct Instance {
 }
 
 impl Outbox {
-    /// Leases up to `lanes` lanes that are due, oldest first, with up to `run` deliveries of each.
+    /// Leases up to `lanes` lanes that are due, oldest first, with up to `run` deliveries of each. It ends earlier when
+    /// the payloads are 8 MiB together: it may so find fewer lanes than are due.
     ///
     /// The attempt of each first delivery is counted here, so one that kills its worker is counted too. A lane whose
     /// first delivery was tried before comes with that one alone. While the subscription's circuit is open nothing is
@@ -363,6 +383,7 @@ impl Outbox {
         How { attempts, probe, mark }: How<'_>,
     ) -> Result<(Vec<ClaimedLane>, Option<Mark>), DbErr> {
         let begun = Instant::now();
+        let (lanes, run) = self.fitting(subscription, lanes, run);
         let lease = seconds(lease).into();
         let (after, key) = (mark.map(|mark| mark.due_at), mark.map_or("", |mark| &mark.key));
         let values = [
@@ -403,7 +424,7 @@ impl Outbox {
             lanes.into_iter().map(|lane| (lane.lane.key.clone(), (order, lane))).collect();
         let keys: Vec<&String> = claimed.keys().collect();
         // A statement of its own: what it sees is from after the claim, so nothing that was finished before.
-        let values = [subscription.into(), json(&keys)?.into(), run.into()];
+        let values = [subscription.into(), json(&keys)?.into(), run.into(), (CLAIM_BYTES as i64).into()];
         let rows = self.query_all(self.store_reader(), self.sql().runs, values).await?;
         let mut complete = Vec::with_capacity(claimed.len());
         for row in &rows {
@@ -435,6 +456,7 @@ impl Outbox {
             }
         }
         complete.extend(claimed.into_values());
+        self.note_size(subscription, complete.iter().flat_map(|(_, lane)| &lane.run));
         let (mut complete, empty): (Vec<_>, Vec<_>) =
             complete.into_iter().partition(|(_, lane)| !lane.run.is_empty() || lane.unreadable.is_some());
         self.give_back(empty.into_iter().map(|(_, lane)| lane)).await?;
@@ -442,7 +464,25 @@ impl Outbox {
         Ok(complete.into_iter().map(|(_, lane)| lane).collect())
     }
 
-    /// Gives back lanes that turned out to have nothing due: their head waits for its time.
+    /// How many lanes to claim, and how much of each, so that about as much comes as one claim may carry, if events are as
+    /// large as those of the claim before.
+    fn fitting(&self, subscription: i32, lanes: u32, run: u32) -> (u32, u32) {
+        let events = self
+            .claimed_size(subscription)
+            .map_or(u32::MAX, |size| u32::try_from(CLAIM_BYTES / size.max(1)).unwrap_or(u32::MAX).max(1));
+        let lanes = lanes.min(events);
+        (lanes, run.min((events / lanes.max(1)).max(1)))
+    }
+
+    fn note_size<'a>(&self, subscription: i32, events: impl Iterator<Item = &'a RecordedEvent>) {
+        let (events, bytes) =
+            events.fold((0_usize, 0_usize), |(events, bytes), event| (events + 1, bytes + event.payload.len()));
+        if let Some(size) = bytes.checked_div(events) {
+            self.set_claimed_size(subscription, size);
+        }
+    }
+
+    /// Gives back lanes of which nothing came along: their head waits for its time, or the claim was too large.
     async fn give_back(&self, lanes: impl Iterator<Item = ClaimedLane>) -> Result<(), DbErr> {
         let reports: Vec<LaneReport> = lanes
             .map(|lane| {
@@ -545,7 +585,11 @@ impl Outbox {
         let values = [leases(&own)?.into(), seconds(lease).into(), worker.into()];
         let rows = self.query_all(self.store(), self.sql().take_over, values).await?;
         let taken: Vec<_> = rows.iter().map(|row| leased(subscription, row)).collect::<Result<_, _>>()?;
-        if taken.is_empty() { Ok(taken) } else { self.with_runs(subscription, taken, run).await }
+        if taken.is_empty() {
+            return Ok(taken);
+        }
+        let (_, run) = self.fitting(subscription, u32::try_from(taken.len()).unwrap_or(u32::MAX), run);
+        self.with_runs(subscription, taken, run).await
     }
 
     /// Returns the leases that are still a relay's.
@@ -598,8 +642,10 @@ impl Outbox {
     pub async fn note_attempts(&self, notes: &[(LaneRef, String)]) -> Result<HashSet<LaneRef>, DbErr> {
         let notes: Vec<_> = notes
             .iter()
-            .map(|(LaneRef { subscription, key, token }, log)| {
-                serde_json::json!({"subscription": subscription, "key": key, "token": token, "log": log})
+            .map(|(LaneRef { subscription, key, token, worker }, log)| {
+                serde_json::json!({
+                    "subscription": subscription, "key": key, "token": token, "worker": worker, "log": log,
+                })
             })
             .collect();
         lane_refs(&self.query_all(self.store(), self.sql().note_attempts, [json(&notes)?.into()]).await?)
@@ -627,7 +673,12 @@ impl Outbox {
 /// A lane as the statements lease it, without what is to be delivered.
 fn leased(subscription: i32, row: &QueryResult) -> Result<ClaimedLane, DbErr> {
     Ok(ClaimedLane {
-        lane: LaneRef { subscription, key: row.try_get("", "key")?, token: row.try_get("", "lease_token")? },
+        lane: LaneRef {
+            subscription,
+            key: row.try_get("", "key")?,
+            token: row.try_get("", "lease_token")?,
+            worker: row.try_get("", "leased_by")?,
+        },
         attempts: row.try_get::<i32>("", "attempts")?.unsigned_abs(),
         attempt_log: row.try_get("", "attempt_log")?,
         run: Vec::new(),
@@ -637,21 +688,21 @@ fn leased(subscription: i32, row: &QueryResult) -> Result<ClaimedLane, DbErr> {
 
 /// Leases as the statements take them.
 fn leases(lanes: &[LaneRef]) -> Result<String, DbErr> {
-    let rows: Vec<_> = lanes
-        .iter()
-        .map(|lane| serde_json::json!({"subscription": lane.subscription, "key": lane.key, "token": lane.token}))
-        .collect();
-    json(&rows)
+    json(lanes)
 }
 
 /// Leases as the statements return them.
 fn lane_refs(rows: &[QueryResult]) -> Result<HashSet<LaneRef>, DbErr> {
-    rows.iter()
-        .map(|row| {
-            let (subscription, key) = (row.try_get("", "subscription_id")?, row.try_get("", "key")?);
-            Ok(LaneRef { subscription, key, token: row.try_get("", "lease_token")? })
-        })
-        .collect()
+    rows.iter().map(lane_ref).collect()
+}
+
+fn lane_ref(row: &QueryResult) -> Result<LaneRef, DbErr> {
+    Ok(LaneRef {
+        subscription: row.try_get("", "subscription_id")?,
+        key: row.try_get("", "key")?,
+        token: row.try_get("", "lease_token")?,
+        worker: row.try_get("", "leased_by")?,
+    })
 }
 
 pub(crate) async fn settle_in(

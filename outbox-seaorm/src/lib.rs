@@ -13,13 +13,16 @@
 //! tests of applications.
 
 mod audit;
+mod calls;
 mod checkup;
 mod clean;
 mod connect;
 mod dead_letters;
+mod definitions;
 mod deliveries;
 pub mod entity;
 mod events;
+mod file;
 mod flush;
 mod inbox;
 mod lanes;
@@ -51,15 +54,15 @@ pub use connect::ConnectError;
 pub use dead_letters::{Changed, DeadLetter, DeadLetterFilter};
 pub use deliveries::{DELIVERIES_LISTED, DamagedEvent, DeliveryRecord, DeliveryState};
 pub use events::{DeliveryDetails, EventDetails, EventFilter, EventPage};
-pub use inbox::once;
+pub use inbox::{once, once_within};
 pub use lanes::{
     Claim, ClaimedLane, Finished, Instance, LaneRef, LaneReport, Mark, Next, NextDue, Settled, Unreadable,
 };
-pub use outbox::{Outbox, SchemaError};
+pub use outbox::{NotReady, Outbox, SchemaError};
 pub use replay::Replay;
 pub use retention::{Purged, Retention};
-pub use status::{Status, SubscriptionStatus, WorkerStatus};
-pub use subscriptions::RegisterError;
+pub use status::{Postponed, Status, SubscriptionStatus, WorkerStatus};
+pub use subscriptions::{RegisterError, Registered};
 pub use tx::{NestedTx, SavepointError, Tx};
 pub use unit_of_work::{CommitError, TransactionError, TxSource, UnitOfWork, is_transient};
 pub use why::Why;

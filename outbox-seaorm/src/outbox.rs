@@ -1,6 +1,7 @@
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, Mutex, PoisonError, RwLock, Weak},
+    time::Duration,
 };
 
 use outbox_core::{Clock, Limits, SystemClock};
@@ -12,9 +13,12 @@ use sea_orm::{
 use tokio::sync::Notify;
 
 use crate::{
-    connect::Pools, names::Names, notify::Notifier, pooler::Connections, postgres::POSTGRES, sql::Sql, sqlite::SQLITE,
-    subscriptions::KnownSubscriptions,
+    calls::Calls, connect::Pools, names::Names, notify::Notifier, pooler::Connections, postgres::POSTGRES, sql::Sql,
+    sqlite::SQLITE, subscriptions::KnownSubscriptions,
 };
+
+/// A probe that waits longer has given up.
+const READY_WITHIN: Duration = Duration::from_secs(2);
 
 const SCHEMA_VERSION: i32 = 1;
 
@@ -36,6 +40,28 @@ struct Inner {
     notifier: Notifier,
     known: RwLock<Arc<KnownSubscriptions>>,
     wakes: Mutex<HashMap<i32, Arc<Notify>>>,
+    /// How large the payloads of a subscription are, in bytes, as the last claim found it.
+    sizes: Mutex<HashMap<i32, usize>>,
+    /// The connections of workers in this process.
+    workers: Mutex<Vec<Weak<Calls>>>,
+}
+
+/// Why a process cannot do its work at this moment.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NotReady {
+    /// The tables do not fit, or cannot be read.
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
+    /// The file of the database is another one than the one that is open.
+    #[error("the database file is not the one that is open")]
+    File(#[source] DbErr),
+    /// The database has not answered in time.
+    #[error("the database does not answer in time")]
+    Late,
+    /// The worker of this process waits for the database.
+    #[error("the database does not answer the worker; see whether it runs, and what is between")]
+    Silent,
 }
 
 /// A database whose tables do not fit this version.
@@ -90,13 +116,23 @@ impl Outbox {
     /// Uses one pool for transactions and the worker's bookkeeping, and one for reading.
     #[must_use]
     pub fn with_connections(writer: DatabaseConnection, reader: DatabaseConnection) -> Self {
-        let (writer, store_reader) = (Connections::from(writer), Connections::from(reader.clone()));
+        // They are the application's: never closed here.
+        let (writer, store_reader) = (
+            Connections::from(writer).replaceable(None, &[]),
+            Connections::from(reader.clone()).replaceable(None, &[]),
+        );
         Self::with_pools(Pools { store: writer.clone(), writer, reader, store_reader, opened_here: false })
     }
 
     pub(crate) fn with_pools(pools: Pools) -> Self {
         let notifier = Notifier::new(pools.store.clone());
-        let inner = Inner { notifier, known: RwLock::default(), wakes: Mutex::default() };
+        let inner = Inner {
+            notifier,
+            known: RwLock::default(),
+            wakes: Mutex::default(),
+            sizes: Mutex::default(),
+            workers: Mutex::default(),
+        };
         Self {
             inner: Arc::new(inner),
             pools: Arc::new(pools),
@@ -110,12 +146,45 @@ impl Outbox {
     /// current runtime: what a worker uses on a thread of its own, so that a handler that blocks the threads of the
     /// application does not stop them.
     ///
+    /// A call on these connections that has no answer within `limit` is an error, and whether it was done is not known. All
+    /// of them are given up then, and units of work begin with new ones too: a network that has lost them without a word
+    /// is noticed by nobody else. The metric `outbox_database_timeouts_total` counts it.
+    ///
     /// # Panics
     ///
     /// Outside of a tokio runtime.
     #[must_use]
-    pub fn with_own_store(&self) -> Self {
-        Self { pools: Arc::new(self.pools.with_own_store()), ..self.clone() }
+    pub fn with_own_store(&self, limit: Duration) -> Self {
+        let pools = self.pools.with_own_store(limit);
+        if let Some(calls) = pools.store.calls() {
+            let mut workers = self.inner.workers.lock().unwrap_or_else(PoisonError::into_inner);
+            workers.retain(|worker| worker.strong_count() > 0);
+            workers.push(Arc::downgrade(calls));
+        }
+        Self { pools: Arc::new(pools), ..self.clone() }
+    }
+
+    /// Whether the database answers, has the tables, and answers the workers of this process, and whether the file of a SQLite
+    /// database is still the one that is open: what a health check asks. Takes 2 s at most.
+    ///
+    /// # Errors
+    ///
+    /// [`NotReady`], whose text says why.
+    pub async fn ready(&self) -> Result<(), NotReady> {
+        if let Some(file) = &self.pools.writer.file {
+            file.check().map_err(NotReady::File)?;
+        }
+        let workers = self.inner.workers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if workers.iter().filter_map(Weak::upgrade).any(|calls| calls.is_silent()) {
+            return Err(NotReady::Silent);
+        }
+        // In a task of its own: a connection that is dropped while it waits for an answer is lost to its pool.
+        let outbox = self.clone();
+        let checked = tokio::spawn(async move { outbox.check_schema().await });
+        match tokio::time::timeout(READY_WITHIN, checked).await {
+            Ok(Ok(checked)) => Ok(checked?),
+            _ => Err(NotReady::Late),
+        }
     }
 
     /// Sets how much one unit of work may push.
@@ -262,6 +331,14 @@ impl Outbox {
     fn wake_of(&self, subscription: i32) -> Arc<Notify> {
         let mut wakes = self.inner.wakes.lock().unwrap_or_else(PoisonError::into_inner);
         wakes.entry(subscription).or_default().clone()
+    }
+
+    pub(crate) fn claimed_size(&self, subscription: i32) -> Option<usize> {
+        self.inner.sizes.lock().unwrap_or_else(PoisonError::into_inner).get(&subscription).copied()
+    }
+
+    pub(crate) fn set_claimed_size(&self, subscription: i32, bytes: usize) {
+        self.inner.sizes.lock().unwrap_or_else(PoisonError::into_inner).insert(subscription, bytes);
     }
 
     pub(crate) fn push_limits(&self) -> Limits {

@@ -5,7 +5,7 @@
 //! a pooler another session may run it, and other clients have used the same names. So every statement is in a
 //! transaction, and each transaction begins by forgetting the names it finds.
 
-use std::sync::Arc;
+use std::{future::Future, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use sea_orm::{
@@ -14,11 +14,12 @@ use sea_orm::{
     sqlx::ConnectOptions,
 };
 
-use crate::{clean, names::Names, sessions::Sessions, to_its_end::to_its_end};
+use crate::{calls::Calls, clean, file::File, names::Names, sessions::Sessions, to_its_end::to_its_end};
 
 /// The connections of one pool.
 #[derive(Clone, Debug)]
 pub(crate) struct Connections {
+    /// As they were at first.
     pub(crate) db: DatabaseConnection,
     /// Whether a session lasts for one transaction only: said by `statement-cache-capacity=0` in the URL.
     pub(crate) pooled: bool,
@@ -27,6 +28,10 @@ pub(crate) struct Connections {
     sessions: Arc<Sessions>,
     /// To be found before a transaction begins in which `search_path` may change.
     names: Option<Arc<Names>>,
+    /// Where they are made anew when the server does not answer.
+    calls: Option<Arc<Calls>>,
+    /// The file of a SQLite database.
+    pub(crate) file: Option<Arc<File>>,
 }
 
 /// Whether this parameter of a URL says that a session lasts for one transaction only.
@@ -60,7 +65,8 @@ impl From<DatabaseConnection> for Connections {
             DatabaseConnectionType::SqlxSqlitePoolConnection(_) => (Kind::Sqlite { guarded: false }, false),
             _ => (Kind::Other, false),
         };
-        Self { db, pooled, kind, sessions: Arc::default(), names: None }
+        let file = File::of(&db).map(Arc::new);
+        Self { db, pooled, kind, sessions: Arc::default(), names: None, calls: None, file }
     }
 }
 
@@ -86,6 +92,45 @@ impl Connections {
         &self.sessions
     }
 
+    /// The same, made anew when a server does not answer: within the limit, if there is one, or when one that has these
+    /// as neighbours finds out.
+    pub(crate) fn replaceable(self, limit: Option<Duration>, neighbours: &[&Self]) -> Self {
+        if self.get_database_backend() != DbBackend::Postgres {
+            return self;
+        }
+        let neighbours = neighbours.iter().filter_map(|each| each.calls.clone()).collect();
+        Self { calls: Some(Calls::new(self.db.clone(), limit, neighbours)), ..self }
+    }
+
+    pub(crate) fn calls(&self) -> Option<&Arc<Calls>> {
+        self.calls.as_ref()
+    }
+
+    /// The connections of this moment.
+    pub(crate) fn now(&self) -> DatabaseConnection {
+        self.calls.as_ref().map_or_else(|| self.db.clone(), |calls| calls.connections())
+    }
+
+    /// Runs several statements, of which each waits for the server, until their connections are given up.
+    pub(crate) async fn until_given_up<T>(&self, work: impl Future<Output = Result<T, DbErr>>) -> Result<T, DbErr> {
+        match &self.calls {
+            Some(calls) => calls.until_given_up(work).await,
+            None => work.await,
+        }
+    }
+
+    /// One call, with the connections of this moment.
+    async fn call<T, F>(&self, call: impl FnOnce(Self) -> F) -> Result<T, DbErr>
+    where
+        F: Future<Output = Result<T, DbErr>>,
+    {
+        let result = match &self.calls {
+            Some(calls) => calls.answered(|db| call(Self { db, calls: None, ..self.clone() })).await,
+            None => call(self.clone()).await,
+        };
+        result.inspect_err(|error| self.saw(error))
+    }
+
     /// For units of work of an outbox whose tables have these names.
     pub(crate) fn finding(&self, names: &Arc<Names>) -> Self {
         Self { names: Some(names.clone()), ..self.clone() }
@@ -94,10 +139,6 @@ impl Connections {
     /// Takes notice of an error that a statement has had.
     pub(crate) fn saw(&self, error: &DbErr) {
         self.sessions.saw(error);
-    }
-
-    fn seen<T>(&self, result: Result<T, DbErr>) -> Result<T, DbErr> {
-        result.inspect_err(|error| self.saw(error))
     }
 
     /// For writing.
@@ -122,27 +163,33 @@ impl Connections {
 
     /// A BEGIN is never left halfway: on PostgreSQL, sqlx leaves a poisoned connection in the pool when its future is
     /// dropped (0.9.0), and request futures are dropped whenever a client hangs up.
-    async fn begin_with(&self, mut options: TransactionOptions) -> Result<DatabaseTransaction, DbErr> {
+    async fn begin_with(&self, options: TransactionOptions) -> Result<DatabaseTransaction, DbErr> {
         self.usable()?;
-        let Self { db, pooled, kind, .. } = self.clone();
-        let begin = to_its_end(async move {
-            if let Kind::Sqlite { guarded: false } = kind {
-                return clean::begin(&db, options).await;
-            }
-            if !pooled {
-                return db.begin_with_options(options).await;
-            }
-            // SeaORM prepares the statement that sets it, before the names are forgotten (2.0). It comes first: later
-            // statements find a snapshot.
-            let isolation = options.isolation_level.take().unwrap_or(IsolationLevel::ReadCommitted);
-            let transaction = db.begin_with_options(options).await?;
-            let begin = format!("set transaction isolation level {isolation}; deallocate all");
-            transaction.execute_unprepared(&begin).await?;
-            Ok(transaction)
-        });
-        let begun = begin.await.map_err(|panicked| DbErr::Custom(format!("no transaction was begun: {panicked}")))?;
-        self.seen(begun)
+        if let Some(file) = &self.file {
+            file.check()?;
+        }
+        self.call(|now| begin(now, options)).await
     }
+}
+
+async fn begin(now: Connections, mut options: TransactionOptions) -> Result<DatabaseTransaction, DbErr> {
+    let Connections { db, pooled, kind, .. } = now;
+    let begin = to_its_end(async move {
+        if let Kind::Sqlite { guarded: false } = kind {
+            return clean::begin(&db, options).await;
+        }
+        if !pooled {
+            return db.begin_with_options(options).await;
+        }
+        // SeaORM prepares the statement that sets it, before the names are forgotten (2.0). It comes first: later
+        // statements find a snapshot.
+        let isolation = options.isolation_level.take().unwrap_or(IsolationLevel::ReadCommitted);
+        let transaction = db.begin_with_options(options).await?;
+        let begin = format!("set transaction isolation level {isolation}; deallocate all");
+        transaction.execute_unprepared(&begin).await?;
+        Ok(transaction)
+    });
+    begin.await.map_err(|panicked| DbErr::Custom(format!("no transaction was begun: {panicked}")))?
 }
 
 #[async_trait]
@@ -155,33 +202,42 @@ impl ConnectionTrait for Connections {
     }
 
     async fn execute_raw(&self, statement: Statement) -> Result<ExecResult, DbErr> {
-        if !self.pooled {
-            return self.seen(self.usable()?.execute_raw(statement).await);
-        }
-        let transaction = self.begin().await?;
-        let result = self.seen(transaction.execute_raw(statement).await)?;
-        transaction.commit().await.map(|()| result)
+        self.call(|now| async move {
+            if !now.pooled {
+                return now.usable()?.execute_raw(statement).await;
+            }
+            let transaction = now.begin().await?;
+            let result = transaction.execute_raw(statement).await?;
+            transaction.commit().await.map(|()| result)
+        })
+        .await
     }
 
     async fn execute_unprepared(&self, sql: &str) -> Result<ExecResult, DbErr> {
-        self.seen(self.usable()?.execute_unprepared(sql).await)
+        self.call(|now| async move { now.usable()?.execute_unprepared(sql).await }).await
     }
 
     async fn query_one_raw(&self, statement: Statement) -> Result<Option<QueryResult>, DbErr> {
-        if !self.pooled {
-            return self.seen(self.usable()?.query_one_raw(statement).await);
-        }
-        let transaction = self.begin().await?;
-        let row = self.seen(transaction.query_one_raw(statement).await)?;
-        transaction.commit().await.map(|()| row)
+        self.call(|now| async move {
+            if !now.pooled {
+                return now.usable()?.query_one_raw(statement).await;
+            }
+            let transaction = now.begin().await?;
+            let row = transaction.query_one_raw(statement).await?;
+            transaction.commit().await.map(|()| row)
+        })
+        .await
     }
 
     async fn query_all_raw(&self, statement: Statement) -> Result<Vec<QueryResult>, DbErr> {
-        if !self.pooled {
-            return self.seen(self.usable()?.query_all_raw(statement).await);
-        }
-        let transaction = self.begin().await?;
-        let rows = self.seen(transaction.query_all_raw(statement).await)?;
-        transaction.commit().await.map(|()| rows)
+        self.call(|now| async move {
+            if !now.pooled {
+                return now.usable()?.query_all_raw(statement).await;
+            }
+            let transaction = now.begin().await?;
+            let rows = transaction.query_all_raw(statement).await?;
+            transaction.commit().await.map(|()| rows)
+        })
+        .await
     }
 }

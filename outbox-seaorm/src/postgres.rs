@@ -61,11 +61,23 @@ macro_rules! of_dead_letters {
     };
 }
 
+/// Of an event `e` and a subscription `s`: its flush was not over when the subscription changed. Transactions are numbered
+/// by each cluster for itself: what was restored from a dump of another one may have any number. An event whose number
+/// this cluster has not given out yet is one of those, and was there before; unless the change was restored with it.
+macro_rules! missed {
+    () => {
+        "(not pg_visible_in_snapshot(e.transaction_id, s.changed_in)
+          and (e.transaction_id < pg_snapshot_xmax(pg_current_snapshot())
+               or pg_snapshot_xmax(s.changed_in) > pg_snapshot_xmax(pg_current_snapshot())))"
+    };
+}
+
 /// Of an event `e` and the rules $1: when it is old, and that nobody needs it; neither a subscription that changes, nor a
 /// backfill. Times are of the statement, so that they can be looked up in an index.
 macro_rules! old {
     () => {
-        " cross join lateral (
+        concat!(
+            " cross join lateral (
                select statement_timestamp() - r.seconds * interval '1 second' as at
                  from rows from (jsonb_to_recordset($1::text::jsonb) as (name text, prefix boolean, seconds float8))
                       with ordinality as r(name, prefix, seconds, ordinality)
@@ -75,13 +87,28 @@ macro_rules! old {
            and not exists (
                select 1 from outbox_subscriptions s
                 where s.backfill_from <= e.position
-                   or not pg_visible_in_snapshot(e.transaction_id, s.changed_in)
-                   or exists (select 1 from outbox_deliveries
+                   or ",
+            missed!(),
+            " or exists (select 1 from outbox_deliveries
                                where subscription_id = s.id and position = e.position)
                    or exists (select 1 from outbox_dead_letters
                                where subscription_id = s.id and position = e.position)
                    or exists (select 1 from outbox_delivered
                                where subscription_id = s.id and position = e.position and delivered_at > cutoff.at))"
+        )
+    };
+}
+
+/// When an event `e` asks to be delivered. One that was stored while the clock was ahead asks for it now.
+macro_rules! asked_for {
+    () => {
+        concat!(
+            "greatest(least(coalesce(",
+            readable_time!("e.recorded_at"),
+            ", clock_timestamp()), clock_timestamp()) + e.wait_seconds * interval '1 second', ",
+            readable_time!("e.not_before"),
+            ")"
+        )
     };
 }
 
@@ -92,7 +119,10 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     instance: "select instance, clock_timestamp() as now from outbox_meta",
 
-    bump_generation: "update outbox_meta set generation = generation + 1",
+    // At random: what was changed and is lost with a failover may not have the number of what is changed then.
+    bump_generation: "
+        update outbox_meta
+           set generation = ('x' || left(md5(gen_random_uuid()::text), 16))::bit(64)::bigint & 9223372036854775807",
 
     restore_meta: "
         insert into outbox_meta (id, schema_version, generation, instance)
@@ -215,7 +245,7 @@ pub(crate) static POSTGRES: Sql = Sql {
            and key = any (array(select key from due))
            and exists (select 1 from outbox_subscriptions
                         where id = $1 and paused_at is null and backfill_from is null and (circuit_until is null or $5))
-        returning key, lease_token, attempts + 1 - $6 as attempts, attempt_log::text as attempt_log,
+        returning key, lease_token, leased_by, attempts + 1 - $6 as attempts, attempt_log::text as attempt_log,
                   case when key = (select key from last) then (select due_at from last) end as was_due_at",
 
     take_probe: "
@@ -231,42 +261,50 @@ pub(crate) static POSTGRES: Sql = Sql {
         update outbox_subscriptions set circuit_until = null, circuit_failures = 0
          where id = $1 and circuit_until is not null",
 
+    // The first of each lane come first. A payload is counted where it lies, and read if it comes along.
     runs: concat!(
-        "select d.key, d.position as queued,
-                date_part('epoch', d.due_at) as since, d.due_at <= clock_timestamp() as due, ",
+        "select e.key, e.queued,
+                date_part('epoch', e.due_at) as since, e.due_at <= clock_timestamp() as due, ",
         event_columns!(),
-        " from jsonb_array_elements_text($2::text::jsonb) lane(key)
-         cross join lateral (
-               select key, position, due_at from outbox_deliveries
-                where subscription_id = $1 and key = lane.key order by position limit $3) d
-          left join lateral (select * from outbox_events e where e.position = d.position offset 0) e on true
-         order by d.position"
+        " from (select lane.key, d.position as queued, d.due_at, d.number, e.*,
+                       coalesce(sum(octet_length(e.payload::text)) over (
+                           order by d.number, d.position rows between unbounded preceding and 1 preceding), 0) as before
+                  from jsonb_array_elements_text($2::text::jsonb) lane(key)
+                 cross join lateral (
+                       select position, due_at, row_number() over (order by position) as number
+                         from outbox_deliveries
+                        where subscription_id = $1 and key = lane.key order by position limit $3) d
+                  left join lateral (select * from outbox_events e where e.position = d.position offset 0) e on true) e
+         where e.before < $4
+         order by e.number, e.queued"
     ),
 
     held: "
         select (r.ordinality - 1)::bigint as report
-          from rows from (jsonb_to_recordset($1::text::jsonb) as (subscription integer, key text, token bigint))
-               with ordinality as r(subscription, key, token, ordinality)
+          from rows from (jsonb_to_recordset($1::text::jsonb) as (subscription integer, key text, token bigint,
+                                                                 worker text))
+               with ordinality as r(subscription, key, token, worker, ordinality)
          cross join lateral (
                select from outbox_lanes l
                 where l.subscription_id = r.subscription and l.key = r.key
-                  and l.lease_token = r.token and l.leased_by is not null offset 0) l",
+                  and l.lease_token = r.token and l.leased_by = r.worker offset 0) l",
 
     note_attempts: "
         with held as materialized (
                 select l.subscription_id, l.key, r.log
-                  from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, token bigint, log text)
+                  from jsonb_to_recordset($1::text::jsonb) as r(
+                         subscription integer, key text, token bigint, worker text, log text)
                  cross join lateral (
                        select l.subscription_id, l.key from outbox_lanes l
                         where l.subscription_id = r.subscription and l.key = r.key
-                          and l.lease_token = r.token and l.leased_by is not null
+                          and l.lease_token = r.token and l.leased_by = r.worker
                           for update skip locked) l)
         update outbox_lanes l
            set attempt_log = case when l.attempts > 0 then held.log::jsonb end
           from held
          where l.subscription_id = held.subscription_id and l.key = held.key
            and l.key = any (array(select key from held))
-        returning l.subscription_id, l.key, l.lease_token",
+        returning l.subscription_id, l.key, l.lease_token, l.leased_by",
 
     // One round trip. Everything depends on `held`, so the lanes are locked before anything of them changes, and `pending`
     // is that of the locked row. What the statement reads besides is from before the locks: a delivery that a commit has
@@ -276,14 +314,14 @@ pub(crate) static POSTGRES: Sql = Sql {
         "with lease as materialized (
                 select r.*, r.ordinality - 1 as n
                   from rows from (jsonb_to_recordset($1::text::jsonb) as (
-                         subscription integer, key text, token bigint, next text, attempts integer, wait float8,
+                         subscription integer, key text, token bigint, worker text, next text, attempts integer, wait float8,
                          error text, log text, held_at bigint)) with ordinality as r),
               held as materialized (
                 select lease.*, l.pending, l.attempts = 0 as overtaken
                   from lease cross join lateral (
                        select pending, attempts from outbox_lanes l
                         where l.subscription_id = lease.subscription and l.key = lease.key
-                          and l.lease_token = lease.token and l.leased_by is not null
+                          and l.lease_token = lease.token and l.leased_by = lease.worker
                           for update skip locked) l),
               finished as materialized (
                 select f.*, held.subscription, held.key, d.ctid as place
@@ -352,7 +390,7 @@ pub(crate) static POSTGRES: Sql = Sql {
            from lease cross join lateral (
                 select from outbox_lanes l
                  where l.subscription_id = lease.subscription and l.key = lease.key
-                   and l.lease_token = lease.token and l.leased_by is not null offset 0) l
+                   and l.lease_token = lease.token and l.leased_by = lease.worker offset 0) l
           where lease.n not in (select n from held)",
     ),
 
@@ -366,11 +404,12 @@ pub(crate) static POSTGRES: Sql = Sql {
     take_over: "
         with held as materialized (
                 select l.subscription_id, l.key
-                  from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, token bigint)
+                  from jsonb_to_recordset($1::text::jsonb) as r(
+                         subscription integer, key text, token bigint, worker text)
                  cross join lateral (
                        select l.subscription_id, l.key from outbox_lanes l
                         where l.subscription_id = r.subscription and l.key = r.key
-                          and l.lease_token = r.token and l.leased_by like '% (relay)'
+                          and l.lease_token = r.token and l.leased_by = r.worker and l.leased_by like '% (relay)'
                           for update skip locked) l)
         update outbox_lanes l
            set attempts = attempts + 1, lease_token = lease_token + 1, leased_by = $3,
@@ -378,32 +417,34 @@ pub(crate) static POSTGRES: Sql = Sql {
           from held
          where l.subscription_id = held.subscription_id and l.key = held.key
            and l.key = any (array(select key from held))
-        returning l.subscription_id, l.key, l.lease_token, l.attempts, l.attempt_log::text as attempt_log",
+        returning l.subscription_id, l.key, l.lease_token, l.leased_by, l.attempts, l.attempt_log::text as attempt_log",
 
     relayed: "
         select (r.ordinality - 1)::bigint as report
-          from rows from (jsonb_to_recordset($1::text::jsonb) as (subscription integer, key text, token bigint))
-               with ordinality as r(subscription, key, token, ordinality)
+          from rows from (jsonb_to_recordset($1::text::jsonb) as (subscription integer, key text, token bigint,
+                                                                 worker text))
+               with ordinality as r(subscription, key, token, worker, ordinality)
          cross join lateral (
                select from outbox_lanes l
                 where l.subscription_id = r.subscription and l.key = r.key
-                  and l.lease_token = r.token and l.leased_by like '% (relay)' offset 0) l",
+                  and l.lease_token = r.token and l.leased_by = r.worker and l.leased_by like '% (relay)' offset 0) l",
 
     renew: "
         with held as materialized (
                 select l.subscription_id, l.key
-                  from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, token bigint)
+                  from jsonb_to_recordset($1::text::jsonb) as r(
+                         subscription integer, key text, token bigint, worker text)
                  cross join lateral (
                        select l.subscription_id, l.key from outbox_lanes l
                         where l.subscription_id = r.subscription and l.key = r.key
-                          and l.lease_token = r.token and l.leased_by is not null
+                          and l.lease_token = r.token and l.leased_by = r.worker
                           for update skip locked) l)
         update outbox_lanes l
            set due_at = clock_timestamp() + $2 * interval '1 second'
           from held
          where l.subscription_id = held.subscription_id and l.key = held.key
            and l.key = any (array(select key from held))
-        returning l.subscription_id, l.key, l.lease_token",
+        returning l.subscription_id, l.key, l.lease_token, l.leased_by",
 
     subscription_by_name: "
         select id, filter::text as filter, ordering::text as ordering, backfill_from
@@ -440,15 +481,17 @@ pub(crate) static POSTGRES: Sql = Sql {
           join outbox_events e on e.recorded_at between s.changed_at - interval '10 minutes'
                                                     and s.changed_at + interval '10 minutes'
          where s.id = $1 and s.changed_in is not null and e.position > $2
-           and not pg_visible_in_snapshot(e.transaction_id, s.changed_in)
-         order by e.position limit $3 for key share of e"
+           and ",
+        missed!(),
+        " order by e.position limit $3 for key share of e"
     ),
 
     // First the transactions that run now are noted, then they are waited for; two seconds more for a flush that had no
-    // transaction id yet.
+    // transaction id yet. A number that this cluster has not given out yet was noted in another one: begin anew.
     settle_subscription: "
         update outbox_subscriptions
-           set settled_after = coalesce(settled_after, pg_snapshot_xmax(pg_current_snapshot()))
+           set settled_after = case when settled_after <= pg_snapshot_xmax(pg_current_snapshot()) then settled_after
+                                    else pg_snapshot_xmax(pg_current_snapshot()) end
          where id = $1
         returning settled_after <= pg_snapshot_xmin(pg_current_snapshot())
                   and changed_at < clock_timestamp() - interval '2 seconds' as settled",
@@ -502,6 +545,11 @@ pub(crate) static POSTGRES: Sql = Sql {
         union select position from outbox_dead_letters
          where subscription_id = $1 and position in (select value::bigint from jsonb_array_elements_text($2::text::jsonb))",
 
+    inbox_insert_within: Some(
+        "with idle as materialized (select set_config('idle_in_transaction_session_timeout', $3, true))
+         insert into outbox_inbox (consumer, event_id) select $1, $2 from idle on conflict do nothing",
+    ),
+
     inbox_insert: "insert into outbox_inbox (consumer, event_id) values ($1, $2) on conflict do nothing",
 
     heartbeat: "
@@ -541,6 +589,50 @@ pub(crate) static POSTGRES: Sql = Sql {
                                filter (where last_error is not null))[1] as last_error
                        from outbox_lanes group by subscription_id) l on l.subscription_id = s.id
          order by s.name",
+
+    postponed: concat!(
+        "select s.name, count(*) as deliveries,
+                max(extract(epoch from l.due_at - clock_timestamp()))::float8 as seconds
+           from outbox_subscriptions s
+          cross join lateral (
+                select * from outbox_lanes
+                 where subscription_id = s.id and due_at > clock_timestamp() + interval '1 second' and due_at < 'infinity'
+                 order by due_at desc limit 1000) l
+          cross join lateral (
+                select position from outbox_deliveries
+                 where subscription_id = l.subscription_id and key = l.key order by position limit 1) d
+          cross join lateral (select * from outbox_events e where e.position = d.position offset 0) e
+          where l.due_at > ",
+        asked_for!(),
+        " + interval '1 second' + case when l.leased_by is null and l.last_error is null then interval '0'
+                                       else interval '1 day' end
+          group by s.name order by s.name"
+    ),
+
+    lock_waiting: "
+        select key from outbox_lanes
+         where subscription_id = $1 and due_at > clock_timestamp() and leased_by is null and held_at is null
+         order by subscription_id, key for update",
+
+    due_as_asked: concat!(
+        "update outbox_deliveries d set due_at = asked.due_at
+           from (select e.position, ",
+        asked_for!(),
+        " as due_at from outbox_events e
+              where e.position in (
+                    select position from outbox_deliveries
+                     where subscription_id = $1 and due_at > clock_timestamp()
+                       and key in (select jsonb_array_elements_text($2::text::jsonb)))) asked
+          where d.subscription_id = $1 and d.position = asked.position and d.due_at > asked.due_at
+            and d.key in (select jsonb_array_elements_text($2::text::jsonb))"
+    ),
+
+    due_with_heads: "
+        update outbox_lanes l set due_at = head.due_at
+          from (select k.key, (select d.due_at from outbox_deliveries d
+                                where d.subscription_id = $1 and d.key = k.key order by position limit 1) as due_at
+                  from jsonb_array_elements_text($2::text::jsonb) k(key)) head
+         where l.subscription_id = $1 and l.key = head.key and l.due_at > head.due_at",
 
     activity: "
         select ((now() at time zone 'UTC')::date - (delivered_at at time zone 'UTC')::date)::bigint as days_ago,
@@ -747,6 +839,9 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     list_audit: "
         select id, at, actor, action, target, details::text as details from outbox_audit order by id desc limit $1",
+
+    definitions: "
+        select details::text as details from outbox_audit where action = $1 and target = $2 order by id",
 
     old_events: concat!(
         "select e.position, e.recorded_at::text as recorded_at from outbox_events e",

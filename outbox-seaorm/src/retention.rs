@@ -145,7 +145,10 @@ impl Outbox {
         let mut from = String::new();
         loop {
             let started = Instant::now();
-            let Some(last) = self.purge_events(retention, &from, &mut purged).await? else { break };
+            let Some(last) = self.store().until_given_up(self.purge_events(retention, &from, &mut purged)).await?
+            else {
+                break;
+            };
             from = last;
             tokio::time::sleep(started.elapsed()).await;
         }

@@ -61,6 +61,7 @@ pub(crate) struct Sql {
     pub(crate) schema_version: &'static str,
     pub(crate) generation: &'static str,
     pub(crate) instance: &'static str,
+    /// To another value, which it has never had: it is compared for equality only.
     pub(crate) bump_generation: &'static str,
 
     /// $1 version of the tables. For tables that were emptied: a generation that no process has a copy of.
@@ -103,11 +104,13 @@ pub(crate) struct Sql {
     /// $1 subscription.
     pub(crate) close_circuit: &'static str,
 
-    /// $1 subscription, $2 keys, $3 run. `queued` is the position, also where the event is missing. Index: primary key of the deliveries; `cross join` holds the planner to it, which
-    /// otherwise reads all deliveries of the subscription.
+    /// $1 subscription, $2 keys, $3 run, $4 bytes: the first delivery of each key, then the second of each, until their
+    /// payloads are as large; one at least. `queued` is the position, also where the event is missing. Index: primary key
+    /// of the deliveries; `cross join` holds the planner to it, which otherwise reads all deliveries of the subscription.
     pub(crate) runs: &'static str,
 
-    /// $1 reports. The lanes whose lease is still held: neither taken over nor ended by its holder.
+    /// $1 reports. The lanes whose lease is still held by its worker: neither taken over nor ended. So with all that fences:
+    /// the token alone may come again after a failover that has lost claims, for another worker.
     pub(crate) held: &'static str,
 
     /// $1 lanes with their attempt logs. Returns the lanes whose lease was still held.
@@ -177,6 +180,9 @@ pub(crate) struct Sql {
     /// $1 consumer, $2 event id.
     pub(crate) inbox_insert: &'static str,
 
+    /// As above, $3 milliseconds that the transaction may be idle for from then on, where that is for the server to say.
+    pub(crate) inbox_insert_within: Option<&'static str>,
+
     /// $1 worker, $2 subscriptions. Returns the time.
     pub(crate) heartbeat: &'static str,
 
@@ -189,6 +195,19 @@ pub(crate) struct Sql {
 
     /// $1 where to stop counting what is delivered.
     pub(crate) status: &'static str,
+
+    /// Deliveries at the head of their key that wait for longer than a delay of their event, or a day after a failure,
+    /// explains: of each subscription how many, up to 1,000, and how many seconds at most. Index: outbox_lanes_due.
+    pub(crate) postponed: &'static str,
+
+    /// $1 subscription: locks the lanes that wait, and that nobody has leased. In the order of the flush.
+    pub(crate) lock_waiting: &'static str,
+
+    /// $1 subscription, $2 keys of lanes that are locked: their deliveries are due when the delays of their events say so.
+    pub(crate) due_as_asked: &'static str,
+
+    /// $1 subscription, $2 keys: lanes are due with their heads.
+    pub(crate) due_with_heads: &'static str,
 
     /// $1 subscription: finished deliveries of each of the last seven days, `days_ago` 0 for today.
     pub(crate) activity: &'static str,
@@ -282,6 +301,9 @@ pub(crate) struct Sql {
 
     /// $1 number.
     pub(crate) list_audit: &'static str,
+
+    /// $1 action, $2 target: the details, the oldest first. Few: the table has what operators do.
+    pub(crate) definitions: &'static str,
 
     /// $1 rules, the first that fits an event counts; $2 the shortest time of a rule; $3 the time they are not older than;
     /// $4 number. Events that nobody needs any more, the oldest first. Index: outbox_events_recorded.

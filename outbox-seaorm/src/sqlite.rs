@@ -55,6 +55,21 @@ macro_rules! old {
     };
 }
 
+/// When an event `e` asks to be delivered. One that was stored while the clock was ahead asks for it now.
+macro_rules! asked_for {
+    ($more:literal) => {
+        concat!(
+            "max(coalesce(strftime('%Y-%m-%dT%H:%M:%fZ',
+                                   min(e.recorded_at, strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+                                   printf('%+.3f seconds', e.wait_seconds), ",
+            $more,
+            "), strftime('%Y-%m-%dT%H:%M:%fZ', 'now')), coalesce(strftime('%Y-%m-%dT%H:%M:%fZ', e.not_before, ",
+            $more,
+            "), ''))"
+        )
+    };
+}
+
 pub(crate) static SQLITE: Sql = Sql {
     schema_version: "select schema_version from outbox_meta",
 
@@ -62,7 +77,8 @@ pub(crate) static SQLITE: Sql = Sql {
 
     instance: "select instance, strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as now from outbox_meta",
 
-    bump_generation: "update outbox_meta set generation = generation + 1",
+    // At random, as on PostgreSQL: a file may be put back from a backup.
+    bump_generation: "update outbox_meta set generation = random() & 9223372036854775807",
 
     restore_meta: "
         insert into outbox_meta (id, schema_version, generation, instance)
@@ -125,7 +141,7 @@ pub(crate) static SQLITE: Sql = Sql {
                     order by due_at, key limit $2)
        and exists (select 1 from outbox_subscriptions
                     where id = $1 and paused_at is null and backfill_from is null and (circuit_until is null or $5))
-    returning key, lease_token, attempts + 1 - $6 as attempts, attempt_log, null as was_due_at",
+    returning key, lease_token, leased_by, attempts + 1 - $6 as attempts, attempt_log, null as was_due_at",
 
     take_probe: "
     update outbox_subscriptions
@@ -142,29 +158,40 @@ pub(crate) static SQLITE: Sql = Sql {
     update outbox_subscriptions set circuit_until = null, circuit_failures = 0
      where id = $1 and circuit_until is not null",
 
+    // The first of each lane come first. Only the length of a payload is looked up before it is known to come along.
     runs: "
-    select d.key, d.position as queued, julianday(d.due_at) as since, d.due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as due, e.*
-      from json_each($2) lane
-     cross join outbox_deliveries d on d.subscription_id = $1 and d.key = lane.value
-       and d.position in (select position from outbox_deliveries
-                           where subscription_id = $1 and key = lane.value order by position limit $3)
-      left join outbox_events e on e.position = d.position
-     order by d.position",
+    with queued as (
+           select d.key, d.position as queued, d.due_at, octet_length(e.payload) as bytes,
+                  row_number() over (partition by d.key order by d.position) as number
+             from json_each($2) lane
+            cross join outbox_deliveries d on d.subscription_id = $1 and d.key = lane.value
+              and d.position in (select position from outbox_deliveries
+                                  where subscription_id = $1 and key = lane.value order by position limit $3)
+             left join outbox_events e on e.position = d.position),
+         counted as (
+           select *, coalesce(sum(bytes) over (
+                         order by number, queued rows between unbounded preceding and 1 preceding), 0) as before
+             from queued)
+    select q.key, q.queued, julianday(q.due_at) as since, q.due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as due, e.*
+      from counted q
+      left join outbox_events e on e.position = q.queued
+     where q.before < $4
+     order by q.number, q.queued",
 
     held: "
     select r.key as report from json_each($1) r
       join outbox_lanes l on l.subscription_id = r.value->>'subscription' and l.key = r.value->>'key'
-       and l.lease_token = r.value->>'token' and l.leased_by is not null",
+       and l.lease_token = r.value->>'token' and l.leased_by = r.value->>'worker'",
 
     note_attempts: "
     update outbox_lanes
        set attempt_log = case when outbox_lanes.attempts > 0 then r.log end
       from (select value->>'subscription' as subscription, value->>'key' as lane, value->>'token' as token,
-                   value->>'log' as log
+                   value->>'worker' as worker, value->>'log' as log
               from json_each($1)) r
      where outbox_lanes.subscription_id = r.subscription and outbox_lanes.key = r.lane
-       and outbox_lanes.lease_token = r.token and outbox_lanes.leased_by is not null
-    returning outbox_lanes.subscription_id, outbox_lanes.key, outbox_lanes.lease_token",
+       and outbox_lanes.lease_token = r.token and outbox_lanes.leased_by = r.worker
+    returning outbox_lanes.subscription_id, outbox_lanes.key, outbox_lanes.lease_token, outbox_lanes.leased_by",
 
     settle: Settle::InSteps(SettleSteps {
     delete_deliveries: "
@@ -221,26 +248,30 @@ pub(crate) static SQLITE: Sql = Sql {
     update outbox_lanes
        set attempts = attempts + 1, lease_token = lease_token + 1, leased_by = $3,
            due_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', $2))
-      from (select value->>'subscription' as subscription, value->>'key' as lane, value->>'token' as token
+      from (select value->>'subscription' as subscription, value->>'key' as lane, value->>'token' as token,
+                   value->>'worker' as worker
               from json_each($1)) r
      where outbox_lanes.subscription_id = r.subscription and outbox_lanes.key = r.lane
-       and outbox_lanes.lease_token = r.token and outbox_lanes.leased_by like '% (relay)'
-    returning outbox_lanes.subscription_id, outbox_lanes.key, outbox_lanes.lease_token, outbox_lanes.attempts,
+       and outbox_lanes.lease_token = r.token and outbox_lanes.leased_by = r.worker
+       and outbox_lanes.leased_by like '% (relay)'
+    returning outbox_lanes.subscription_id, outbox_lanes.key, outbox_lanes.lease_token, outbox_lanes.leased_by,
+              outbox_lanes.attempts,
               outbox_lanes.attempt_log",
 
     relayed: "
     select r.key as report from json_each($1) r
       join outbox_lanes l on l.subscription_id = r.value->>'subscription' and l.key = r.value->>'key'
-       and l.lease_token = r.value->>'token' and l.leased_by like '% (relay)'",
+       and l.lease_token = r.value->>'token' and l.leased_by = r.value->>'worker' and l.leased_by like '% (relay)'",
 
     renew: "
     update outbox_lanes
        set due_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', $2))
-      from (select value->>'subscription' as subscription, value->>'key' as lane, value->>'token' as token
+      from (select value->>'subscription' as subscription, value->>'key' as lane, value->>'token' as token,
+                   value->>'worker' as worker
               from json_each($1)) r
      where outbox_lanes.subscription_id = r.subscription and outbox_lanes.key = r.lane
-       and outbox_lanes.lease_token = r.token and outbox_lanes.leased_by is not null
-    returning outbox_lanes.subscription_id, outbox_lanes.key, outbox_lanes.lease_token",
+       and outbox_lanes.lease_token = r.token and outbox_lanes.leased_by = r.worker
+    returning outbox_lanes.subscription_id, outbox_lanes.key, outbox_lanes.lease_token, outbox_lanes.leased_by",
 
     subscription_by_name: "
     select id, filter, ordering, backfill_from from outbox_subscriptions where name = $1",
@@ -290,6 +321,8 @@ pub(crate) static SQLITE: Sql = Sql {
     union select position from outbox_dead_letters
      where subscription_id = $1 and position in (select value from json_each($2))",
 
+    inbox_insert_within: None,
+
     inbox_insert: "
     insert into outbox_inbox (consumer, event_id) values ($1, $2) on conflict do nothing",
 
@@ -332,6 +365,50 @@ pub(crate) static SQLITE: Sql = Sql {
                    from outbox_lanes where last_error is not null group by subscription_id) x
         on x.subscription_id = s.id
      order by s.name",
+
+    postponed: concat!(
+        "select s.name, count(*) as deliveries, max((julianday(l.due_at) - julianday('now')) * 86400.0) as seconds
+           from outbox_subscriptions s
+           join outbox_lanes l on l.subscription_id = s.id
+            and l.due_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '+1 second') and l.due_at < '9999-12-31'
+           join outbox_events e on e.position = (
+                select position from outbox_deliveries
+                 where subscription_id = l.subscription_id and key = l.key order by position limit 1)
+          where case when l.leased_by is null and l.last_error is null
+                     then l.due_at > ",
+        asked_for!("'+1 second'"),
+        " else l.due_at > ",
+        asked_for!("'+1 day'"),
+        " end
+          group by s.name order by s.name"
+    ),
+
+    lock_waiting: "
+    select key from outbox_lanes
+     where subscription_id = $1 and due_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now') and leased_by is null
+       and held_at is null",
+
+    due_as_asked: concat!(
+        "update outbox_deliveries set due_at = asked.due_at
+           from (select e.position, ",
+        asked_for!("'+0 seconds'"),
+        " as due_at from outbox_events e
+              where e.position in (
+                    select position from outbox_deliveries
+                     where subscription_id = $1 and due_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now')
+                       and key in (select value from json_each($2)))) asked
+          where outbox_deliveries.subscription_id = $1 and outbox_deliveries.position = asked.position
+            and outbox_deliveries.due_at > asked.due_at
+            and outbox_deliveries.key in (select value from json_each($2))"
+    ),
+
+    due_with_heads: "
+    update outbox_lanes set due_at = head.due_at
+      from (select k.value as lane, (select d.due_at from outbox_deliveries d
+                                      where d.subscription_id = $1 and d.key = k.value
+                                      order by position limit 1) as due_at
+              from json_each($2) k) head
+     where outbox_lanes.subscription_id = $1 and outbox_lanes.key = head.lane and outbox_lanes.due_at > head.due_at",
 
     activity: "
     select cast(julianday('now', 'start of day') - julianday(substr(delivered_at, 1, 10)) as integer) as days_ago,
@@ -501,6 +578,8 @@ pub(crate) static SQLITE: Sql = Sql {
     update_audit: "update outbox_audit set details = $2 where id = $1",
 
     list_audit: "select id, at, actor, action, target, details from outbox_audit order by id desc limit $1",
+
+    definitions: "select details from outbox_audit where action = $1 and target = $2 order by id",
 
     old_events: concat!(
         "select e.position, e.recorded_at as recorded_at from outbox_events e",

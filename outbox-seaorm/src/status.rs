@@ -1,8 +1,14 @@
+use std::collections::HashMap;
+
 use chrono::{DateTime, Utc};
 use sea_orm::DbErr;
 use serde::Serialize;
 
-use crate::Outbox;
+use crate::{
+    Outbox,
+    definitions::Definition,
+    workers::{ALIVE_FOR, Known},
+};
 
 /// How far deliveries in the history are counted: a dashboard asks every few seconds.
 const COUNTED: i64 = 1_000_000;
@@ -39,6 +45,17 @@ pub struct SubscriptionStatus {
     pub last_error: Option<String>,
 }
 
+/// Deliveries of a subscription that wait for longer than anything explains.
+#[derive(Clone, Debug, Serialize)]
+pub struct Postponed {
+    /// The subscription.
+    pub subscription: String,
+    /// How many keys wait, counted up to 1,000.
+    pub keys: i64,
+    /// How long the last of them still waits, in seconds.
+    pub seconds: f64,
+}
+
 /// One worker process.
 #[derive(Clone, Debug, Serialize)]
 pub struct WorkerStatus {
@@ -52,6 +69,18 @@ pub struct WorkerStatus {
     pub last_seen_at: DateTime<Utc>,
     /// How long ago that was, by the database's clock.
     pub last_seen_seconds: f64,
+    /// Those of its subscriptions whose stored definition is another than its own: filter or ordering. The stored one counts.
+    pub disagrees: Vec<String>,
+    /// Those of its subscriptions that are not stored any more: it gets nothing of them.
+    pub removed: Vec<String>,
+}
+
+impl WorkerStatus {
+    /// Whether it was seen lately: within 15 s, three heartbeats.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.last_seen_seconds < ALIVE_FOR.as_secs_f64()
+    }
 }
 
 impl Outbox {
@@ -92,6 +121,25 @@ impl Outbox {
             .collect()
     }
 
+    /// Finds keys whose next delivery is due later than a delay of its event, or a day after a failure, explains: the
+    /// database's clock was ahead, or somebody has changed rows. [`make_due`](Self::make_due) mends it.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn postponed(&self) -> Result<Vec<Postponed>, DbErr> {
+        let rows = self.query_all(self.store_reader(), self.sql().postponed, []).await?;
+        rows.iter()
+            .map(|row| {
+                Ok(Postponed {
+                    subscription: row.try_get("", "name")?,
+                    keys: row.try_get("", "deliveries")?,
+                    seconds: row.try_get("", "seconds")?,
+                })
+            })
+            .collect()
+    }
+
     /// Lists the workers that were seen lately.
     ///
     /// # Errors
@@ -99,15 +147,25 @@ impl Outbox {
     /// If the database fails.
     pub async fn workers(&self) -> Result<Vec<WorkerStatus>, DbErr> {
         let rows = self.query_all(self.store_reader(), self.sql().workers, []).await?;
+        let stored = if rows.is_empty() { HashMap::new() } else { self.definitions().await? };
         rows.iter()
             .map(|row| {
-                let subscriptions: String = row.try_get("", "subscriptions")?;
+                let known: String = row.try_get("", "subscriptions")?;
+                let known: Vec<Known> = serde_json::from_str(&known).unwrap_or_default();
+                let of = |differs: fn(&Known, Option<&Definition>) -> bool| {
+                    let known = known.iter().filter(|each| differs(each, stored.get(&each.name)));
+                    known.map(|each| each.name.clone()).collect()
+                };
                 Ok(WorkerStatus {
                     id: row.try_get("", "id")?,
-                    subscriptions: serde_json::from_str(&subscriptions).unwrap_or_default(),
+                    subscriptions: known.iter().map(|each| each.name.clone()).collect(),
                     started_at: row.try_get("", "started_at")?,
                     last_seen_at: row.try_get("", "last_seen_at")?,
                     last_seen_seconds: row.try_get("", "last_seen_seconds")?,
+                    disagrees: of(|known, stored| {
+                        stored.is_some_and(|stored| !stored.is(&known.filter, &known.ordering))
+                    }),
+                    removed: of(|_, stored| stored.is_none()),
                 })
             })
             .collect()

@@ -9,8 +9,10 @@ use serde::de::DeserializeOwned;
 
 use crate::{
     By, Outbox,
+    definitions::Definition,
     deliveries::recorded,
     flush::{DeliveryRow, insert_deliveries, json, timestamp},
+    workers,
 };
 
 /// How many old events one transaction of a backfill looks at.
@@ -82,6 +84,16 @@ pub struct RegisterError {
     source: DbErr,
 }
 
+/// What became of a registration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Registered {
+    /// The id of the subscription.
+    pub id: i32,
+    /// The worker for which another definition of the subscription stays; `None` if this one counts.
+    pub kept_by: Option<String>,
+}
+
 impl Outbox {
     /// Makes a subscription known and returns its id.
     ///
@@ -89,6 +101,11 @@ impl Outbox {
     /// events that commit afterwards. From its commit on, every flush of every process sees the new subscription. With
     /// a start in the past, the deliveries of old events are written before this returns; workers claim none of them
     /// before all are there, so their order is kept. A crash in between is mended by the next registration.
+    ///
+    /// A definition that was replaced before does not come back while a worker is alive that has the one which replaced
+    /// it: the older version of a program, restarted last, takes no events from the newer. This returns the id all the
+    /// same; [`register_as`](Self::register_as) says which worker it is. Each change leaves an
+    /// [audit entry](crate::AuditEntry), `define`, with the definitions before and after.
     ///
     /// On PostgreSQL a commit that is under way meanwhile may not know of the subscription or its change. This waits for
     /// it, 5 s at most, and adds what it missed before workers claim anything. What commits even later is added
@@ -102,9 +119,23 @@ impl Outbox {
     ///
     /// Safe: as a crash.
     pub async fn register(&self, subscription: &Subscription) -> Result<i32, RegisterError> {
+        let by = format!("process {}", std::process::id());
+        Ok(self.register_as(subscription, &by).await?.id)
+    }
+
+    /// As [`register`](Self::register), by a worker of this name: the audit has it, if that changes a definition.
+    ///
+    /// # Errors
+    ///
+    /// As [`register`](Self::register).
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: as a crash.
+    pub async fn register_as(&self, subscription: &Subscription, by: &str) -> Result<Registered, RegisterError> {
         let mut tries = 1;
         loop {
-            match self.try_register(subscription).await {
+            match self.try_register(subscription, by).await {
                 Err(source) if tries < TRIES && is_conflict(&source) => {
                     tracing::debug!(error = %source, "the registration begins again");
                     tokio::time::sleep(LOOK_AGAIN * tries).await;
@@ -117,8 +148,9 @@ impl Outbox {
         }
     }
 
-    async fn try_register(&self, subscription: &Subscription) -> Result<i32, DbErr> {
-        let (id, backfill) = self.upsert(subscription).await?;
+    async fn try_register(&self, subscription: &Subscription, by: &str) -> Result<Registered, DbErr> {
+        let (registered, backfill) = self.upsert(subscription, by).await?;
+        let id = registered.id;
         if backfill {
             self.flushes_end(subscription.name()).await?;
             self.add_missed(subscription.name()).await?;
@@ -127,48 +159,88 @@ impl Outbox {
                 self.wake(&[id]);
             }
         }
-        Ok(id)
+        Ok(registered)
     }
 
-    async fn upsert(&self, subscription: &Subscription) -> Result<(i32, bool), DbErr> {
+    /// The ids under which these subscriptions are stored, and whether as they are here; `None` for those that are not.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn registered(&self, subscriptions: &[&Subscription]) -> Result<Vec<Option<(i32, bool)>>, DbErr> {
+        let stored = self.definitions().await?;
+        let of = |subscription: &&Subscription| {
+            let stored = stored.get(subscription.name())?;
+            Some((stored.id, stored.is(subscription.filter(), subscription.key_choice())))
+        };
+        Ok(subscriptions.iter().map(of).collect())
+    }
+
+    async fn upsert(&self, subscription: &Subscription, by: &str) -> Result<(Registered, bool), DbErr> {
         loop {
-            if let Some(registered) = self.try_upsert(subscription).await? {
+            if let Some(registered) = self.try_upsert(subscription, by).await? {
                 return Ok(registered);
             }
         }
     }
 
     /// `None` if another process has registered the same name at the same moment.
-    async fn try_upsert(&self, subscription: &Subscription) -> Result<Option<(i32, bool)>, DbErr> {
-        let filter = json(subscription.filter())?;
-        let ordering = json(subscription.key_choice())?;
+    async fn try_upsert(&self, subscription: &Subscription, by: &str) -> Result<Option<(Registered, bool)>, DbErr> {
+        let new = workers::Known::from(subscription);
         let tx = self.begin_write().await?;
         let existing = self.query_one(&tx, self.sql().subscription_by_name, [subscription.name().into()]).await?;
-        let (id, backfill) = match existing {
+        let registered = match existing {
             Some(row) => {
-                let id: i32 = row.try_get("", "id")?;
-                let same = parsed::<Filter>(&row, "filter")? == *subscription.filter()
-                    && parsed::<Ordering>(&row, "ordering")? == *subscription.key_choice();
-                if !same {
-                    let values = [id.into(), filter.into(), ordering.into()];
-                    self.execute(&tx, self.sql().update_subscription, values).await?;
-                    self.execute(&tx, self.sql().bump_generation, []).await?;
+                let id = row.try_get("", "id")?;
+                let (filter, ordering) = (parsed(&row, "filter")?, parsed(&row, "ordering")?);
+                let stored = Definition { id, filter, ordering };
+                let same = stored.is(&new.filter, &new.ordering);
+                let kept_by = if same { None } else { self.keeps_definition(&tx, &stored, &new).await? };
+                let changes = !same && kept_by.is_none();
+                if changes {
+                    self.change_definition(&tx, &stored, &new, by).await?;
                 }
-                let waits = !same && self.sql().flushes_under_way.is_some();
-                (id, waits || row.try_get::<Option<i64>>("", "backfill_from")?.is_some())
+                let waits = changes && self.sql().flushes_under_way.is_some();
+                (Registered { id, kept_by }, waits || row.try_get::<Option<i64>>("", "backfill_from")?.is_some())
             }
             None => {
                 let from = self.first_position(&tx, subscription.start_position()).await?;
-                let values = [subscription.name().into(), filter.into(), ordering.into(), from.into()];
+                let (filter, ordering) = (json(&new.filter)?.into(), json(&new.ordering)?.into());
+                let values = [subscription.name().into(), filter, ordering, from.into()];
                 let Some(row) = self.query_one(&tx, self.sql().insert_subscription, values).await? else {
                     return Ok(None);
                 };
                 self.execute(&tx, self.sql().bump_generation, []).await?;
-                (row.try_get("", "id")?, from.is_some() || self.sql().flushes_under_way.is_some())
+                let registered = Registered { id: row.try_get("", "id")?, kept_by: None };
+                (registered, from.is_some() || self.sql().flushes_under_way.is_some())
             }
         };
         tx.commit().await?;
-        Ok(Some((id, backfill)))
+        Ok(Some(registered))
+    }
+
+    async fn change_definition(
+        &self,
+        tx: &DatabaseTransaction,
+        stored: &Definition,
+        new: &workers::Known,
+        by: &str,
+    ) -> Result<(), DbErr> {
+        let (filter, ordering) = (json(&new.filter)?, json(&new.ordering)?);
+        let from = (json(&stored.filter)?, json(&stored.ordering)?);
+        tracing::warn!(
+            subscription = &*new.name,
+            from_filter = from.0,
+            from_ordering = from.1,
+            to_filter = filter,
+            to_ordering = ordering,
+            by,
+            "the definition of a subscription is changed"
+        );
+        let values = [stored.id.into(), filter.into(), ordering.into()];
+        self.execute(tx, self.sql().update_subscription, values).await?;
+        self.execute(tx, self.sql().bump_generation, []).await?;
+        self.note_definition(tx, stored, new, by).await
     }
 
     async fn first_position(&self, tx: &DatabaseTransaction, start: StartPosition) -> Result<Option<i64>, DbErr> {
@@ -273,7 +345,8 @@ impl Outbox {
     /// Safe: as a crash.
     pub async fn settle_subscriptions(&self) -> Result<(), DbErr> {
         for row in self.query_all(self.store_reader(), self.sql().unsettled_subscriptions, []).await? {
-            self.add_missed(&row.try_get::<String>("", "name")?).await?;
+            let name = row.try_get::<String>("", "name")?;
+            self.store().until_given_up(self.add_missed(&name)).await?;
         }
         let Some(orphans) = self.sql().orphans else { return Ok(()) };
         for row in self.query_all(self.store_reader(), orphans, []).await? {
@@ -390,6 +463,37 @@ impl Outbox {
         }
         tx.commit().await?;
         self.wake(&[row.try_get("", "id")?]);
+        Ok(Some(changed))
+    }
+
+    /// Makes due what waits, by an operator: deliveries that have failed, and those that a clock which was ahead has put off.
+    /// What an event asked for itself, a delay or a time, is kept; so are leases, and what waits behind a dead letter.
+    /// Returns how many keys are due earlier now; `None` if there is no such subscription. Leaves an [audit
+    /// entry](crate::AuditEntry), `due`.
+    ///
+    /// Attempts are not given back. Commits of the keys in question wait until it is done.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails; nothing is changed then.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves open whether it is stored.
+    pub async fn make_due(&self, name: &str, by: &By) -> Result<Option<u64>, DbErr> {
+        let tx = self.begin_write().await?;
+        let Some(row) = self.query_one(&tx, self.sql().subscription_by_name, [name.into()]).await? else {
+            return Ok(None);
+        };
+        let id: i32 = row.try_get("", "id")?;
+        let lanes = self.query_all(&tx, self.sql().lock_waiting, [id.into()]).await?;
+        let keys = lanes.iter().map(|row| row.try_get("", "key")).collect::<Result<Vec<String>, _>>()?;
+        let keys: Value = json(&keys)?.into();
+        self.execute(&tx, self.sql().due_as_asked, [id.into(), keys.clone()]).await?;
+        let changed = self.execute(&tx, self.sql().due_with_heads, [id.into(), keys]).await?;
+        self.audit(&tx, by, "due", name, &serde_json::json!({ "changed": changed })).await?;
+        tx.commit().await?;
+        self.wake(&[id]);
         Ok(Some(changed))
     }
 

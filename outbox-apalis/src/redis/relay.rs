@@ -45,7 +45,7 @@ pub(crate) async fn relay(source: &Source, transport: &Transport) {
         idle = (idle * 2).min(source.poll);
         tokio::select! {
             () = sleep(wait) => {}
-            () = source.outbox.woken(source.subscription) => idle = source.poll / 8,
+            () = source.outbox.woken(source.subscription.now()) => idle = source.poll / 8,
             () = transport.health.wait_for(false) => {}
             () = source.stop.cancelled() => return,
         }
@@ -84,7 +84,7 @@ async fn claim_and_push(source: &Source, transport: &Transport, room: usize) -> 
     let Source { outbox, subscription, worker, options, .. } = source;
     let lanes = u32::try_from(room).unwrap_or(u32::MAX);
     let lease = options.lease * RELAY_LEASES;
-    let claim = match outbox.claim_for_relay(*subscription, worker, lanes, lease).await {
+    let claim = match outbox.claim_for_relay(subscription.now(), worker, lanes, lease).await {
         Ok(claim) => claim,
         Err(error) => {
             tracing::warn!(subscription = &*source.name, %error, "cannot claim deliveries for Redis, trying again");
@@ -116,7 +116,7 @@ pub(crate) async fn give_back(source: &Source, lanes: Vec<ClaimedLane>, probe: b
     let reports: Vec<LaneReport> = lanes.into_iter().map(release).collect();
     let given_back = async {
         source.outbox.settle(&reports).await?;
-        if probe { source.outbox.open_circuit(source.subscription, FULL_WAIT, false).await } else { Ok(()) }
+        if probe { source.outbox.open_circuit(source.subscription.now(), FULL_WAIT, false).await } else { Ok(()) }
     };
     if let Err(error) = given_back.await {
         tracing::warn!(subscription = &*source.name, %error, "lanes could not be given back; their leases end by themselves");

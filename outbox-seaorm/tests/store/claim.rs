@@ -1,7 +1,10 @@
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use chrono::{SubsecRound, Utc};
-use outbox_core::{Context, Ordering, Subscription};
+use outbox_core::{Context, NewEvent, Ordering, Subscription};
 use outbox_seaorm::{LaneRef, Next, Settled};
 
 use super::{
@@ -395,7 +398,44 @@ async fn only_leases_of_relays_are_taken_over_and_once() {
 async fn the_database_says_what_time_it_is() {
     let store = Store::new().await;
     let (before, instance) = (Utc::now(), store.outbox.instance().await.unwrap());
-    let beat = store.outbox.heartbeat("w", &["s"]).await.unwrap();
+    let beat = store.outbox.heartbeat("w", &[&Subscription::new("s").unwrap()]).await.unwrap();
     let margin = chrono::TimeDelta::milliseconds(10);
     assert!(before - margin <= instance.now && instance.now <= beat && beat <= Utc::now() + margin);
+}
+
+/// What a claim takes of a worker's memory does not grow with its lanes, their runs, and the size of payloads.
+#[tokio::test]
+async fn a_claim_ends_when_its_payloads_are_some_mib() {
+    const MOST: usize = 8 << 20;
+    const SIZE: usize = 300_000;
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    let large = |key: &str| NewEvent::dynamic("todo.grown", "todo", key, &"x".repeat(SIZE)).unwrap();
+    let keys: Vec<String> = (0..20).map(|key| format!("{key:02}")).collect();
+    for _ in 0..5 {
+        store.record(keys.iter().map(|key| large(key))).await;
+    }
+    let mut arrived: HashMap<String, Vec<i64>> = HashMap::new();
+    let mut claims = 0;
+    loop {
+        let lanes = store.claim(id).await;
+        if lanes.is_empty() {
+            break;
+        }
+        claims += 1;
+        let bytes: usize = lanes.iter().flat_map(|lane| &lane.run).map(|event| event.payload.len()).sum();
+        assert!(bytes < MOST + 2 * SIZE, "{bytes} bytes in a claim");
+        for lane in &lanes {
+            let run = lane.run.iter().map(|event| event.position);
+            arrived.entry(lane.lane.key.clone()).or_default().extend(run);
+        }
+        let reports: Vec<_> = lanes.iter().map(delivered_run).collect();
+        assert!(store.outbox.settle(&reports).await.unwrap().iter().all(|settled| *settled == Settled::Done));
+    }
+    // Those that did not come along were given back, in their order and with their attempt.
+    assert_eq!(arrived.len(), 20);
+    assert!(arrived.values().all(|run| run.len() == 5 && run.is_sorted()), "{arrived:?}");
+    assert_eq!(store.column::<i32>("select distinct attempts from outbox_delivered").await, [1]);
+    assert!((4..=20).contains(&claims), "{claims}");
+    store.is_whole().await;
 }

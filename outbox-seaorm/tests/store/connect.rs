@@ -118,7 +118,7 @@ async fn a_table_prefix_works_from_end_to_end() {
     dead.finished[0].error = Some("no".to_owned());
     assert_eq!(outbox.settle(&[delivered_run(&lanes[0]), dead]).await.unwrap(), [Settled::Done; 2]);
     assert_eq!(outbox.next_due(id).await.unwrap().and_then(|next| next.after), None);
-    outbox.heartbeat("worker", &["s"]).await.unwrap();
+    outbox.heartbeat("worker", &[&Subscription::new("s").unwrap()]).await.unwrap();
     let status = outbox.status().await.unwrap();
     assert_eq!((status.subscriptions[0].delivered, status.subscriptions[0].dead, status.workers.len()), (1, 1, 1));
     for (state, records) in [(DeliveryState::Delivered, 1), (DeliveryState::Dead, 1), (DeliveryState::Pending, 0)] {

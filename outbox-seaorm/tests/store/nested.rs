@@ -342,7 +342,7 @@ async fn errors_of_savepoints_and_transactions_are_those_of_anybody() {
 #[tokio::test]
 async fn connections_to_nothing_are_refused_with_a_sentence() {
     // A mock, a proxy and MySQL are other variants of the same.
-    let outbox = Arc::new(Outbox::new(DatabaseConnection::default()).with_own_store());
+    let outbox = Arc::new(Outbox::new(DatabaseConnection::default()).with_own_store(std::time::Duration::from_secs(1)));
     let unit = outbox.begin(Context::default());
     unit.events().push(todo("1")).unwrap();
     let error = insert(&unit.tx(), "a").await.unwrap_err();

@@ -95,7 +95,7 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
         ("next due", POSTGRES.next_due, "1", &[due][..]),
         ("claim", POSTGRES.claim, "1, 100, 30, 'w', false, 1, null, ''", &[due, lane, after]),
         ("claim after a mark", POSTGRES.claim, "1, 100, 30, 'w', false, 1, now(), 'todo/1'", &[due, lane, after]),
-        ("runs", POSTGRES.runs, r#"1, '["todo/1","todo/2"]', 100"#, &[delivery, event]),
+        ("runs", POSTGRES.runs, r#"1, '["todo/1","todo/2"]', 100, 8388608"#, &[delivery, event]),
         ("flush of many", many, &flushed, &[]),
         ("flush of one", one, &single, &[]),
         ("held", POSTGRES.held, lanes, &[lane]),

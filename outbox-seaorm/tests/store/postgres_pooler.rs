@@ -110,7 +110,7 @@ async fn every_call_works_through_a_pooler() {
     let unit = other.begin(Context::default());
     unit.tx().execute_unprepared("insert into notes values ('effect')").await.unwrap();
     assert_eq!(unit.commit_with(delivered(&lanes[1], 1, Next::Yield)).await.unwrap(), Settled::Done);
-    outbox.heartbeat("worker", &["s"]).await.unwrap();
+    outbox.heartbeat("worker", &[&Subscription::new("s").unwrap()]).await.unwrap();
     let status = other.status().await.unwrap();
     assert_eq!((status.subscriptions[0].pending, status.subscriptions[0].delivered, status.workers.len()), (1, 1, 1));
     for (state, records) in [(DeliveryState::Delivered, 1), (DeliveryState::Pending, 1), (DeliveryState::Dead, 0)] {

@@ -31,7 +31,7 @@ async fn transactions_are_read_committed_whatever_is_set() {
     store.execute(&format!("alter database {database} set default_transaction_isolation = 'repeatable read'")).await;
     let outbox = store.another_process().await;
     assert_eq!(isolation(&outbox).await, "read committed");
-    assert_eq!(isolation(&outbox.with_own_store()).await, "read committed");
+    assert_eq!(isolation(&outbox.with_own_store(std::time::Duration::from_secs(10))).await, "read committed");
     let pooler = PgBouncer::start(database::server(), 1);
     let url = format!("{}?statement-cache-capacity=0", pooler.url(&store.place.url()));
     assert_eq!(isolation(&Outbox::connect(&url, 1).await.unwrap()).await, "read committed");

@@ -1,7 +1,7 @@
 use std::time::{Duration, Instant};
 
 use outbox_core::Context;
-use outbox_seaorm::{ClaimedLane, CommitError, Finished, LaneReport, Next, Settled};
+use outbox_seaorm::{ClaimedLane, CommitError, Finished, LaneRef, LaneReport, Next, Settled};
 use sea_orm::ConnectionTrait;
 use serde_json::{Value, json};
 
@@ -65,6 +65,35 @@ async fn a_result_that_comes_too_late_changes_nothing() {
         assert_eq!(tables(&store).await, before);
     }
     assert_eq!(store.outbox.settle(&[delivered_run(&held)]).await.unwrap(), [Settled::Done]);
+    store.is_whole().await;
+}
+
+/// A failover that has lost a claim gives its token out again.
+#[tokio::test]
+async fn a_token_that_came_again_for_another_worker_is_no_lease() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record_todos(&["a", "a"]).await;
+    let lost = store.claim_one(id, LONG).await;
+    store.execute("update outbox_lanes set leased_by = 'another'").await;
+    let (before, lane) = (tables(&store).await, std::slice::from_ref(&lost.lane));
+    for late in [
+        delivered_run(&lost),
+        delivered(&lost, 1, Next::Keep),
+        dead(&lost, 1, "late", Next::Hold { position: 1 }),
+        failed(&lost, LONG, "late"),
+        delivered(&lost, 0, Next::Release { attempts: 0, log: None }),
+    ] {
+        assert_eq!(store.outbox.settle(&[late]).await.unwrap(), [Settled::Superseded]);
+    }
+    assert_eq!(store.outbox.held(lane).await.unwrap(), []);
+    assert_eq!(store.outbox.renew(lane, LONG).await.unwrap(), []);
+    assert!(store.outbox.note_attempts(&[(lost.lane.clone(), "[]".to_owned())]).await.unwrap().is_empty());
+    assert_eq!(tables(&store).await, before);
+    // A relay that has lost its claim, and another one.
+    store.execute("update outbox_lanes set leased_by = 'another (relay)'").await;
+    let job = LaneRef { worker: "lost (relay)".to_owned(), ..lost.lane.clone() };
+    assert!(store.outbox.take_over(id, "worker", &[job], 10, LONG).await.unwrap().is_empty());
     store.is_whole().await;
 }
 

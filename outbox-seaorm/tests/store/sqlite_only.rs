@@ -1,7 +1,7 @@
 //! What only a file can be: locked as a whole, and safe on disk by settings of the connection.
 
 use outbox_core::Context;
-use outbox_seaorm::{CommitError, Outbox, SavepointError, SchemaError, UnitOfWork, is_transient};
+use outbox_seaorm::{CommitError, NotReady, Outbox, SavepointError, SchemaError, UnitOfWork, is_transient};
 use sea_orm::{ConnectOptions, ConnectionTrait, Database, TransactionTrait};
 
 use super::{
@@ -13,9 +13,13 @@ use super::{
 async fn connections_confirm_commits_only_when_they_are_on_disk() {
     let store = Store::new().await;
     for db in [store.outbox.writer(), store.outbox.reader()] {
-        for (pragma, expected) in
-            [("journal_mode", "wal"), ("synchronous", "2"), ("foreign_keys", "1"), ("busy_timeout", "5000")]
-        {
+        for (pragma, expected) in [
+            ("journal_mode", "wal"),
+            ("synchronous", "2"),
+            ("foreign_keys", "1"),
+            ("busy_timeout", "5000"),
+            ("journal_size_limit", "67108864"),
+        ] {
             let sql = format!("select cast({pragma} as text) from pragma_{pragma}");
             let sql = if pragma == "busy_timeout" { sql.replacen(pragma, "timeout", 1) } else { sql };
             let statement = sea_orm::Statement::from_string(sea_orm::DbBackend::Sqlite, sql);
@@ -185,4 +189,25 @@ async fn a_task_that_waits_for_the_savepoint_that_waits_for_it_is_an_error() {
     drop(tx);
     assert!(matches!(unit.commit().await, Err(CommitError::StatementFailed)));
     store.is_empty().await;
+}
+
+/// Unix keeps the old file for those who have it open: what is written to it is gone when they end.
+#[tokio::test]
+async fn a_file_that_was_deleted_or_replaced_is_written_no_more() {
+    for replaced in [false, true] {
+        let store = Store::new().await;
+        store.record_todos(&["1"]).await;
+        assert!(store.outbox.ready().await.is_ok());
+        let path = store.outbox.reader().get_sqlite_connection_pool().connect_options().get_filename().to_path_buf();
+        let copy = path.with_extension("copy");
+        std::fs::copy(&path, &copy).unwrap();
+        if replaced { std::fs::rename(&copy, &path) } else { std::fs::remove_file(&path) }.unwrap();
+        let error = store.outbox.ready().await.unwrap_err();
+        assert!(matches!(error, NotReady::File(_)), "{error:?}");
+        let unit = store.outbox.begin(Context::default());
+        unit.events().push(todo("2")).unwrap();
+        let error = unit.commit().await.unwrap_err();
+        assert!(matches!(error, CommitError::Begin(_)) && error.is_transient(), "{error:?}");
+        assert!(std::error::Error::source(&error).unwrap().to_string().contains("deleted or replaced"), "{error:?}");
+    }
 }

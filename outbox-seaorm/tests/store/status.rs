@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use outbox_core::{Actor, Context, NewEvent, Subscription};
-use outbox_seaorm::{DELIVERIES_LISTED, DeliveryState, EventFilter, Next, entity, once};
+use outbox_seaorm::{By, DELIVERIES_LISTED, DeliveryState, EventFilter, Next, entity, once};
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter};
 use serde_json::json;
 use uuid::Uuid;
@@ -65,7 +65,7 @@ async fn no_age_is_negative() {
     let store = Store::new().await;
     store.subscribe("s").await;
     store.record_todos(&["a"]).await;
-    store.outbox.heartbeat("worker", &["s"]).await.unwrap();
+    store.outbox.heartbeat("worker", &[&Subscription::new("s").unwrap()]).await.unwrap();
     let soon = database::before(database::NOW, "-60");
     store.execute(&format!("update outbox_events set recorded_at = {soon}")).await;
     store.execute(&format!("update outbox_workers set last_seen_at = {soon}")).await;
@@ -222,13 +222,14 @@ async fn activity_counts_the_deliveries_of_the_last_seven_days() {
 
 #[tokio::test]
 async fn workers_are_shown_until_they_are_forgotten() {
+    let named = |name: &str| Subscription::new(name).unwrap();
     let store = Store::new().await;
-    store.outbox.heartbeat("a", &["s", "t"]).await.unwrap();
+    store.outbox.heartbeat("a", &[&named("s"), &named("t")]).await.unwrap();
     store.outbox.heartbeat("b", &[]).await.unwrap();
     store.execute("update outbox_workers set started_at = '2026-01-01T00:00:00.000Z'").await;
     let earlier = database::before(database::NOW, "50");
     store.execute(&format!("update outbox_workers set last_seen_at = {earlier}")).await;
-    store.outbox.heartbeat("a", &["s", "u"]).await.unwrap();
+    store.outbox.heartbeat("a", &[&named("s"), &named("u")]).await.unwrap();
     let [a, b] = store.outbox.workers().await.unwrap().try_into().unwrap();
     assert_eq!((a.id.as_str(), a.subscriptions), ("a", vec!["s".to_owned(), "u".to_owned()]));
     assert_eq!(a.started_at, "2026-01-01T00:00:00Z".parse::<chrono::DateTime<chrono::Utc>>().unwrap());
@@ -292,7 +293,7 @@ async fn every_table_can_be_read_through_its_entity() {
     let mut report = delivered(&lane, 1, Next::Yield);
     report.finished[0].log = Some(r#"[{"error":"x"}]"#.to_owned());
     store.outbox.settle(&[report]).await.unwrap();
-    store.outbox.heartbeat("worker", &["s"]).await.unwrap();
+    store.outbox.heartbeat("worker", &[&Subscription::new("s").unwrap()]).await.unwrap();
     store
         .execute("insert into outbox_audit (actor, action, target, details) values ('me', 'pause', 's', '{\"a\":1}')")
         .await;
@@ -325,8 +326,47 @@ async fn every_table_can_be_read_through_its_entity() {
     let inbox = entity::inbox::Entity::find().all(db).await.unwrap();
     assert_eq!((inbox.len(), inbox[0].event_id), (1, handled));
     let workers = entity::workers::Entity::find().all(db).await.unwrap();
-    assert_eq!((workers.len(), &workers[0].subscriptions), (1, &json!(["s"])));
+    assert_eq!((workers.len(), &workers[0].subscriptions[0]["name"]), (1, &json!("s")));
     let audit = entity::audit::Entity::find().all(db).await.unwrap();
     assert_eq!((audit.len(), &audit[0].details), (1, &Some(json!({"a": 1}))));
     store.is_whole().await;
+}
+
+/// The clock of the database's host was an hour ahead for a moment.
+#[tokio::test]
+async fn what_a_wrong_clock_put_off_is_seen_and_made_due() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    store.record([todo("asked").delay(LONG)]).await;
+    let ahead = database::before(database::NOW, "-3600");
+    let jumped = async |ids: &[&str]| {
+        store.record_todos(ids).await;
+        let positions = "(select position from outbox_events where aggregate_id <> 'asked')";
+        store.execute(&format!("update outbox_events set recorded_at = {ahead} where aggregate_id <> 'asked'")).await;
+        store.execute(&format!("update outbox_deliveries set due_at = {ahead} where position in {positions}")).await;
+        store.execute(&format!("update outbox_lanes set due_at = {ahead} where key <> 'todo/asked'")).await;
+    };
+    assert_eq!(store.outbox.postponed().await.unwrap().len(), 0, "a delay is what the event asked for");
+    jumped(&["a", "b", "b"]).await;
+    let [late] = store.outbox.postponed().await.unwrap().try_into().unwrap();
+    assert_eq!((late.subscription.as_str(), late.keys), ("s", 2));
+    assert!((3000.0..3700.0).contains(&late.seconds), "{late:?}");
+    assert!(store.claim(id).await.is_empty());
+    let by = By::new("anna").reason("the clock");
+    assert_eq!(store.outbox.make_due("s", &by).await.unwrap(), Some(2));
+    assert_eq!(store.outbox.make_due("s", &by).await.unwrap(), Some(0));
+    assert_eq!(store.outbox.make_due("unknown", &by).await.unwrap(), None);
+    assert_eq!(store.outbox.postponed().await.unwrap().len(), 0);
+    // All of them, in their order; what asked for its time still waits for it.
+    assert_eq!(store.deliver_all(id).await.len(), 3);
+    assert_eq!(store.column::<i64>("select position from outbox_deliveries").await, [1]);
+    // A delivery that has failed waits as it should, and an operator may not want to wait.
+    store.record_todos(&["c"]).await;
+    let lane = store.claim_one(id, LONG).await;
+    store.outbox.settle(&[failed(&lane, LONG, "down")]).await.unwrap();
+    assert_eq!(store.outbox.postponed().await.unwrap().len(), 0);
+    assert_eq!(store.outbox.make_due("s", &by).await.unwrap(), Some(1));
+    assert_eq!(store.claim_one(id, LONG).await.attempts, 2);
+    let audit = store.outbox.audit_entries(1).await.unwrap().remove(0);
+    assert_eq!((audit.action.as_str(), audit.target.as_str(), &audit.details["changed"]), ("due", "s", &json!(1)));
 }

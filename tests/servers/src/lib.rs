@@ -182,6 +182,22 @@ impl Postgres {
         format!("postgres://postgres@127.0.0.1:{}/{name}", self.port)
     }
 
+    /// Creates a database on another server with what a dump of this one has, and returns its URL.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be dumped or restored.
+    #[must_use]
+    pub fn dump_into(&self, url: &str, other: &Self) -> String {
+        let dump = self.directory.join("dump");
+        let file = dump.to_str().expect("the folder has a name");
+        assert_succeeded("pg_dump", &self.tool("pg_dump", &["-f", file, database_name(url)]));
+        let restored = other.database();
+        let restore = ["-q", "-v", "ON_ERROR_STOP=1", "-f", file, database_name(&restored)];
+        assert_succeeded("psql", &other.tool("psql", &restore));
+        restored
+    }
+
     /// Drops a database and ends its sessions. Says nothing if that fails: the whole server goes with its process.
     pub fn discard(&self, url: &str) {
         let _ = self.tool("dropdb", &["--force", database_name(url)]);

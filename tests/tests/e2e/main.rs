@@ -6,6 +6,7 @@ mod disk;
 mod example;
 mod failover;
 mod faults;
+mod network;
 mod postgres;
 mod redis;
 mod security;

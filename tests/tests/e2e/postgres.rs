@@ -428,3 +428,55 @@ async fn subscriptions_that_come_and_go_leave_no_half_sets() {
     assert_eq!(texts(&outbox, &of_others).await, Vec::<String>::new(), "deliveries of a subscription that is gone");
     assert_whole(&outbox).await;
 }
+
+/// The old cluster has given out many more transaction ids: they stand in the rows, and mean nothing in the new one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dump_in_a_new_cluster_is_delivered_once_and_settles() {
+    let (old, new) = (Postgres::start(&["fsync=off"]), Postgres::start(&["fsync=off"]));
+    let url = old.database();
+    let outbox = Database::Postgres(url.clone()).open().await;
+    let burn = "do $$ begin for i in 1..50000 loop perform pg_current_xact_id(); commit; end loop; end $$";
+    outbox.writer().execute_unprepared(burn).await.unwrap();
+    outbox_migrations::up::<Migrator>(outbox.writer()).await.unwrap();
+    let push = async |outbox: &Outbox, n: usize| {
+        for key in 0..n {
+            let key = key.to_string();
+            let tick = |_, events: outbox_core::Events| async move { events.push(Ticked { key }).map(|_| ()) };
+            outbox.transaction(Context::default(), tick).await.unwrap();
+        }
+    };
+    let subscription = |name: &str| Subscription::new(name).unwrap();
+    let leased = outbox.register(&subscription("leased")).await.unwrap();
+    outbox.register(&subscription("pending")).await.unwrap();
+    push(&outbox, 20).await;
+    // By a worker that does not come along.
+    assert_eq!(outbox.claim(leased, "old", 10, 1, Duration::from_secs(3)).await.unwrap().lanes.len(), 10);
+    for name in ["fresh", "noted"] {
+        outbox.register(&subscription(name)).await.unwrap();
+    }
+    outbox.settle_subscriptions().await.unwrap();
+    let just_changed = "update outbox_subscriptions set settled_after = null where name = 'fresh'";
+    outbox.writer().execute_unprepared(just_changed).await.unwrap();
+    drop(outbox);
+    let outbox = Database::Postgres(old.dump_into(&url, &new)).open().await;
+    let ids = "select max(transaction_id)::text from outbox_events
+                where transaction_id < pg_snapshot_xmax(pg_current_snapshot())";
+    assert_eq!(texts(&outbox, &format!("select coalesce(({ids}), 'none')")).await, ["none"], "the ids are far apart");
+    let mut worker = Worker::new(outbox.clone());
+    for name in ["leased", "pending", "fresh", "noted", "late"] {
+        worker = worker.handlers(subscription(name), Handlers::new().on(|_: Ticked, _| async { Ok(()) }));
+    }
+    let started = worker.start().await.unwrap();
+    push(&outbox, 5).await;
+    let unsettled = "select name from outbox_subscriptions where changed_in is not null";
+    started
+        .run_until(eventually(Duration::from_secs(60), "all is settled and delivered", || async {
+            texts(&outbox, unsettled).await.is_empty()
+                && texts(&outbox, "select key from outbox_deliveries").await.is_empty()
+        }))
+        .await;
+    let counts = "select s.name || ' ' || count(*) from outbox_delivered d
+                    join outbox_subscriptions s on s.id = d.subscription_id group by s.name";
+    assert_eq!(texts(&outbox, counts).await, ["fresh 5", "late 5", "leased 25", "noted 5", "pending 25"]);
+    assert_whole(&outbox).await;
+}
