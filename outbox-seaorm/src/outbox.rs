@@ -17,6 +17,9 @@ use crate::{
     sqlite::SQLITE, subscriptions::KnownSubscriptions,
 };
 
+/// How long after a write that failed because of the disk the next one is expected to fail as well.
+const DISK_RECOVERS: Duration = Duration::from_secs(5);
+
 /// A probe that waits longer has given up.
 const READY_WITHIN: Duration = Duration::from_secs(2);
 
@@ -56,6 +59,9 @@ pub enum NotReady {
     /// The file of the database is another one than the one that is open.
     #[error("the database file is not the one that is open")]
     File(#[source] DbErr),
+    /// A write has failed because the disk is full or broken, a moment ago or again.
+    #[error("the database cannot write; see whether its disk is full")]
+    Disk(#[source] DbErr),
     /// The database has not answered in time.
     #[error("the database does not answer in time")]
     Late,
@@ -165,7 +171,8 @@ impl Outbox {
     }
 
     /// Whether the database answers, has the tables, and answers the workers of this process, and whether the file of a SQLite
-    /// database is still the one that is open: what a health check asks. Takes 2 s at most.
+    /// database is still the one that is open: what a health check asks. For 5 s after a write that failed because of the
+    /// disk it says so, then it tries a small one. Takes 2 s at most.
     ///
     /// # Errors
     ///
@@ -180,11 +187,26 @@ impl Outbox {
         }
         // In a task of its own: a connection that is dropped while it waits for an answer is lost to its pool.
         let outbox = self.clone();
-        let checked = tokio::spawn(async move { outbox.check_schema().await });
+        let checked = tokio::spawn(async move {
+            outbox.check_schema().await?;
+            outbox.check_disk().await
+        });
         match tokio::time::timeout(READY_WITHIN, checked).await {
-            Ok(Ok(checked)) => Ok(checked?),
+            Ok(Ok(checked)) => checked,
             _ => Err(NotReady::Late),
         }
+    }
+
+    async fn check_disk(&self) -> Result<(), NotReady> {
+        let sessions = self.store().sessions();
+        let Some(failed_for) = sessions.disk_failed_for() else { return Ok(()) };
+        // On a disk that is nearly full a small write may succeed while others fail.
+        if failed_for < DISK_RECOVERS {
+            return Err(NotReady::Disk(DbErr::Custom(format!("a write has failed {failed_for:.1?} ago"))));
+        }
+        self.execute(self.store(), self.sql().write_the_same, []).await.map_err(NotReady::Disk)?;
+        sessions.disk_works();
+        Ok(())
     }
 
     /// Sets how much one unit of work may push.

@@ -49,6 +49,8 @@ pub(crate) struct Sessions {
     good_since: Mutex<Option<Instant>>,
     /// Whether the last new connection led to a standby.
     standby: AtomicBool,
+    /// When a write has last failed because of the disk, if none was found to succeed since.
+    disk_failed: Mutex<Option<Instant>>,
 }
 
 /// What a pool is for.
@@ -103,9 +105,22 @@ impl Sessions {
         self.standby.load(Ordering::Relaxed)
     }
 
+    /// How long ago a write has failed because of the disk, if none was found to succeed since.
+    pub(crate) fn disk_failed_for(&self) -> Option<Duration> {
+        self.disk_failed.lock().unwrap_or_else(PoisonError::into_inner).map(|at| at.elapsed())
+    }
+
+    /// A write was found to succeed.
+    pub(crate) fn disk_works(&self) {
+        *self.disk_failed.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// After an error that tells of its session, connections from before are not used any more: the server is read-only or
     /// going away, and so are they, or a table has changed under the statements they have prepared.
     pub(crate) fn saw(&self, error: &DbErr) {
+        if tells_of_the_disk(error) {
+            *self.disk_failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        }
         if !tells_of_its_session(error) {
             return;
         }
@@ -119,6 +134,18 @@ impl Sessions {
     fn are_good(&self, age: Duration) -> bool {
         let good_since = self.good_since.lock().unwrap_or_else(PoisonError::into_inner);
         good_since.is_none_or(|since| age < since.elapsed())
+    }
+}
+
+/// The disk is full, or fails.
+fn tells_of_the_disk(error: &DbErr) -> bool {
+    let (DbErr::Exec(RuntimeErr::SqlxError(error)) | DbErr::Query(RuntimeErr::SqlxError(error))) = error else {
+        return false;
+    };
+    match error.as_database_error().and_then(DatabaseError::code).as_deref() {
+        Some(code) if code.len() == SQLSTATE => matches!(code, "53100" | "58030"),
+        Some(code) => code.parse::<u32>().is_ok_and(|code| matches!(code & 0xff, 10 | 13)),
+        None => false,
     }
 }
 

@@ -59,6 +59,9 @@ pub(crate) struct SettleSteps {
 #[derive(Debug)]
 pub(crate) struct Sql {
     pub(crate) schema_version: &'static str,
+
+    /// Changes nothing, and has to be written.
+    pub(crate) write_the_same: &'static str,
     pub(crate) generation: &'static str,
     pub(crate) instance: &'static str,
     /// To another value, which it has never had: it is compared for equality only.

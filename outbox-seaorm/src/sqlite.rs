@@ -73,6 +73,8 @@ macro_rules! asked_for {
 pub(crate) static SQLITE: Sql = Sql {
     schema_version: "select schema_version from outbox_meta",
 
+    write_the_same: "update outbox_meta set schema_version = schema_version",
+
     generation: "select generation from outbox_meta",
 
     instance: "select instance, strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as now from outbox_meta",

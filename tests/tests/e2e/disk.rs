@@ -92,6 +92,10 @@ async fn send(ledger: &Ledger, url: &str, op: &str, mode: &str) -> Answer {
     answer
 }
 
+async fn readiness(app: &Process) -> u16 {
+    reqwest::get(format!("{}/readyz", app.ops)).await.unwrap().status().as_u16()
+}
+
 async fn full_for_a_while(disk: Disk) {
     let database = format!("sqlite://{}?mode=rwc", disk.path().join("test.db").display());
     let (sink, ledger) = (Sink::default(), Ledger::default());
@@ -108,6 +112,7 @@ async fn full_for_a_while(disk: Disk) {
             send(&ledger, &app.http, &probe(), "ok").await != Answer::Ok
         })
         .await;
+        eventually(Duration::from_secs(20), "not ready", || async { readiness(&app).await == 503 }).await;
         disk.free(&app);
         println!("round {round}: back after {:?}", ledger.serves_again(Duration::from_secs(20)).await);
         for (n, mode, expected) in
@@ -115,6 +120,7 @@ async fn full_for_a_while(disk: Disk) {
         {
             assert_eq!(send(&ledger, &app.http, &format!("{round}-{n}"), mode).await, expected, "{round}-{n}");
         }
+        eventually(Duration::from_secs(20), "ready", || async { readiness(&app).await == 200 }).await;
     }
     ledger.stop(load).await;
     let other = Outbox::connect(&database, 1).await.unwrap();
