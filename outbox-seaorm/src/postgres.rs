@@ -18,12 +18,17 @@ macro_rules! readable_time {
     };
 }
 
-/// The columns of the events `e` as the store reads them: JSON as text.
+/// The columns of the events `e` as the store reads them: JSON as text. The payload may be another expression, where
+/// nobody reads it and many of them would fill the memory.
 macro_rules! event_columns {
     () => {
+        event_columns!("e.payload::text")
+    };
+    ($payload:literal) => {
         concat!(
-            "e.position, e.event_id, e.event_type, e.schema_version, e.aggregate_type, e.aggregate_id,
-             e.payload::text as payload, ",
+            "e.position, e.event_id, e.event_type, e.schema_version, e.aggregate_type, e.aggregate_id, ",
+            $payload,
+            " as payload, ",
             readable_time!("e.occurred_at"),
             " as occurred_at, ",
             readable_time!("e.recorded_at"),
@@ -478,7 +483,7 @@ pub(crate) static POSTGRES: Sql = Sql {
     // The window is that of the flushes: a stale one has drawn its positions around the change, whenever it commits.
     missed_events: concat!(
         "select ",
-        event_columns!(),
+        event_columns!("'null'"),
         " from outbox_subscriptions s
           join outbox_events e on e.recorded_at between s.changed_at - interval '10 minutes'
                                                     and s.changed_at + interval '10 minutes'
@@ -812,7 +817,7 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     lock_events: concat!(
         "select ",
-        event_columns!(),
+        event_columns!("'null'"),
         " from outbox_events e
          where e.position in (select value::bigint from jsonb_array_elements_text($1::text::jsonb))
          order by e.position for key share of e"

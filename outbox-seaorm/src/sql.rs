@@ -284,7 +284,7 @@ pub(crate) struct Sql {
     /// $1 event ids.
     pub(crate) positions_of: &'static str,
 
-    /// $1 positions. What retention waits for.
+    /// $1 positions. What retention waits for. Without payloads, as `missed_events`.
     pub(crate) lock_events: &'static str,
 
     /// $1 subscription, $2 positions.

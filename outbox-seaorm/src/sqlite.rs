@@ -559,8 +559,13 @@ pub(crate) static SQLITE: Sql = Sql {
     positions_of: "
     select position from outbox_events where event_id in (select unhex(value) from json_each($1)) order by position",
 
+    // No payloads: nobody reads them. One that cannot be read stays so.
     lock_events: "
-    select * from outbox_events where position in (select value from json_each($1)) order by position",
+    select position, event_id, event_type, schema_version, aggregate_type, aggregate_id,
+           case when typeof(payload) = 'text' then 'null' else payload end as payload, occurred_at, recorded_at, tenant,
+           actor_kind, actor_id, correlation_id, causation_id, traceparent, tracestate, tags, max_attempts, wait_seconds,
+           not_before
+      from outbox_events where position in (select value from json_each($1)) order by position",
 
     positions_unfinished: "
     select position from outbox_deliveries
