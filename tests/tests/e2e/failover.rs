@@ -95,8 +95,13 @@ async fn an_address_that_moves_by_way_of_a_standby_serves_again() {
         answer.unwrap().status()
     };
 
+    let direct = Outbox::connect(&url, 1).await.unwrap();
+    let following = "select count(*)::text from pg_stat_replication where state = 'streaming'";
+    eventually(Duration::from_secs(20), "both standbys follow", || async { texts(&direct, following).await == ["2"] })
+        .await;
+    drop(direct);
     address.switch(shown.port());
-    // It waits until both have everything.
+    // It waits until both have everything; one that did not follow would have been left behind.
     block_in_place(|| old.stop("fast"));
     for n in 0..2 {
         let status = post(format!("during the failover {n}")).await;
