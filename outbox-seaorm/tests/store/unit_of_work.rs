@@ -313,13 +313,18 @@ async fn a_transaction_whose_caller_hangs_up_is_stored_as_a_whole_or_not_at_all(
 #[tokio::test]
 async fn a_commit_that_has_started_ends_although_its_caller_hangs_up() {
     let store = Store::new().await;
-    let unit = store.outbox.begin(Context::default());
-    unit.tx().execute_unprepared("insert into notes values ('a')").await.unwrap();
-    unit.events().push(todo("1")).unwrap();
-    assert!(hang_up_after(1, unit.commit()).await.is_none());
-    store.is_whole().await;
-    assert_eq!(store.count("notes").await, 1);
-    assert_eq!(store.count("outbox_events").await, 1);
+    for n in 1.. {
+        let unit = store.outbox.begin(Context::default());
+        unit.tx().execute_unprepared(&format!("insert into notes values ('{n}')")).await.unwrap();
+        unit.events().push(todo("1")).unwrap();
+        let answered = hang_up_after(1, unit.commit()).await.is_some();
+        store.is_whole().await;
+        assert_eq!((store.count("notes").await, store.count("outbox_events").await), (n, n));
+        // On a busy machine all answers may be there at the first poll: then nobody has hung up.
+        if !answered {
+            return;
+        }
+    }
 }
 
 #[tokio::test]
