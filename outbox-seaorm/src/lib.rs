@@ -35,6 +35,7 @@ mod pooler;
 mod postgres;
 mod replay;
 mod retention;
+mod route;
 mod sessions;
 mod sql;
 mod sqlite;
@@ -61,6 +62,7 @@ pub use lanes::{
 pub use outbox::{NotReady, Outbox, SchemaError};
 pub use replay::Replay;
 pub use retention::{Purged, Retention};
+pub use route::{NextLook, Routed, Router, Taker};
 pub use status::{Postponed, Status, SubscriptionStatus, WorkerStatus};
 pub use subscriptions::{RegisterError, Registered};
 pub use tx::{NestedTx, SavepointError, Tx};
