@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use serde::{Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
-use crate::{InvalidName, PushError, check_id, check_name};
+use crate::{Context, InvalidName, PushError, RecordedEvent, check_id, check_name};
 
 /// How deep lists and objects of a payload may stand in each other. PostgreSQL gives up somewhere in the thousands, at a
 /// depth that its stack decides. Many consumers read less: serde_json 127 levels, an envelope such as CloudEvents included.
@@ -222,6 +222,30 @@ impl NewEvent {
     #[must_use]
     pub fn event_type(&self) -> &str {
         &self.event_type
+    }
+
+    /// The event as it is stored at this position, with what its request shares. A store calls it, not an application.
+    #[must_use]
+    pub fn into_recorded(self, position: i64, recorded_at: DateTime<Utc>, context: &Context) -> RecordedEvent {
+        RecordedEvent {
+            position,
+            id: self.id,
+            event_type: self.event_type.into_owned(),
+            schema_version: self.schema_version,
+            aggregate_type: self.aggregate_type.into_owned(),
+            aggregate_id: self.aggregate_id,
+            payload: self.payload,
+            occurred_at: self.occurred_at.unwrap_or(recorded_at),
+            recorded_at,
+            tenant: context.tenant.clone(),
+            actor: context.actor.clone(),
+            correlation_id: context.correlation_id.clone(),
+            causation_id: context.causation_id.clone(),
+            traceparent: context.traceparent.clone(),
+            tracestate: context.tracestate.clone(),
+            tags: self.tags,
+            max_attempts: self.max_attempts,
+        }
     }
 
     /// The version of the payload's shape.

@@ -12,8 +12,8 @@ use crate::{Actor, Event};
 /// Serializes to one JSON object, with the payload as JSON inside it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RecordedEvent {
-    /// Where the event stands in the outbox. For one key, positions follow the order of commits; across keys they are
-    /// only roughly ordered, and they have gaps.
+    /// Names the event's row: drawn when it was inserted, so it is higher than that of every event that was committed
+    /// before. Events that were under way side by side may be delivered in another order, and positions have gaps.
     pub position: i64,
     /// The event's id, the same at every delivery.
     pub id: Uuid,

@@ -1,12 +1,17 @@
 use std::{collections::HashMap, time::Duration};
 
-use chrono::{DateTime, SecondsFormat, Utc};
-use outbox_core::{Batch, NewEvent, Subject};
-use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, RuntimeErr, Value};
+use chrono::{DateTime, SecondsFormat, SubsecRound, Utc};
+use outbox_core::{Batch, NewEvent};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, QueryResult, RuntimeErr, Value};
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::{Outbox, outcome::CommitId, sql::Flush, subscriptions::KnownSubscriptions};
+use crate::{
+    Outbox,
+    outcome::CommitId,
+    route::{self, Committed, ROUTER},
+    sql::Flush,
+};
 
 /// A head start of one priority step.
 const SECONDS_PER_PRIORITY: f64 = 60.0;
@@ -53,13 +58,6 @@ impl EventRow<'_> {
 }
 
 #[derive(Serialize)]
-struct MatchRow {
-    event: usize,
-    subscription: i32,
-    key: String,
-}
-
-#[derive(Serialize)]
 pub(crate) struct DeliveryRow {
     pub(crate) subscription: i32,
     pub(crate) key: String,
@@ -76,96 +74,76 @@ struct LaneRow<'a> {
 /// What a flush has written.
 #[derive(Debug, Default)]
 pub(crate) struct Flushed {
-    /// The subscriptions to wake.
+    /// Whom to wake: subscriptions, or the router.
     pub(crate) woken: Vec<i32>,
+    /// The events, if this process has a router that will route them.
+    pub(crate) events: Vec<Committed>,
     /// The transaction, if the flush came to know it.
     pub(crate) commit_id: Option<CommitId>,
 }
 
-/// Writes the events of a request with their deliveries and lanes, as the last thing before COMMIT: positions follow
-/// the order of commits.
+/// Writes the events of a request, as the last thing before COMMIT.
+///
+/// On PostgreSQL workers route them afterwards. On SQLite, where nobody else can write meanwhile, this transaction does,
+/// in the order of positions: whatever waits comes first.
 pub(crate) async fn flush(outbox: &Outbox, tx: &DatabaseTransaction, batch: Batch) -> Result<Flushed, DbErr> {
     if batch.events.is_empty() {
         return Ok(Flushed::default());
     }
-    let (mut woken, commit_id) = match outbox.sql().flush {
-        Flush::AtOnce { one, many, confirm } => {
-            let (woken, id, generation) = at_once(outbox, tx, &batch, one, many).await?;
-            if let Some(generation) = generation {
-                confirm_generation(outbox, tx, generation, confirm).await?;
-            }
-            (woken, Some(id))
+    match outbox.sql().flush {
+        Flush::Marked { one, many } => marked(outbox, tx, batch, one, many).await,
+        Flush::Routed { insert_events, insert_marks } => {
+            let woken = route::flush_in_steps(outbox, tx, batch, (insert_events, insert_marks)).await?;
+            Ok(Flushed { woken, ..Flushed::default() })
         }
-        Flush::InSteps { insert_events } => (in_steps(outbox, tx, &batch, insert_events).await?, None),
-    };
-    woken.sort_unstable();
-    woken.dedup();
-    Ok(Flushed { woken, commit_id })
+    }
 }
 
-/// One statement, with the process' copy of the subscriptions. If that copy is old the statement writes nothing, and is
-/// repeated with a new one. Also returns the generation of the copy if the transaction cannot know whether it is current.
-async fn at_once(
+async fn marked(
     outbox: &Outbox,
     tx: &DatabaseTransaction,
-    batch: &Batch,
+    batch: Batch,
     one: &'static str,
     many: &'static str,
-) -> Result<(Vec<i32>, CommitId, Option<i64>), DbErr> {
-    let rows = event_rows(batch);
-    let mut events = None;
-    let mut known = outbox.known();
-    loop {
-        let matches: Vec<MatchRow> = matches(batch, &known).collect();
-        let mut values = Vec::from(context_values(batch));
-        values.push(known.generation.into());
-        let sql = if let ([event], [delivery]) = (&*rows, &*matches) {
-            values.extend([delivery.subscription.into(), delivery.key.as_str().into()]);
-            values.extend(event.values(batch.events[0].id())?);
-            one
-        } else {
-            let events = match &events {
-                Some(events) => events,
-                None => events.insert(json(&rows)?),
-            };
-            values.extend([events.as_str().into(), json(&matches)?.into()]);
-            many
-        };
-        let written = tx.query_one_raw(outbox.statement(sql, values)).await;
-        if let Some(row) = written.inspect_err(|error| outbox.store().saw(error)).map_err(explained)? {
-            let woken = matches.into_iter().map(|each| each.subscription).collect();
-            let stale = (!row.try_get::<bool>("", "fresh")?).then_some(known.generation);
-            return Ok((woken, CommitId::of_event(batch.events[0].id(), &row)?, stale));
-        }
-        let before = known.generation;
-        known = current(outbox, tx).await?;
-        if known.generation == before {
-            return Err(DbErr::RecordNotInserted);
-        }
-    }
+) -> Result<Flushed, DbErr> {
+    let mut values = Vec::from(context_values(&batch));
+    let rows = event_rows(&batch);
+    let sql = if let [event] = &*rows {
+        values.extend(event.values(batch.events[0].id())?);
+        one
+    } else {
+        values.push(json(&rows)?.into());
+        many
+    };
+    let written = tx.query_all_raw(outbox.statement(sql, values)).await;
+    let written = written.inspect_err(|error| outbox.store().saw(error)).map_err(explained)?;
+    let [first, ..] = &*written else { return Err(DbErr::RecordNotInserted) };
+    let commit_id = Some(CommitId::of_event(batch.events[0].id(), first)?);
+    let events = if outbox.handed().is_taken() { recorded(batch, &written)? } else { Vec::new() };
+    Ok(Flushed { woken: vec![ROUTER], events, commit_id })
 }
 
-/// A transaction that the application has set to REPEATABLE READ or SERIALIZABLE matched its events with the subscriptions
-/// as they were when it began. The row is locked, so the commit comes before the next change of the subscriptions; if one
-/// came already, the lock fails with 40001, as its other conflicts do.
-async fn confirm_generation(
-    outbox: &Outbox,
-    tx: &DatabaseTransaction,
-    generation: i64,
-    confirm: &'static str,
-) -> Result<(), DbErr> {
-    let row = outbox.query_one(tx, confirm, []).await?;
-    match row.map(|row| row.try_get::<i64>("", "generation")).transpose()? {
-        Some(found) if found == generation => Ok(()),
-        _ => Err(DbErr::RecordNotInserted),
-    }
+/// The events as they are stored.
+fn recorded(batch: Batch, rows: &[QueryResult]) -> Result<Vec<Committed>, DbErr> {
+    let Batch { events, context } = batch;
+    events
+        .into_iter()
+        .zip(rows)
+        .map(|(event, row)| {
+            let (position, recorded_at) = (row.try_get("", "position")?, row.try_get("", "recorded_at")?);
+            let mut event = event.into_recorded(position, recorded_at, &context);
+            event.occurred_at = event.occurred_at.clamp(FIRST_TIME, LAST_TIME).trunc_subsecs(3);
+            Ok(Committed { event, due: row.try_get("", "due")? })
+        })
+        .collect()
 }
 
 /// The sentence for what an operator has to mend.
 fn explained(error: DbErr) -> DbErr {
     let DbErr::Query(RuntimeErr::SqlxError(cause)) = &error else { return error };
     let repeated = cause.as_database_error().is_some_and(|cause| {
-        cause.is_unique_violation() && cause.constraint().is_some_and(|name| name.ends_with("events_pkey"))
+        cause.is_unique_violation()
+            && cause.constraint().is_some_and(|name| name.ends_with("events_pkey") || name.ends_with("unrouted_pkey"))
     });
     if repeated {
         return DbErr::Custom(format!(
@@ -176,57 +154,8 @@ fn explained(error: DbErr) -> DbErr {
     error
 }
 
-/// Statement by statement, where a statement costs no round trip.
-async fn in_steps(
-    outbox: &Outbox,
-    tx: &DatabaseTransaction,
-    batch: &Batch,
-    sql: &'static str,
-) -> Result<Vec<i32>, DbErr> {
-    let known = current(outbox, tx).await?;
-    let positions = insert_events(outbox, tx, batch, sql).await?;
-    let deliveries = matches(batch, &known)
-        .map(|MatchRow { event, subscription, key }| {
-            let position = *positions.get(&batch.events[event].id()).ok_or(DbErr::RecordNotInserted)?;
-            Ok(DeliveryRow { subscription, key, position })
-        })
-        .collect::<Result<Vec<_>, DbErr>>()?;
-    insert_deliveries(outbox, tx, &deliveries).await?;
-    Ok(deliveries.iter().map(|delivery| delivery.subscription).collect())
-}
-
-/// Which event goes to which subscription, with its key.
-fn matches<'a>(batch: &'a Batch, known: &'a KnownSubscriptions) -> impl Iterator<Item = MatchRow> + 'a {
-    batch.events.iter().enumerate().flat_map(|(event, new)| {
-        let subject = Subject::of_new(new, batch.context.tenant.as_deref());
-        let matching = known.matching(&subject).map(|subscription| MatchRow {
-            event,
-            subscription: subscription.id,
-            key: subscription.ordering.key(&subject),
-        });
-        matching.collect::<Vec<_>>()
-    })
-}
-
-/// The subscriptions as this transaction sees them: this process' copy, read again if it is old.
-async fn current(outbox: &Outbox, tx: &DatabaseTransaction) -> Result<std::sync::Arc<KnownSubscriptions>, DbErr> {
-    let mut row = outbox.query_one(tx, outbox.sql().generation, []).await?;
-    if row.is_none() {
-        outbox.restore_meta(tx).await?;
-        row = outbox.query_one(tx, outbox.sql().generation, []).await?;
-    }
-    let generation: i64 =
-        row.ok_or_else(|| DbErr::RecordNotFound("outbox_meta".to_owned()))?.try_get("", "generation")?;
-    let known = outbox.known();
-    if known.generation == generation {
-        return Ok(known);
-    }
-    let known = std::sync::Arc::new(KnownSubscriptions::load(outbox, tx, generation).await?);
-    outbox.set_known(known.clone());
-    Ok(known)
-}
-
-async fn insert_events(
+/// Returns their positions.
+pub(crate) async fn insert_events(
     outbox: &Outbox,
     tx: &DatabaseTransaction,
     batch: &Batch,

@@ -418,7 +418,7 @@ impl Outbox {
     }
 
     /// Leased lanes with their first deliveries. Those that have nothing due are given back.
-    async fn with_runs(&self, subscription: i32, lanes: Vec<ClaimedLane>, run: u32) -> Result<Vec<ClaimedLane>, DbErr> {
+    pub(crate) async fn with_runs(&self, subscription: i32, lanes: Vec<ClaimedLane>, run: u32) -> Result<Vec<ClaimedLane>, DbErr> {
         let order = (f64::INFINITY, i64::MAX);
         let mut claimed: HashMap<String, _> =
             lanes.into_iter().map(|lane| (lane.lane.key.clone(), (order, lane))).collect();
@@ -466,7 +466,7 @@ impl Outbox {
 
     /// How many lanes to claim, and how much of each, so that about as much comes as one claim may carry, if events are as
     /// large as those of the claim before.
-    fn fitting(&self, subscription: i32, lanes: u32, run: u32) -> (u32, u32) {
+    pub(crate) fn fitting(&self, subscription: i32, lanes: u32, run: u32) -> (u32, u32) {
         let events = self
             .claimed_size(subscription)
             .map_or(u32::MAX, |size| u32::try_from(CLAIM_BYTES / size.max(1)).unwrap_or(u32::MAX).max(1));

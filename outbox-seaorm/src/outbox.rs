@@ -13,8 +13,8 @@ use sea_orm::{
 use tokio::sync::Notify;
 
 use crate::{
-    calls::Calls, connect::Pools, names::Names, notify::Notifier, pooler::Connections, postgres::POSTGRES, sql::Sql,
-    sqlite::SQLITE, subscriptions::KnownSubscriptions,
+    calls::Calls, connect::Pools, names::Names, notify::Notifier, pooler::Connections, postgres::POSTGRES,
+    route::{Committed, Handed, ROUTER}, sql::Sql, sqlite::SQLITE, subscriptions::KnownSubscriptions,
 };
 
 /// How long after a write that failed because of the disk the next one is expected to fail as well.
@@ -23,7 +23,7 @@ const DISK_RECOVERS: Duration = Duration::from_secs(5);
 /// A probe that waits longer has given up.
 const READY_WITHIN: Duration = Duration::from_secs(2);
 
-const SCHEMA_VERSION: i32 = 1;
+const SCHEMA_VERSION: i32 = 2;
 
 /// The outbox of one database: opens units of work, and is the store that workers claim from.
 ///
@@ -47,6 +47,8 @@ struct Inner {
     sizes: Mutex<HashMap<i32, usize>>,
     /// The connections of workers in this process.
     workers: Mutex<Vec<Weak<Calls>>>,
+    /// Events on their way to the router of this process.
+    handed: Handed,
 }
 
 /// Why a process cannot do its work at this moment.
@@ -96,6 +98,17 @@ pub enum SchemaError {
     /// The database does not answer, or refuses.
     #[error("the database does not answer; check that it runs and that this program may read its tables")]
     Unanswered(#[source] DbErr),
+    /// The tables are from an earlier version.
+    #[error(
+        "the outbox tables are from an older version (schema {found}, this program needs {known}); run the migrations \
+         (see `outbox_migrations::up`)"
+    )]
+    Older {
+        /// The version in the database.
+        found: i32,
+        /// The version this program needs.
+        known: i32,
+    },
     /// The tables are from a later version.
     #[error(
         "the outbox tables are from a newer version (schema {found}, this program knows {known}); start that version, \
@@ -138,6 +151,7 @@ impl Outbox {
             wakes: Mutex::default(),
             sizes: Mutex::default(),
             workers: Mutex::default(),
+            handed: Handed::default(),
         };
         Self {
             inner: Arc::new(inner),
@@ -296,6 +310,9 @@ impl Outbox {
         if found > SCHEMA_VERSION {
             return Err(SchemaError::Newer { found, known: SCHEMA_VERSION });
         }
+        if found < SCHEMA_VERSION {
+            return Err(SchemaError::Older { found, known: SCHEMA_VERSION });
+        }
         self.check_isolation().await
     }
 
@@ -337,7 +354,20 @@ impl Outbox {
         self.inner.notifier.notify(subscriptions);
     }
 
+    /// The events of a commit that has happened.
+    pub(crate) fn committed(&self, events: Vec<Committed>, woken: &[i32]) {
+        if events.is_empty() {
+            self.wake(woken);
+        } else {
+            self.handed().push(events);
+            self.wake_of(ROUTER).notify_one();
+        }
+    }
+
     pub(crate) fn wake_here(&self, subscriptions: &[i32]) {
+        if subscriptions.contains(&ROUTER) {
+            self.handed().look();
+        }
         for subscription in subscriptions {
             self.wake_of(*subscription).notify_one();
         }
@@ -345,6 +375,7 @@ impl Outbox {
 
     /// Makes every worker of this process look.
     pub(crate) fn wake_all_here(&self) {
+        self.handed().look();
         for wake in self.inner.wakes.lock().unwrap_or_else(PoisonError::into_inner).values() {
             wake.notify_one();
         }
@@ -377,6 +408,31 @@ impl Outbox {
 
     pub(crate) fn set_known(&self, known: Arc<KnownSubscriptions>) {
         *self.inner.known.write().unwrap_or_else(PoisonError::into_inner) = known;
+    }
+
+    /// This process' copy of the subscriptions, read again if it is not that of this transaction.
+    pub(crate) async fn current_known(&self, db: &impl ConnectionTrait) -> Result<Arc<KnownSubscriptions>, DbErr> {
+        let generation = self.generation(db).await?;
+        let known = self.known();
+        if known.generation == generation {
+            return Ok(known);
+        }
+        let known = Arc::new(KnownSubscriptions::load(self, db, generation).await?);
+        self.set_known(known.clone());
+        Ok(known)
+    }
+
+    async fn generation(&self, db: &impl ConnectionTrait) -> Result<i64, DbErr> {
+        let mut row = self.query_one(db, self.sql().generation, []).await?;
+        if row.is_none() {
+            self.restore_meta(db).await?;
+            row = self.query_one(db, self.sql().generation, []).await?;
+        }
+        row.ok_or_else(|| DbErr::RecordNotFound("outbox_meta".to_owned()))?.try_get("", "generation")
+    }
+
+    pub(crate) fn handed(&self) -> &Handed {
+        &self.inner.handed
     }
 
     pub(crate) fn notifier(&self) -> &Notifier {

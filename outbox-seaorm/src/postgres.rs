@@ -3,12 +3,11 @@
 //! Lists travel as one JSON parameter, as on SQLite. Durations are in seconds; `clock_timestamp()` is the database's
 //! clock. Everything runs at READ COMMITTED.
 //!
-//! Locks: a flush upserts its lanes sorted by (subscription, key), and the insert of its events depends on the result,
-//! so positions are drawn under the lanes' locks and follow the order of commits. Claims and settlements take lanes
-//! with SKIP LOCKED: they never wait for a commit, no commit waits for them, and no request is the victim of a
-//! deadlock.
+//! Locks: a request only inserts. Routing holds the row of `outbox_meta`, so one process routes at a time, and upserts
+//! lanes sorted by (subscription, key); it waits for a lane 50 ms at most. Claims and settlements take lanes with SKIP
+//! LOCKED: they never wait. So no request waits for a worker, and none is the victim of a deadlock.
 
-use crate::sql::{Flush, ListEvents, Settle, Sql};
+use crate::sql::{Flush, ListEvents, Route, RouteStatements, Settle, Sql};
 
 /// A time of an event; nothing if it is none, `infinity` for example: the driver panics at it, and not every server can
 /// calculate with it.
@@ -66,17 +65,6 @@ macro_rules! of_dead_letters {
     };
 }
 
-/// Of an event `e` and a subscription `s`: its flush was not over when the subscription changed. Transactions are numbered
-/// by each cluster for itself: what was restored from a dump of another one may have any number. An event whose number
-/// this cluster has not given out yet is one of those, and was there before; unless the change was restored with it.
-macro_rules! missed {
-    () => {
-        "(not pg_visible_in_snapshot(e.transaction_id, s.changed_in)
-          and (e.transaction_id < pg_snapshot_xmax(pg_current_snapshot())
-               or pg_snapshot_xmax(s.changed_in) > pg_snapshot_xmax(pg_current_snapshot())))"
-    };
-}
-
 /// Of an event `e` and the rules $1: when it is old, and that nobody needs it; neither a subscription that changes, nor a
 /// backfill. Times are of the statement, so that they can be looked up in an index.
 macro_rules! old {
@@ -92,9 +80,7 @@ macro_rules! old {
            and not exists (
                select 1 from outbox_subscriptions s
                 where s.backfill_from <= e.position
-                   or ",
-            missed!(),
-            " or exists (select 1 from outbox_deliveries
+                   or exists (select 1 from outbox_deliveries
                                where subscription_id = s.id and position = e.position)
                    or exists (select 1 from outbox_dead_letters
                                where subscription_id = s.id and position = e.position)
@@ -117,100 +103,255 @@ macro_rules! asked_for {
     };
 }
 
+/// What a flush answers with, of an `event`: what routing needs besides what the process has, and what finds out about a
+/// COMMIT whose answer is lost.
+macro_rules! flushed {
+    () => {
+        "position, recorded_at,
+         extract(epoch from greatest(recorded_at + wait_seconds * interval '1 second', not_before))::float8 as due,
+         pg_backend_pid() as session, pg_postmaster_start_time() as server, now() as began"
+    };
+}
+
+/// What routing reads of an event `e`: no payload.
+macro_rules! subject {
+    () => {
+        concat!(
+            "e.position, e.event_id, e.event_type, e.aggregate_type, e.aggregate_id, e.tenant, e.tags::text as tags,
+             extract(epoch from ",
+            asked_for!(),
+            ")::float8 as due"
+        )
+    };
+}
+
 pub(crate) static POSTGRES: Sql = Sql {
     schema_version: "select schema_version from outbox_meta",
 
     write_the_same: "update outbox_meta set schema_version = schema_version",
 
-    generation: "select generation from outbox_meta",
+    generation: "select routing_generation as generation from outbox_meta",
 
     instance: "select instance, clock_timestamp() as now from outbox_meta",
 
+    // A statement of its own: what is computed from the tables comes after it, or it would be from before the lock. What
+    // waits for this lock is the routing of the whole service, so it is given back soon whatever becomes of the client.
+    lock_generation: Some(
+        "/* outbox:meta */ with limits as materialized (
+                select set_config('lock_timeout', '100ms', true),
+                       set_config('idle_in_transaction_session_timeout', '1s', true))
+         select m.routing_generation as generation from outbox_meta m, limits for update of m",
+    ),
+
     // At random: what was changed and is lost with a failover may not have the number of what is changed then.
     bump_generation: "
-        update outbox_meta
-           set generation = ('x' || left(md5(gen_random_uuid()::text), 16))::bit(64)::bigint & 9223372036854775807",
+        /* outbox:meta */ update outbox_meta
+           set routing_generation =
+               ('x' || left(md5(gen_random_uuid()::text), 16))::bit(64)::bigint & 9223372036854775807",
 
     restore_meta: "
-        insert into outbox_meta (id, schema_version, generation, instance)
+        insert into outbox_meta (id, schema_version, routing_generation, instance)
         values (1, $1, (random() * 4e18)::bigint, left(replace(gen_random_uuid()::text, '-', ''), 16))
         on conflict do nothing",
 
     subscriptions: "select id, name, filter::text as filter, ordering::text as ordering
                       from outbox_subscriptions order by id",
 
-    // One round trip. The events depend on `locked`, so the lanes are locked before positions are drawn, and a delay
-    // counts from then. A generation that is not current matches nothing, and nothing is written.
-    //
-    // `one` does the same for what most requests push, one event for one subscription: a fifth less time in the database
-    // than with lists of events and deliveries to read and to join.
-    flush: Flush::AtOnce {
-        one: "with lane as (
-                insert into outbox_lanes as lane (subscription_id, key, pending, lease_token, due_at)
-                select $9, $10, 1, (random() * 4e18)::bigint,
-                       greatest(clock_timestamp() + $19 * interval '1 second', $20::text::timestamptz)
-                  from outbox_meta where generation = $8
-                on conflict (subscription_id, key) do update set pending = lane.pending + 1
-                returning subscription_id, key),
-              event as (
+    // One round trip, and no lock that anybody else wants. `one` does the same for what most requests push.
+    flush: Flush::Marked {
+        one: concat!(
+            "with event as (
                 insert into outbox_events (
                     event_id, event_type, schema_version, aggregate_type, aggregate_id, payload, occurred_at, tags,
                     max_attempts, wait_seconds, not_before,
                     tenant, actor_kind, actor_id, correlation_id, causation_id, traceparent, tracestate)
-                select $11, $12, $13, $14, $15, $16::text::json, $17::text::timestamptz, $18::text::jsonb, $21, $19,
-                       $20::text::timestamptz, $1, $2, $3, $4, $5, $6, $7
-                  from lane
-                returning position, recorded_at, wait_seconds, not_before)
-         insert into outbox_deliveries (subscription_id, key, position, due_at)
-         select lane.subscription_id, lane.key, event.position,
-                greatest(event.recorded_at + event.wait_seconds * interval '1 second', event.not_before)
-           from event, lane
-         returning pg_backend_pid() as session, pg_postmaster_start_time() as server, now() as began,
-                   current_setting('transaction_isolation') like 'read %' as fresh",
-        many: "with current as materialized (select 1 from outbox_meta where generation = $8),
-              input as materialized (
-                select e.*, e.ordinality - 1 as event
-                  from rows from (jsonb_to_recordset($9::text::jsonb) as (
+                values ($8, $9, $10, $11, $12, $13::text::json, $14::text::timestamptz, $15::text::jsonb, $18, $16,
+                        $17::text::timestamptz, $1, $2, $3, $4, $5, $6, $7)
+                returning position, recorded_at, wait_seconds, not_before),
+              mark as (
+                insert into outbox_unrouted (position, ahead)
+                select position, case when wait_seconds < 0 then true end from event)
+         select ",
+            flushed!(),
+            " from event"
+        ),
+        many: concat!(
+            "with input as materialized (
+                select e.*
+                  from rows from (jsonb_to_recordset($8::text::jsonb) as (
                          id uuid, event_type text, schema_version integer, aggregate_type text, aggregate_id text,
                          payload text, occurred_at timestamptz, tags jsonb, max_attempts integer, wait float8,
                          not_before timestamptz)) with ordinality as e),
-              match as materialized (
-                select m.event, m.subscription, m.key
-                  from jsonb_to_recordset($10::text::jsonb) as m(event integer, subscription integer, key text), current),
-              lanes as (
-                insert into outbox_lanes as lane (subscription_id, key, pending, lease_token, due_at)
-                select subscription, key, count(*), (random() * 4e18)::bigint,
-                       greatest(clock_timestamp() + (array_agg(wait order by event))[1] * interval '1 second',
-                                (array_agg(not_before order by event))[1])
-                  from match join input using (event) group by subscription, key order by subscription, key
-                on conflict (subscription_id, key) do update set pending = lane.pending + excluded.pending
-                returning 1),
-              locked as materialized (select count(*) as lanes from lanes),
-              events as (
+              event as (
                 insert into outbox_events (
                     event_id, event_type, schema_version, aggregate_type, aggregate_id, payload, occurred_at, tags,
                     max_attempts, wait_seconds, not_before,
                     tenant, actor_kind, actor_id, correlation_id, causation_id, traceparent, tracestate)
                 select e.id, e.event_type, e.schema_version, e.aggregate_type, e.aggregate_id, e.payload::json,
                        e.occurred_at, e.tags, e.max_attempts, e.wait, e.not_before, $1, $2, $3, $4, $5, $6, $7
-                  from input e, current, locked
-                 where locked.lanes >= 0
-                 order by e.event
-                returning position, event_id, recorded_at),
-              deliveries as (
-                insert into outbox_deliveries (subscription_id, key, position, due_at)
-                select match.subscription, match.key, events.position,
-                       greatest(events.recorded_at + input.wait * interval '1 second', input.not_before)
-                  from match join input using (event) join events on events.event_id = input.id)
-         select pg_backend_pid() as session, pg_postmaster_start_time() as server, now() as began,
-                current_setting('transaction_isolation') like 'read %' as fresh
-          where exists (select from events)",
-        confirm: "select generation from outbox_meta for share",
+                  from input e
+                 order by e.ordinality
+                returning position, recorded_at, wait_seconds, not_before),
+              mark as (
+                insert into outbox_unrouted (position, ahead)
+                select position, case when wait_seconds < 0 then true end from event)
+         select ",
+            flushed!(),
+            " from event order by position"
+        ),
     },
 
+    // What was put back lies below the floor, and comes first. Read in one snapshot: what has to come before an event is
+    // there if the event is.
+    unrouted: concat!(
+        "select (select routing_generation from outbox_meta) as generation, u.position as mark, ",
+        subject!(),
+        " from ((select position from outbox_unrouted
+                  where ahead and set_aside_at is null and position <= $1 order by position limit 100)
+                union all
+                (select position from outbox_unrouted
+                  where position > $1 and set_aside_at is null order by position limit $2)) u
+          left join lateral (select * from outbox_events e where e.position = u.position offset 0) e on true
+         order by u.position"
+    ),
+
+    unrouted_ahead: concat!(
+        "select u.position as mark, ",
+        subject!(),
+        " from (select position from outbox_unrouted
+                  where ahead and set_aside_at is null and position > $1 order by position limit $2) u
+          left join lateral (select * from outbox_events e where e.position = u.position offset 0) e on true
+         order by u.position"
+    ),
+
+    last_unrouted: "
+        select position from outbox_unrouted
+         where position > $1 and set_aside_at is null order by position desc limit 1",
+
+    unrouted_until: "
+        select position from outbox_unrouted
+         where position > $1 and position <= $2 and set_aside_at is null order by position limit 1",
+
+    // ONE statement, and its own transaction: no lock of it is held across a round trip. It answers with numbers only, since
+    // an answer that a frozen client does not read would hold its locks. Whoever has the row of `outbox_meta` routes; the
+    // generation is checked again with the lock. `taken` waits for marks that somebody has locked, and never skips one: a
+    // later event of its key would come before it. Whether all given events are the next ones is counted by `seen`, unless
+    // they were read in one snapshot. `seq` is drawn here, so what commits late comes behind what workers have tried.
+    //
+    // A crash of the server may take the routing back, marks included: nothing waits for the disk. An effect that commits
+    // makes the routing before it durable.
+    route: Route::AtOnce(RouteStatements {
+    route: "
+        /* outbox:meta */ with
+              limits as materialized (
+                select set_config('lock_timeout', '50ms', true), set_config('synchronous_commit', 'off', true),
+                       set_config('idle_in_transaction_session_timeout', '1s', true)),
+              meta as materialized (
+                select 1 from outbox_meta m, limits where m.routing_generation = $1 for update of m skip locked),
+              given as materialized (
+                select g.position, g.due
+                  from jsonb_to_recordset($2::text::jsonb) as g(position bigint, due float8), meta),
+              seen as materialized (
+                select count(*) as marks
+                  from (select from outbox_unrouted
+                         where position > $6 and position <= $7 and set_aside_at is null
+                           and $8::bigint is not null and exists (select from meta)
+                         order by position limit $8 + 1) found),
+              taken as (
+                delete from outbox_unrouted
+                 where position = any (array(select position from given))
+                   and ($8::bigint is null or (select marks from seen) = $8)
+                returning position),
+              numbered as materialized (
+                select position, due, nextval('outbox_events_position_seq') as seq
+                  from (select position, given.due from taken join given using (position) order by position) o),
+              matched as materialized (
+                select m.lane, n.position, n.seq, to_timestamp(n.due) as due_at
+                  from jsonb_to_recordset($4::text::jsonb) as m(lane integer, position bigint)
+                  join numbered n using (position)),
+              lane as materialized (
+                select l.n, l.subscription, l.key, m.pending, m.due_at, (random() * 4e18)::bigint as token
+                  from jsonb_to_recordset($3::text::jsonb) as l(n integer, subscription integer, key text)
+                  join (select lane, count(*)::integer as pending, (array_agg(due_at order by seq))[1] as due_at
+                          from matched group by lane) m on m.lane = l.n),
+              leased as materialized (
+                select l.n, t.worker, t.lease
+                  from (select n, subscription, row_number() over (partition by subscription order by due_at, n) as nth
+                          from lane where due_at <= clock_timestamp()) l
+                  join jsonb_to_recordset($5::text::jsonb) as t(
+                         subscription integer, worker text, lanes integer, lease float8)
+                    on t.subscription = l.subscription and l.nth <= t.lanes
+                  join outbox_subscriptions s
+                    on s.id = l.subscription and s.paused_at is null and s.backfill_from is null
+                   and s.circuit_until is null),
+              deliveries as (
+                insert into outbox_deliveries (subscription_id, key, seq, position, due_at)
+                select lane.subscription, lane.key, m.seq, m.position, m.due_at
+                  from matched m join lane on lane.n = m.lane),
+              lanes as (
+                insert into outbox_lanes as old (
+                    subscription_id, key, pending, lease_token, due_at, attempts, leased_by)
+                select lane.subscription, lane.key, lane.pending, lane.token,
+                       coalesce(clock_timestamp() + leased.lease * interval '1 second', lane.due_at),
+                       case when leased.n is null then 0 else 1 end, leased.worker
+                  from lane left join leased using (n)
+                 order by lane.subscription, lane.key
+                on conflict (subscription_id, key) do update set pending = old.pending + excluded.pending
+                returning subscription_id, key, lease_token)
+        select (select routing_generation from outbox_meta) as generation, exists (select from meta) as locked,
+               (select count(*) from taken) as taken, coalesce((select marks from seen) = $8, true) as complete,
+               extract(epoch from clock_timestamp())::float8 as now,
+               (select json_agg(json_build_array(lane.n, lane.token)) from lanes
+                  join lane on lane.subscription = lanes.subscription_id and lane.key = lanes.key
+                           and lane.token = lanes.lease_token
+                  join leased on leased.n = lane.n)::text as leased,
+               (select json_agg(distinct lane.subscription) from lanes
+                  join lane on lane.subscription = lanes.subscription_id and lane.key = lanes.key
+                  left join leased on leased.n = lane.n
+                 where leased.n is null or lane.token <> lanes.lease_token)::text as others",
+
+    // At once, and all of them: a lock that is held by somebody else is not waited for.
+    held_lanes: "
+        with wanted as materialized (
+                select * from jsonb_to_recordset($1::text::jsonb) as l(n integer, subscription integer, key text)),
+              free as materialized (
+                select w.n from wanted w
+                 cross join lateral (
+                       select from outbox_lanes l where l.subscription_id = w.subscription and l.key = w.key
+                          for update skip locked) l)
+        select w.n from wanted w
+         cross join lateral (
+               select from outbox_lanes l where l.subscription_id = w.subscription and l.key = w.key offset 0) l
+         where w.n not in (select n from free)",
+
+    held_marks: "
+        with free as materialized (
+                select position from outbox_unrouted
+                 where position = any (array(select value::bigint from jsonb_array_elements_text($1::text::jsonb)))
+                   for update skip locked)
+        select position from outbox_unrouted
+         where position = any (array(select value::bigint from jsonb_array_elements_text($1::text::jsonb)))
+           and position not in (select position from free)",
+
+    // A writer has this lock before it draws a position, and until its transaction ends; a prepared one has it too.
+    writers: "
+        select coalesce(virtualtransaction, '') as writer from pg_locks
+          where relation = 'outbox_events'::regclass and mode = 'RowExclusiveLock' and granted
+            and database = (select oid from pg_database where datname = current_database())",
+
+    end_stuck: "
+        select pg_terminate_backend(pid) as ended from pg_stat_activity
+          where datname = current_database() and usename = current_user and pid <> pg_backend_pid()
+            and ltrim(query, E' \\n') like '/* outbox:meta */%' and state <> 'idle'
+            and xact_start < clock_timestamp() - interval '3 seconds'",
+    }),
+
+    set_aside: "
+        update outbox_unrouted set set_aside_at = clock_timestamp(), error = $2 where position = $1 and set_aside_at is null",
+
     insert_deliveries: concat!(
-        "insert into outbox_deliveries (subscription_id, key, position, due_at)
-         select d.subscription, d.key, d.position,
+        "insert into outbox_deliveries (subscription_id, key, seq, position, due_at)
+         select d.subscription, d.key, d.position, d.position,
                 greatest(coalesce(",
         readable_time!("e.recorded_at"),
         ", clock_timestamp()) + e.wait_seconds * interval '1 second', ",
@@ -225,7 +366,7 @@ pub(crate) static POSTGRES: Sql = Sql {
         insert into outbox_lanes as lane (subscription_id, key, pending, lease_token, due_at)
         select subscription, key, deliveries, (random() * 4e18)::bigint,
                (select due_at from outbox_deliveries d
-                 where d.subscription_id = n.subscription and d.key = n.key order by position limit 1)
+                 where d.subscription_id = n.subscription and d.key = n.key order by seq limit 1)
           from jsonb_to_recordset($1::text::jsonb) as n(subscription integer, key text, deliveries integer)
          order by subscription, key
         on conflict (subscription_id, key) do update set pending = lane.pending + excluded.pending",
@@ -273,17 +414,17 @@ pub(crate) static POSTGRES: Sql = Sql {
         "select e.key, e.queued,
                 date_part('epoch', e.due_at) as since, e.due_at <= clock_timestamp() as due, ",
         event_columns!(),
-        " from (select lane.key, d.position as queued, d.due_at, d.number, e.*,
+        " from (select lane.key, d.position as queued, d.seq, d.due_at, d.number, e.*,
                        coalesce(sum(octet_length(e.payload::text)) over (
-                           order by d.number, d.position rows between unbounded preceding and 1 preceding), 0) as before
+                           order by d.number, d.seq rows between unbounded preceding and 1 preceding), 0) as before
                   from jsonb_array_elements_text($2::text::jsonb) lane(key)
                  cross join lateral (
-                       select position, due_at, row_number() over (order by position) as number
+                       select position, seq, due_at, row_number() over (order by seq) as number
                          from outbox_deliveries
-                        where subscription_id = $1 and key = lane.key order by position limit $3) d
+                        where subscription_id = $1 and key = lane.key order by seq limit $3) d
                   left join lateral (select * from outbox_events e where e.position = d.position offset 0) e on true) e
          where e.before < $4
-         order by e.number, e.queued"
+         order by e.number, e.seq"
     ),
 
     held: "
@@ -323,21 +464,22 @@ pub(crate) static POSTGRES: Sql = Sql {
                   from rows from (jsonb_to_recordset($1::text::jsonb) as (
                          subscription integer, key text, token bigint, worker text, next text, attempts integer, wait float8,
                          error text, log text, held_at bigint)) with ordinality as r),
+              soon_over as materialized (select set_config('idle_in_transaction_session_timeout', '1s', true)),
               held as materialized (
                 select lease.*, l.pending, l.attempts = 0 as overtaken
-                  from lease cross join lateral (
+                  from lease cross join soon_over cross join lateral (
                        select pending, attempts from outbox_lanes l
                         where l.subscription_id = lease.subscription and l.key = lease.key
                           and l.lease_token = lease.token and l.leased_by = lease.worker
                           for update skip locked) l),
               finished as materialized (
-                select f.*, held.subscription, held.key, d.ctid as place
+                select f.*, held.subscription, held.key, d.ctid as place, d.seq
                   from jsonb_to_recordset($2::text::jsonb) as f(
                          lease bigint, position bigint, attempts integer, log text, error text)
                   join held on held.n = f.lease
                  cross join lateral (
-                       select ctid from outbox_deliveries d
-                        where d.subscription_id = held.subscription and d.key = held.key and d.position = f.position
+                       select ctid, seq from outbox_deliveries d
+                        where d.subscription_id = held.subscription and d.position = f.position and d.key = held.key
                        offset 0) d),
               deleted as (
                 delete from outbox_deliveries where ctid = any (array(select place from finished))
@@ -360,7 +502,7 @@ pub(crate) static POSTGRES: Sql = Sql {
                 select held.*, coalesce(m.number, 0) as moved, coalesce(m.last, 0) as last,
                        held.pending <= coalesce(m.number, 0) and held.held_at is null as empty
                   from held
-                  left join (select lease, count(*) as number, max(position) as last from moved group by lease) m
+                  left join (select lease, count(*) as number, max(seq) as last from moved group by lease) m
                     on m.lease = held.n),
               emptied as (
                 delete from outbox_lanes l using ended
@@ -380,10 +522,10 @@ pub(crate) static POSTGRES: Sql = Sql {
                                case when not ended.overtaken and ended.moved = (
                                     select count(*) from outbox_deliveries d
                                      where d.subscription_id = ended.subscription and d.key = ended.key
-                                       and d.position <= ended.last)
+                                       and d.seq <= ended.last)
                                then (select d.due_at from outbox_deliveries d
                                       where d.subscription_id = ended.subscription and d.key = ended.key
-                                        and d.position > ended.last order by position limit 1) end,
+                                        and d.seq > ended.last order by seq limit 1) end,
                                clock_timestamp()) end,
                        last_error = case when ended.next = 'release' or ended.overtaken then l.last_error
                                          else ended.error end,
@@ -404,7 +546,7 @@ pub(crate) static POSTGRES: Sql = Sql {
     due_with_head: "
         update outbox_lanes l
            set due_at = (select d.due_at from outbox_deliveries d
-                          where d.subscription_id = l.subscription_id and d.key = l.key order by position limit 1)
+                          where d.subscription_id = l.subscription_id and d.key = l.key order by seq limit 1)
          where l.subscription_id = $1 and l.key in (select jsonb_array_elements_text($2::text::jsonb))
            and l.attempts = 0 and l.last_error is null",
 
@@ -454,76 +596,28 @@ pub(crate) static POSTGRES: Sql = Sql {
         returning l.subscription_id, l.key, l.lease_token, l.leased_by",
 
     subscription_by_name: "
-        select id, filter::text as filter, ordering::text as ordering, backfill_from
+        select id, filter::text as filter, ordering::text as ordering, backfill_from, backfill_until
           from outbox_subscriptions where name = $1 for update",
 
-    // A backfill after the last position there can be: nothing to fill, and nothing to claim before it is ended.
     insert_subscription: "
-        insert into outbox_subscriptions (name, filter, ordering, backfill_from)
-        values ($1, $2::text::jsonb, $3::text::jsonb, coalesce($4, 9223372036854775807))
+        /* outbox:meta */ insert into outbox_subscriptions (name, filter, ordering, backfill_from, backfill_until)
+        values ($1, $2::text::jsonb, $3::text::jsonb, $4, $5)
         on conflict (name) do nothing returning id",
 
     update_subscription: "
-        update outbox_subscriptions
-           set filter = $2::text::jsonb, ordering = $3::text::jsonb, changed_at = clock_timestamp(),
-               changed_in = pg_current_snapshot(), settled_after = null,
-               backfill_from = coalesce(backfill_from, 9223372036854775807)
-         where id = $1",
-
-    // A flush has this lock before its snapshot, and until its transaction ends.
-    flushes_under_way: Some(
-        "select virtualtransaction as flush from pg_locks
-          where relation = 'outbox_events'::regclass and mode = 'RowExclusiveLock' and granted
-            and database = (select oid from pg_database where datname = current_database())",
-    ),
-
-    unsettled_subscriptions: "
-        select name from outbox_subscriptions where changed_in is not null order by name",
-
-    // The window is that of the flushes: a stale one has drawn its positions around the change, whenever it commits.
-    missed_events: concat!(
-        "select ",
-        event_columns!("'null'"),
-        " from outbox_subscriptions s
-          join outbox_events e on e.recorded_at between s.changed_at - interval '10 minutes'
-                                                    and s.changed_at + interval '10 minutes'
-         where s.id = $1 and s.changed_in is not null and e.position > $2
-           and ",
-        missed!(),
-        " order by e.position limit $3 for key share of e"
-    ),
-
-    // First the transactions that run now are noted, then they are waited for; two seconds more for a flush that had no
-    // transaction id yet. A number that this cluster has not given out yet was noted in another one: begin anew.
-    settle_subscription: "
-        update outbox_subscriptions
-           set settled_after = case when settled_after <= pg_snapshot_xmax(pg_current_snapshot()) then settled_after
-                                    else pg_snapshot_xmax(pg_current_snapshot()) end
-         where id = $1
-        returning settled_after <= pg_snapshot_xmin(pg_current_snapshot())
-                  and changed_at < clock_timestamp() - interval '2 seconds' as settled",
-
-    // It also ends the wait of a registration that was cut off.
-    forget_change: "
-        update outbox_subscriptions
-           set changed_in = null, settled_after = null, backfill_from = nullif(backfill_from, 9223372036854775807)
+        /* outbox:meta */ update outbox_subscriptions
+           set filter = $2::text::jsonb, ordering = $3::text::jsonb
          where id = $1",
 
     pause: "update outbox_subscriptions set paused_at = clock_timestamp() where name = $1 and paused_at is null",
 
     resume: "update outbox_subscriptions set paused_at = null where name = $1 and paused_at is not null",
 
-    remove: &[
-        "delete from outbox_lanes where subscription_id = $1",
-        "delete from outbox_deliveries where subscription_id = $1",
-        "delete from outbox_delivered where subscription_id = $1",
-        "delete from outbox_dead_letters where subscription_id = $1",
-        "delete from outbox_subscriptions where id = $1",
-    ],
+    remove: "/* outbox:meta */ delete from outbox_subscriptions where id = $1",
 
     // From one subscription to the next along the indexes: however many rows there are, few are read.
-    orphans: Some(
-        "with recursive lanes as (
+    orphans: "
+        with recursive lanes as (
                 (select subscription_id as id from outbox_lanes order by 1 limit 1)
                  union all
                 select (select subscription_id from outbox_lanes where subscription_id > lanes.id order by 1 limit 1)
@@ -533,16 +627,42 @@ pub(crate) static POSTGRES: Sql = Sql {
                  union all
                 select (select subscription_id from outbox_deliveries
                          where subscription_id > deliveries.id order by 1 limit 1)
-                  from deliveries where deliveries.id is not null)
-         select id from (select id from lanes union select id from deliveries) found
-          where id is not null and id not in (select id from outbox_subscriptions)",
-    ),
+                  from deliveries where deliveries.id is not null),
+              delivered as (
+                (select subscription_id as id from outbox_delivered order by 1 limit 1)
+                 union all
+                select (select subscription_id from outbox_delivered
+                         where subscription_id > delivered.id order by 1 limit 1)
+                  from delivered where delivered.id is not null),
+              dead as (
+                (select subscription_id as id from outbox_dead_letters order by 1 limit 1)
+                 union all
+                select (select subscription_id from outbox_dead_letters
+                         where subscription_id > dead.id order by 1 limit 1)
+                  from dead where dead.id is not null)
+        select id from (select id from lanes union select id from deliveries
+                        union select id from delivered union select id from dead) found
+         where id is not null and id not in (select id from outbox_subscriptions)",
+
+    sweep: &[
+        "delete from outbox_lanes where ctid = any (array(
+                select ctid from outbox_lanes where subscription_id = $1 limit $2 for update skip locked))",
+        "delete from outbox_deliveries where ctid = any (array(
+                select ctid from outbox_deliveries where subscription_id = $1 limit $2 for update skip locked))",
+        "delete from outbox_delivered where ctid = any (array(
+                select ctid from outbox_delivered where subscription_id = $1 limit $2 for update skip locked))",
+        "delete from outbox_dead_letters where ctid = any (array(
+                select ctid from outbox_dead_letters where subscription_id = $1 limit $2 for update skip locked))",
+    ],
 
     first_position_since: "
         select min(position) as position from outbox_events
          where recorded_at >= coalesce(nullif($1, '')::timestamptz, '-infinity')",
 
-    set_backfill: "update outbox_subscriptions set backfill_from = $2 where id = $1",
+    set_backfill: "
+        update outbox_subscriptions
+           set backfill_from = $2, backfill_until = case when $2::bigint is not null then backfill_until end
+         where id = $1",
 
     positions_known: "
         select position from outbox_deliveries
@@ -820,6 +940,7 @@ pub(crate) static POSTGRES: Sql = Sql {
         event_columns!("'null'"),
         " from outbox_events e
          where e.position in (select value::bigint from jsonb_array_elements_text($1::text::jsonb))
+           and not exists (select from outbox_unrouted u where u.position = e.position)
          order by e.position for key share of e"
     ),
 

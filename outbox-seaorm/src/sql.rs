@@ -6,16 +6,45 @@
 /// How a database flushes.
 #[derive(Debug)]
 pub(crate) enum Flush {
-    /// In one round trip, any number of events, or one event for one subscription. Both take what the events share as
-    /// $1 … $7, then the generation. `many`: $9 events, $10 matches (index of the event, subscription, key). `one`: $9
-    /// subscription, $10 key, then the columns of the event. Returns what a `CommitId` consists of; nothing if the
-    /// generation is old.
-    ///
-    /// `one` and `many` also return `fresh`: whether the transaction sees what others have committed meanwhile. If it does
-    /// not, `confirm` answers with the generation, or fails if that has changed since the transaction began.
-    AtOnce { one: &'static str, many: &'static str, confirm: &'static str },
-    /// Statement by statement, where a statement costs no round trip. $1 events, in their order; $2 … $8 what they share.
-    InSteps { insert_events: &'static str },
+    /// In one round trip: the events with a mark each, and nothing else. Both take what the events share as $1 … $7. `many`:
+    /// $8 events. `one`: then the columns of the event. Return of each event in their order its position, when it was
+    /// recorded and when it is due, and what a `CommitId` consists of.
+    Marked { one: &'static str, many: &'static str },
+    /// Statement by statement, where a statement costs no round trip, and routed by the same transaction. $1 events, in their
+    /// order; $2 … $8 what they share.
+    /// `insert_marks`: $1 positions; what waits before them is too much for a request.
+    Routed { insert_events: &'static str, insert_marks: &'static str },
+}
+
+/// How a database routes.
+#[derive(Debug)]
+pub(crate) enum Route {
+    /// In one statement, beside others who do the same.
+    AtOnce(RouteStatements),
+    /// Statement by statement, where a write transaction excludes all others. $1 positions: takes their marks away.
+    InSteps { take_marks: &'static str },
+}
+
+#[derive(Debug)]
+pub(crate) struct RouteStatements {
+    /// $1 generation; $2 events, each with its due time in seconds; $3 lanes, numbered and sorted; $4 deliveries, each with
+    /// the number of its lane; $5 who would lease new lanes; $6 floor, $7 last position and $8 number: how many marks
+    /// there must be in between, null if that is known. One row: the current `generation`; whether the row of
+    /// `outbox_meta` was `locked`, and the marks were `complete`: nothing is routed otherwise; how many were `taken`;
+    /// `leased`, the new lanes with their tokens; `others`, the subscriptions of which other lanes have changed.
+    pub(crate) route: &'static str,
+
+    /// $1 lanes: those that somebody has locked.
+    pub(crate) held_lanes: &'static str,
+
+    /// $1 positions: those whose marks somebody has locked.
+    pub(crate) held_marks: &'static str,
+
+    /// The transactions that may still store events with positions they have drawn.
+    pub(crate) writers: &'static str,
+
+    /// Ends the sessions of this role that have been at routing for 3 s: a statement whose client is frozen.
+    pub(crate) end_stuck: &'static str,
 }
 
 /// A page of events in one order of parameters, by what is found through an index: $1 event type, $2 aggregate type, $3
@@ -64,6 +93,11 @@ pub(crate) struct Sql {
     pub(crate) write_the_same: &'static str,
     pub(crate) generation: &'static str,
     pub(crate) instance: &'static str,
+
+    /// The generation, with the lock that routing takes: nothing is routed until the transaction ends. Where a write
+    /// transaction excludes all others anyway there is none.
+    pub(crate) lock_generation: Option<&'static str>,
+
     /// To another value, which it has never had: it is compared for equality only.
     pub(crate) bump_generation: &'static str,
 
@@ -71,10 +105,28 @@ pub(crate) struct Sql {
     pub(crate) restore_meta: &'static str,
     pub(crate) subscriptions: &'static str,
 
-    /// Events with their deliveries and lanes.
     pub(crate) flush: Flush,
 
-    /// $1 deliveries. Due after the wait of their events, or before if it is a head start; the later of it and
+    /// $1 floor, $2 number: the marks that are next in the order of positions, with what matching needs of their events and
+    /// the current generation. A mark whose event is gone has nothing else. Index: primary key, outbox_unrouted_ahead.
+    pub(crate) unrouted: &'static str,
+
+    /// $1 position they come after, $2 number: the same of events that are looked for before it is their turn. Index:
+    /// outbox_unrouted_ahead.
+    pub(crate) unrouted_ahead: &'static str,
+
+    /// $1 floor: the last mark. Index: primary key.
+    pub(crate) last_unrouted: &'static str,
+
+    /// $1 floor, $2 last position: a mark in between, if there is one. Index: primary key.
+    pub(crate) unrouted_until: &'static str,
+
+    pub(crate) route: Route,
+
+    /// $1 position, $2 error. The mark stays, for an operator.
+    pub(crate) set_aside: &'static str,
+
+    /// $1 deliveries, in the order of their positions. Due after the wait of their events, or before if it is a head start; the later of it and
     /// `not_before` counts. An event whose time somebody broke is due from now.
     pub(crate) insert_deliveries: &'static str,
 
@@ -136,28 +188,11 @@ pub(crate) struct Sql {
     /// $1 name.
     pub(crate) subscription_by_name: &'static str,
 
-    /// $1 name, $2 filter, $3 ordering, $4 first position of the backfill. Where a flush that is under way may miss it, it
-    /// cannot be claimed before its backfill is ended, even if there is nothing to fill; so with the next.
+    /// $1 name, $2 filter, $3 ordering, $4 and $5 first and last position of the backfill; null if there is none.
     pub(crate) insert_subscription: &'static str,
 
     /// $1 id, $2 filter, $3 ordering.
     pub(crate) update_subscription: &'static str,
-
-    /// The transactions that have written events and are not over, if they can miss a change that is committed.
-    pub(crate) flushes_under_way: Option<&'static str>,
-
-    /// The names of subscriptions that a flush which is still under way may not know in their present form.
-    pub(crate) unsettled_subscriptions: &'static str,
-
-    /// $1 subscription, $2 position, $3 number: the events after the position that such a flush may have written.
-    pub(crate) missed_events: &'static str,
-
-    /// $1 subscription: whether no such flush can be left. Asked before the events are read, so that what commits
-    /// later is found the next time.
-    pub(crate) settle_subscription: &'static str,
-
-    /// $1 subscription.
-    pub(crate) forget_change: &'static str,
 
     /// $1 name, of one that is not paused.
     pub(crate) pause: &'static str,
@@ -165,11 +200,14 @@ pub(crate) struct Sql {
     /// $1 name, of one that is paused.
     pub(crate) resume: &'static str,
 
-    /// $1 subscription; one after another.
-    pub(crate) remove: &'static [&'static str],
+    /// $1 subscription. What it leaves is swept.
+    pub(crate) remove: &'static str,
 
-    /// Subscriptions that are gone, for which a flush that did not know of the removal has written something.
-    pub(crate) orphans: Option<&'static str>,
+    /// Subscriptions that are gone and have left something.
+    pub(crate) orphans: &'static str,
+
+    /// $1 subscription, $2 number: each deletes so many rows that it has left.
+    pub(crate) sweep: &'static [&'static str],
 
     /// The first position at or after time $1. Index: outbox_events_recorded.
     pub(crate) first_position_since: &'static str,
@@ -284,7 +322,7 @@ pub(crate) struct Sql {
     /// $1 event ids.
     pub(crate) positions_of: &'static str,
 
-    /// $1 positions. What retention waits for. Without payloads, as `missed_events`.
+    /// $1 positions: those that are routed. What retention waits for. Without payloads.
     pub(crate) lock_events: &'static str,
 
     /// $1 subscription, $2 positions.

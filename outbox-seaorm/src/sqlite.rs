@@ -3,7 +3,7 @@
 //! A write transaction excludes all others, so nothing here needs row locks; what must be atomic is in one transaction.
 //! `strftime('%Y-%m-%dT%H:%M:%fZ', 'now', …)` is the database's clock in the tables' format.
 
-use crate::sql::{Flush, ListEvents, Settle, SettleSteps, Sql};
+use crate::sql::{Flush, ListEvents, Route, Settle, SettleSteps, Sql};
 
 macro_rules! list_events {
     ($of:literal) => {
@@ -55,6 +55,13 @@ macro_rules! old {
     };
 }
 
+/// What routing reads of an event `e`: no payload. When it is due is calculated when its delivery is inserted.
+macro_rules! subject {
+    () => {
+        "e.position, e.event_id, e.event_type, e.aggregate_type, e.aggregate_id, e.tenant, e.tags, 0.0 as due"
+    };
+}
+
 /// When an event `e` asks to be delivered. One that was stored while the clock was ahead asks for it now.
 macro_rules! asked_for {
     ($more:literal) => {
@@ -75,21 +82,23 @@ pub(crate) static SQLITE: Sql = Sql {
 
     write_the_same: "update outbox_meta set schema_version = schema_version",
 
-    generation: "select generation from outbox_meta",
+    generation: "select routing_generation as generation from outbox_meta",
+
+    lock_generation: None,
 
     instance: "select instance, strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as now from outbox_meta",
 
     // At random, as on PostgreSQL: a file may be put back from a backup.
-    bump_generation: "update outbox_meta set generation = random() & 9223372036854775807",
+    bump_generation: "update outbox_meta set routing_generation = random() & 9223372036854775807",
 
     restore_meta: "
-        insert into outbox_meta (id, schema_version, generation, instance)
+        insert into outbox_meta (id, schema_version, routing_generation, instance)
         values (1, $1, abs(random() / 4096), lower(hex(randomblob(8)))) on conflict do nothing",
 
     subscriptions: "select id, name, filter, ordering from outbox_subscriptions order by id",
 
     // Local statements cost no round trips.
-    flush: Flush::InSteps {
+    flush: Flush::Routed {
         insert_events: "
     insert into outbox_events (
         event_id, event_type, schema_version, aggregate_type, aggregate_id, payload, occurred_at,
@@ -99,11 +108,52 @@ pub(crate) static SQLITE: Sql = Sql {
            value->>'wait', value->>'not_before', $2, $3, $4, $5, $6, $7, $8
       from json_each($1) order by key
     returning position, event_id",
+
+        insert_marks: "
+    insert into outbox_unrouted (position, ahead)
+    select position, case when wait_seconds < 0 then true end from outbox_events
+     where position in (select value from json_each($1))",
     },
 
+    unrouted: concat!(
+        "select (select routing_generation from outbox_meta) as generation, u.position as mark, ",
+        subject!(),
+        " from (select * from (select position from outbox_unrouted
+                  where ahead and set_aside_at is null and position <= $1 order by position limit 100)
+                union all
+                select * from (select position from outbox_unrouted
+                  where position > $1 and set_aside_at is null order by position limit $2)) u
+          left join outbox_events e on e.position = u.position
+         order by u.position"
+    ),
+
+    unrouted_ahead: concat!(
+        "select u.position as mark, ",
+        subject!(),
+        " from (select position from outbox_unrouted
+                 where ahead and set_aside_at is null and position > $1 order by position limit $2) u
+          left join outbox_events e on e.position = u.position
+         order by u.position"
+    ),
+
+    last_unrouted: "
+    select position from outbox_unrouted where position > $1 and set_aside_at is null order by position desc limit 1",
+
+    unrouted_until: "
+    select position from outbox_unrouted
+     where position > $1 and position <= $2 and set_aside_at is null order by position limit 1",
+
+    route: Route::InSteps {
+        take_marks: "delete from outbox_unrouted where position in (select value from json_each($1))",
+    },
+
+    set_aside: "
+    update outbox_unrouted set set_aside_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), error = $2
+     where position = $1 and set_aside_at is null",
+
     insert_deliveries: "
-    insert into outbox_deliveries (subscription_id, key, position, due_at)
-    select d.value->>'subscription', d.value->>'key', e.position,
+    insert into outbox_deliveries (subscription_id, key, seq, position, due_at)
+    select d.value->>'subscription', d.value->>'key', e.position, e.position,
            max(coalesce(strftime('%Y-%m-%dT%H:%M:%fZ', e.recorded_at, printf('%+.3f seconds', e.wait_seconds)),
                         strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
                coalesce(e.not_before, ''))
@@ -116,7 +166,7 @@ pub(crate) static SQLITE: Sql = Sql {
     insert into outbox_lanes (subscription_id, key, pending, lease_token, due_at)
     select value->>'subscription', value->>'key', value->>'deliveries', abs(random() / 2),
            (select due_at from outbox_deliveries d
-             where d.subscription_id = value->>'subscription' and d.key = value->>'key' order by position limit 1)
+             where d.subscription_id = value->>'subscription' and d.key = value->>'key' order by seq limit 1)
       from json_each($1) where true
     on conflict (subscription_id, key) do update set pending = pending + excluded.pending",
 
@@ -124,7 +174,7 @@ pub(crate) static SQLITE: Sql = Sql {
     update outbox_lanes
        set due_at = (select d.due_at from outbox_deliveries d
                       where d.subscription_id = outbox_lanes.subscription_id and d.key = outbox_lanes.key
-                      order by position limit 1)
+                      order by seq limit 1)
      where subscription_id = $1 and key in (select value from json_each($2)) and attempts = 0 and last_error is null",
 
     next_due: "
@@ -163,22 +213,22 @@ pub(crate) static SQLITE: Sql = Sql {
     // The first of each lane come first. Only the length of a payload is looked up before it is known to come along.
     runs: "
     with queued as (
-           select d.key, d.position as queued, d.due_at, octet_length(e.payload) as bytes,
-                  row_number() over (partition by d.key order by d.position) as number
+           select d.key, d.position as queued, d.seq, d.due_at, octet_length(e.payload) as bytes,
+                  row_number() over (partition by d.key order by d.seq) as number
              from json_each($2) lane
             cross join outbox_deliveries d on d.subscription_id = $1 and d.key = lane.value
-              and d.position in (select position from outbox_deliveries
-                                  where subscription_id = $1 and key = lane.value order by position limit $3)
+              and d.seq in (select seq from outbox_deliveries
+                             where subscription_id = $1 and key = lane.value order by seq limit $3)
              left join outbox_events e on e.position = d.position),
          counted as (
            select *, coalesce(sum(bytes) over (
-                         order by number, queued rows between unbounded preceding and 1 preceding), 0) as before
+                         order by number, seq rows between unbounded preceding and 1 preceding), 0) as before
              from queued)
     select q.key, q.queued, julianday(q.due_at) as since, q.due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as due, e.*
       from counted q
       left join outbox_events e on e.position = q.queued
      where q.before < $4
-     order by q.number, q.queued",
+     order by q.number, q.seq",
 
     held: "
     select r.key as report from json_each($1) r
@@ -198,8 +248,7 @@ pub(crate) static SQLITE: Sql = Sql {
     settle: Settle::InSteps(SettleSteps {
     delete_deliveries: "
     delete from outbox_deliveries
-     where (subscription_id, key, position) in (
-           select value->>'subscription', value->>'key', value->>'position' from json_each($1))
+     where (subscription_id, position) in (select value->>'subscription', value->>'position' from json_each($1))
     returning subscription_id, key, position",
 
     insert_delivered: "
@@ -230,7 +279,7 @@ pub(crate) static SQLITE: Sql = Sql {
                when r.next = 'hold' then '9999-12-31T23:59:59.999Z'
                else coalesce((select d.due_at from outbox_deliveries d
                                where d.subscription_id = r.subscription and d.key = r.lane
-                               order by position limit 1), outbox_lanes.due_at) end,
+                               order by seq limit 1), outbox_lanes.due_at) end,
            last_error = case when r.next = 'release' or outbox_lanes.attempts = 0 then last_error else r.error end,
            attempt_log = case when outbox_lanes.attempts > 0 then r.log end,
            held_at = r.held_at
@@ -276,44 +325,65 @@ pub(crate) static SQLITE: Sql = Sql {
     returning outbox_lanes.subscription_id, outbox_lanes.key, outbox_lanes.lease_token, outbox_lanes.leased_by",
 
     subscription_by_name: "
-    select id, filter, ordering, backfill_from from outbox_subscriptions where name = $1",
+    select id, filter, ordering, backfill_from, backfill_until from outbox_subscriptions where name = $1",
 
     insert_subscription: "
-    insert into outbox_subscriptions (name, filter, ordering, backfill_from) values ($1, $2, $3, $4) returning id",
+    insert into outbox_subscriptions (name, filter, ordering, backfill_from, backfill_until)
+    values ($1, $2, $3, $4, $5) returning id",
 
     update_subscription: "
     update outbox_subscriptions set filter = $2, ordering = $3 where id = $1",
-
-    flushes_under_way: None,
-
-    // A change excludes every other writer: no flush can have missed it.
-    unsettled_subscriptions: "select name from outbox_subscriptions where false",
-
-    missed_events: "select * from outbox_events where $1 is null and $2 is null limit $3",
-
-    settle_subscription: "select $1 is not null as settled",
-
-    forget_change: "select $1 is not null",
 
     pause: "update outbox_subscriptions set paused_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now')
              where name = $1 and paused_at is null",
 
     resume: "update outbox_subscriptions set paused_at = null where name = $1 and paused_at is not null",
 
-    remove: &[
-        "delete from outbox_lanes where subscription_id = $1",
-        "delete from outbox_deliveries where subscription_id = $1",
-        "delete from outbox_delivered where subscription_id = $1",
-        "delete from outbox_dead_letters where subscription_id = $1",
-        "delete from outbox_subscriptions where id = $1",
-    ],
+    remove: "delete from outbox_subscriptions where id = $1",
 
-    orphans: None,
+    orphans: "
+    with recursive lanes as (
+           select min(subscription_id) as id from outbox_lanes
+            union all
+           select (select min(subscription_id) from outbox_lanes where subscription_id > lanes.id)
+             from lanes where lanes.id is not null),
+         deliveries as (
+           select min(subscription_id) as id from outbox_deliveries
+            union all
+           select (select min(subscription_id) from outbox_deliveries where subscription_id > deliveries.id)
+             from deliveries where deliveries.id is not null),
+         delivered as (
+           select min(subscription_id) as id from outbox_delivered
+            union all
+           select (select min(subscription_id) from outbox_delivered where subscription_id > delivered.id)
+             from delivered where delivered.id is not null),
+         dead as (
+           select min(subscription_id) as id from outbox_dead_letters
+            union all
+           select (select min(subscription_id) from outbox_dead_letters where subscription_id > dead.id)
+             from dead where dead.id is not null)
+    select id from (select id from lanes union select id from deliveries
+                    union select id from delivered union select id from dead)
+     where id is not null and id not in (select id from outbox_subscriptions)",
+
+    sweep: &[
+        "delete from outbox_lanes where subscription_id = $1 and key in (
+           select key from outbox_lanes where subscription_id = $1 limit $2)",
+        "delete from outbox_deliveries where subscription_id = $1 and position in (
+           select position from outbox_deliveries where subscription_id = $1 limit $2)",
+        "delete from outbox_delivered where subscription_id = $1 and position in (
+           select position from outbox_delivered where subscription_id = $1 limit $2)",
+        "delete from outbox_dead_letters where subscription_id = $1 and position in (
+           select position from outbox_dead_letters where subscription_id = $1 limit $2)",
+    ],
 
     first_position_since: "
     select min(position) as position from outbox_events where recorded_at >= $1",
 
-    set_backfill: "update outbox_subscriptions set backfill_from = $2 where id = $1",
+    set_backfill: "
+    update outbox_subscriptions
+       set backfill_from = $2, backfill_until = case when $2 is not null then backfill_until end
+     where id = $1",
 
     positions_known: "
     select position from outbox_deliveries
@@ -565,7 +635,8 @@ pub(crate) static SQLITE: Sql = Sql {
            case when typeof(payload) = 'text' then 'null' else payload end as payload, occurred_at, recorded_at, tenant,
            actor_kind, actor_id, correlation_id, causation_id, traceparent, tracestate, tags, max_attempts, wait_seconds,
            not_before
-      from outbox_events where position in (select value from json_each($1)) order by position",
+      from outbox_events e where position in (select value from json_each($1))
+       and not exists (select 1 from outbox_unrouted u where u.position = e.position) order by position",
 
     positions_unfinished: "
     select position from outbox_deliveries

@@ -1,6 +1,7 @@
 use std::{
-    collections::HashSet,
-    time::{Duration, Instant},
+    collections::{HashMap, HashSet},
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
 };
 
 use outbox_core::{Filter, Ordering, RecordedEvent, StartPosition, Subject, Subscription};
@@ -18,20 +19,25 @@ use crate::{
 /// How many old events one transaction of a backfill looks at.
 const BACKFILL_BATCH: u64 = 500;
 
-/// How long a registration waits for the commits that are under way.
-const COMMITS_END_WITHIN: Duration = Duration::from_secs(5);
-
-/// How often a registration begins again after it has met another one.
+/// How often a registration begins again after it has met another one, or a lock.
 const TRIES: u32 = 20;
 
-/// How often it looks.
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
+/// How long it waits before that, times the number of its tries.
+const TRY_AGAIN: Duration = Duration::from_millis(10);
+
+/// How many rows of a removed subscription one statement deletes.
+const SWEEP: u64 = 5000;
+
+/// How many event types are remembered with who takes them.
+const MOST_TYPES: usize = 1000;
 
 /// A process' copy of the subscriptions, with the generation it was read at.
 #[derive(Debug, Default)]
 pub(crate) struct KnownSubscriptions {
     pub(crate) generation: i64,
     subscriptions: Vec<Known>,
+    /// Who takes events of a type, if tags and tenant fit: a few of a thousand.
+    by_type: RwLock<HashMap<String, Arc<[usize]>>>,
 }
 
 #[derive(Debug)]
@@ -54,11 +60,33 @@ impl KnownSubscriptions {
                 })
             })
             .collect::<Result<_, DbErr>>()?;
-        Ok(Self { generation, subscriptions })
+        Ok(Self { generation, subscriptions, by_type: RwLock::default() })
     }
 
-    pub(crate) fn matching<'a>(&'a self, subject: &'a Subject<'a>) -> impl Iterator<Item = &'a Known> + 'a {
-        self.subscriptions.iter().filter(move |known| known.filter.matches(subject))
+    /// In the order of their ids.
+    pub(crate) fn matching(&self, subject: &Subject<'_>) -> Vec<&Known> {
+        let takers = self.takers(subject.event_type);
+        takers
+            .iter()
+            .map(|index| &self.subscriptions[*index])
+            .filter(|known| known.filter.matches(subject))
+            .collect()
+    }
+
+    fn takers(&self, event_type: &str) -> Arc<[usize]> {
+        if let Some(takers) = self.by_type.read().unwrap_or_else(PoisonError::into_inner).get(event_type) {
+            return takers.clone();
+        }
+        let takes = |known: &Known| known.filter.types().iter().any(|pattern| pattern.matches(event_type));
+        let takers: Arc<[usize]> = (0..self.subscriptions.len())
+            .filter(|index| self.subscriptions[*index].filter.types().is_empty() || takes(&self.subscriptions[*index]))
+            .collect();
+        let mut by_type = self.by_type.write().unwrap_or_else(PoisonError::into_inner);
+        if by_type.len() >= MOST_TYPES {
+            by_type.clear();
+        }
+        by_type.insert(event_type.to_owned(), takers.clone());
+        takers
     }
 }
 
@@ -66,13 +94,14 @@ pub(crate) fn parsed<T: DeserializeOwned>(row: &QueryResult, column: &str) -> Re
     serde_json::from_str(&row.try_get::<String>("", column)?).map_err(|error| DbErr::Json(error.to_string()))
 }
 
-/// Whether two transactions were in each other's way: a deadlock, or a conflict at another isolation level than ours.
+/// Whether two transactions were in each other's way: a deadlock, a lock that was not there in time, or a conflict at
+/// another isolation level than ours. A session that was idle for too long with its lock is ended.
 fn is_conflict(error: &DbErr) -> bool {
     let (DbErr::Exec(RuntimeErr::SqlxError(error)) | DbErr::Query(RuntimeErr::SqlxError(error))) = error else {
         return false;
     };
     let code = error.as_database_error().and_then(|error| error.code());
-    matches!(code.as_deref(), Some("40001" | "40P01"))
+    matches!(code.as_deref(), Some("40001" | "40P01" | "55P03" | "25P03" | "57P05"))
 }
 
 /// Why a subscription could not be registered.
@@ -97,19 +126,19 @@ pub struct Registered {
 impl Outbox {
     /// Makes a subscription known and returns its id.
     ///
-    /// The first registration of a name decides where it begins. Later ones change filter and ordering, which hold for
-    /// events that commit afterwards. From its commit on, every flush of every process sees the new subscription. With
-    /// a start in the past, the deliveries of old events are written before this returns; workers claim none of them
-    /// before all are there, so their order is kept. A crash in between is mended by the next registration.
+    /// The first registration of a name decides where it begins. Later ones change filter and ordering. What is visible
+    /// when this is called is routed first, as things were; so every event that commits after this has returned is the new
+    /// subscription's, or meets the new definition. With a start in the past, the deliveries of old events are written before
+    /// this returns; workers claim none of them before all are there, so their order is kept. A crash in between is mended by
+    /// the next registration.
     ///
     /// A definition that was replaced before does not come back while a worker is alive that has the one which replaced
     /// it: the older version of a program, restarted last, takes no events from the newer. This returns the id all the
     /// same; [`register_as`](Self::register_as) says which worker it is. Each change leaves an
     /// [audit entry](crate::AuditEntry), `define`, with the definitions before and after.
     ///
-    /// On PostgreSQL a commit that is under way meanwhile may not know of the subscription or its change. This waits for
-    /// it, 5 s at most, and adds what it missed before workers claim anything. What commits even later is added
-    /// [by workers](Self::settle_subscriptions), and may come after a later event of its key.
+    /// If much waits to be routed, because no worker was running, this takes as long as routing it: some ten thousand events
+    /// a second. A definition that is stored already waits for nothing.
     ///
     /// # Errors
     ///
@@ -138,7 +167,7 @@ impl Outbox {
             match self.try_register(subscription, by).await {
                 Err(source) if tries < TRIES && is_conflict(&source) => {
                     tracing::debug!(error = %source, "the registration begins again");
-                    tokio::time::sleep(LOOK_AGAIN * tries).await;
+                    tokio::time::sleep(TRY_AGAIN * tries).await;
                     tries += 1;
                 }
                 ended => {
@@ -152,8 +181,6 @@ impl Outbox {
         let (registered, backfill) = self.upsert(subscription, by).await?;
         let id = registered.id;
         if backfill {
-            self.flushes_end(subscription.name()).await?;
-            self.add_missed(subscription.name()).await?;
             while !self.backfill(id, subscription).await? {}
             if self.next_due(id).await?.is_some_and(|next| next.after.is_some()) {
                 self.wake(&[id]);
@@ -176,16 +203,26 @@ impl Outbox {
         Ok(subscriptions.iter().map(of).collect())
     }
 
+    /// Also returns whether a backfill has to be done.
     async fn upsert(&self, subscription: &Subscription, by: &str) -> Result<(Registered, bool), DbErr> {
+        let last = self.last_unrouted().await?.unwrap_or(0);
         loop {
-            if let Some(registered) = self.try_upsert(subscription, by).await? {
+            if let Some(registered) = self.try_upsert(subscription, by, last).await? {
                 return Ok(registered);
             }
+            // Beside others; whatever the subscription is to become, this is from before.
+            self.route_until(last).await?;
         }
     }
 
-    /// `None` if another process has registered the same name at the same moment.
-    async fn try_upsert(&self, subscription: &Subscription, by: &str) -> Result<Option<(Registered, bool)>, DbErr> {
+    /// `None` if another process has registered the same name at the same moment, or something up to position `last` is
+    /// not routed yet.
+    async fn try_upsert(
+        &self,
+        subscription: &Subscription,
+        by: &str,
+        last: i64,
+    ) -> Result<Option<(Registered, bool)>, DbErr> {
         let new = workers::Known::from(subscription);
         let tx = self.begin_write().await?;
         let existing = self.query_one(&tx, self.sql().subscription_by_name, [subscription.name().into()]).await?;
@@ -196,27 +233,43 @@ impl Outbox {
                 let stored = Definition { id, filter, ordering };
                 let same = stored.is(&new.filter, &new.ordering);
                 let kept_by = if same { None } else { self.keeps_definition(&tx, &stored, &new).await? };
-                let changes = !same && kept_by.is_none();
-                if changes {
+                if !same && kept_by.is_none() {
+                    if !self.lock_routing(&tx, last).await? {
+                        return Ok(None);
+                    }
                     self.change_definition(&tx, &stored, &new, by).await?;
                 }
-                let waits = changes && self.sql().flushes_under_way.is_some();
-                (Registered { id, kept_by }, waits || row.try_get::<Option<i64>>("", "backfill_from")?.is_some())
+                (Registered { id, kept_by }, row.try_get::<Option<i64>>("", "backfill_from")?.is_some())
             }
             None => {
-                let from = self.first_position(&tx, subscription.start_position()).await?;
+                if !self.lock_routing(&tx, last).await? {
+                    return Ok(None);
+                }
+                let (from, until) = self.backfill_range(&tx, subscription.start_position()).await?;
                 let (filter, ordering) = (json(&new.filter)?.into(), json(&new.ordering)?.into());
-                let values = [subscription.name().into(), filter, ordering, from.into()];
+                let values = [subscription.name().into(), filter, ordering, from.into(), until.into()];
                 let Some(row) = self.query_one(&tx, self.sql().insert_subscription, values).await? else {
                     return Ok(None);
                 };
                 self.execute(&tx, self.sql().bump_generation, []).await?;
-                let registered = Registered { id: row.try_get("", "id")?, kept_by: None };
-                (registered, from.is_some() || self.sql().flushes_under_way.is_some())
+                (Registered { id: row.try_get("", "id")?, kept_by: None }, from.is_some())
             }
         };
         tx.commit().await?;
         Ok(Some(registered))
+    }
+
+    /// Stops routing until the transaction ends, which must be soon. False if something up to position `last` waits: it is
+    /// not to meet what this transaction changes.
+    async fn lock_routing(&self, tx: &DatabaseTransaction, last: i64) -> Result<bool, DbErr> {
+        if let Some(lock) = self.sql().lock_generation
+            && self.query_one(tx, lock, []).await?.is_none()
+        {
+            self.restore_meta(tx).await?;
+            self.query_one(tx, lock, []).await?;
+        }
+        let values = [0_i64.into(), last.into()];
+        Ok(self.query_one(tx, self.sql().unrouted_until, values).await?.is_none())
     }
 
     async fn change_definition(
@@ -238,40 +291,27 @@ impl Outbox {
             "the definition of a subscription is changed"
         );
         let values = [stored.id.into(), filter.into(), ordering.into()];
+        self.note_definition(tx, stored, new, by).await?;
         self.execute(tx, self.sql().update_subscription, values).await?;
-        self.execute(tx, self.sql().bump_generation, []).await?;
-        self.note_definition(tx, stored, new, by).await
+        self.execute(tx, self.sql().bump_generation, []).await.map(|_| ())
     }
 
-    async fn first_position(&self, tx: &DatabaseTransaction, start: StartPosition) -> Result<Option<i64>, DbErr> {
+    /// The first and the last position of what was routed before the subscription; nothing if it begins now.
+    async fn backfill_range(
+        &self,
+        tx: &DatabaseTransaction,
+        start: StartPosition,
+    ) -> Result<(Option<i64>, Option<i64>), DbErr> {
         let since = match start {
-            StartPosition::Now => return Ok(None),
+            StartPosition::Now => return Ok((None, None)),
             StartPosition::Beginning => String::new(),
             StartPosition::Since(at) => timestamp(at),
         };
         let row = self.query_one(tx, self.sql().first_position_since, [since.into()]).await?;
-        row.map_or(Ok(None), |row| row.try_get("", "position"))
-    }
-
-    /// Waits until the flushes are over that may not know of a change that is committed now.
-    async fn flushes_end(&self, name: &str) -> Result<(), DbErr> {
-        let Some(sql) = self.sql().flushes_under_way else { return Ok(()) };
-        let under_way = async || {
-            let rows = self.query_all(self.store_reader(), sql, []).await?;
-            rows.iter().map(|row| row.try_get("", "flush")).collect::<Result<HashSet<String>, DbErr>>()
-        };
-        let (began, mut left) = (Instant::now(), under_way().await?);
-        while !left.is_empty() {
-            if began.elapsed() > COMMITS_END_WITHIN {
-                let commits = left.len();
-                tracing::warn!(subscription = name, commits, "commits from before the registration do not end");
-                break;
-            }
-            tokio::time::sleep(LOOK_AGAIN).await;
-            let now = under_way().await?;
-            left.retain(|flush| now.contains(flush));
-        }
-        Ok(())
+        let first: Option<i64> = row.map_or(Ok(None), |row| row.try_get("", "position"))?;
+        let row = self.query_one(tx, self.sql().last_position, []).await?;
+        let last: Option<i64> = row.map_or(Ok(None), |row| row.try_get("", "last"))?;
+        Ok(first.zip(last).unzip())
     }
 
     /// One batch; true when there is nothing left. Each batch is a transaction that also stores how far it came, so
@@ -287,8 +327,10 @@ impl Outbox {
             // Another process has changed it meanwhile. It waits and fills for itself.
             return Ok(true);
         }
-        let positions = self.next_positions(&tx, from - 1, i64::MAX, None, BACKFILL_BATCH).await?;
-        // Retention may have taken some in between: what is locked is there.
+        let until = row.try_get::<Option<i64>>("", "backfill_until")?.unwrap_or(i64::MAX);
+        let positions = self.next_positions(&tx, from - 1, until, None, BACKFILL_BATCH).await?;
+        // Retention may have taken some in between: what is locked is there. What is not routed yet is not locked: it is
+        // routed with this subscription.
         let rows = self.query_all(&tx, self.sql().lock_events, [json(&positions)?.into()]).await?;
         // A row that somebody damaged holds up no others.
         let events: Vec<RecordedEvent> = rows.iter().filter_map(|row| recorded(row).ok()).collect();
@@ -330,11 +372,7 @@ impl Outbox {
         Ok(!missing.is_empty())
     }
 
-    /// Mends what flushes missed that were under way while a subscription changed: they matched their events with the
-    /// subscriptions as they were before, and committed afterwards. Workers call it every few seconds.
-    ///
-    /// A [registration](Self::register) has waited for most of them: what is added here was 5 s late, and may come after a
-    /// later delivery of its key. Never happens on SQLite.
+    /// Deletes what removed subscriptions have left: deliveries, history, dead letters. Workers call it every few seconds.
     ///
     /// # Errors
     ///
@@ -343,53 +381,14 @@ impl Outbox {
     /// # Cancel safety
     ///
     /// Safe: as a crash.
-    pub async fn settle_subscriptions(&self) -> Result<(), DbErr> {
-        for row in self.query_all(self.store_reader(), self.sql().unsettled_subscriptions, []).await? {
-            let name = row.try_get::<String>("", "name")?;
-            self.store().until_given_up(self.add_missed(&name)).await?;
-        }
-        let Some(orphans) = self.sql().orphans else { return Ok(()) };
-        for row in self.query_all(self.store_reader(), orphans, []).await? {
-            for statement in self.sql().remove {
-                self.execute(self.store(), statement, [row.try_get::<i32>("", "id")?.into()]).await?;
+    pub async fn sweep_removed(&self) -> Result<(), DbErr> {
+        for row in self.query_all(self.store_reader(), self.sql().orphans, []).await? {
+            let id: i32 = row.try_get("", "id")?;
+            for sql in self.sql().sweep {
+                while self.execute(self.store(), sql, [id.into(), SWEEP.into()]).await? >= SWEEP {}
             }
         }
         Ok(())
-    }
-
-    /// In pages, each a transaction: so many locks at most, and so many events in memory.
-    async fn add_missed(&self, name: &str) -> Result<(), DbErr> {
-        let (mut after, mut settled) = (0, true);
-        while let Some(last) = self.settle_subscription(name, after, &mut settled).await? {
-            after = last;
-        }
-        Ok(())
-    }
-
-    /// One page; the position to go on after, or `None` at the end. `settled` says whether no late flush can be left.
-    async fn settle_subscription(&self, name: &str, after: i64, settled: &mut bool) -> Result<Option<i64>, DbErr> {
-        let tx = self.begin_write().await?;
-        let Some(row) = self.query_one(&tx, self.sql().subscription_by_name, [name.into()]).await? else {
-            return Ok(None);
-        };
-        let id: i32 = row.try_get("", "id")?;
-        let (filter, ordering) = (parsed(&row, "filter")?, parsed(&row, "ordering")?);
-        let asked = self.query_one(&tx, self.sql().settle_subscription, [id.into()]).await?;
-        *settled &= asked.map_or(Ok(false), |row| row.try_get("", "settled"))?;
-        let values = [id.into(), after.into(), BACKFILL_BATCH.into()];
-        let rows = self.query_all(&tx, self.sql().missed_events, values).await?;
-        // A row that somebody damaged holds up no others.
-        let events: Vec<RecordedEvent> = rows.iter().filter_map(|row| recorded(row).ok()).collect();
-        let added = self.add_missing(&tx, id, &filter, &ordering, &events).await?;
-        let last = rows.last().map(|row| row.try_get::<i64>("", "position")).transpose()?;
-        if last.is_none() && *settled {
-            self.execute(&tx, self.sql().forget_change, [id.into()]).await?;
-        }
-        tx.commit().await?;
-        if added {
-            self.wake(&[id]);
-        }
-        Ok(last)
     }
 
     /// Stops the delivery of a subscription; its events go on being collected. What is under way ends. False if there
@@ -501,9 +500,12 @@ impl Outbox {
     /// if there is no such subscription. A worker that still has it delivers what it has claimed, and its results are
     /// dropped.
     ///
+    /// The subscription is gone at once. What it leaves is deleted in batches: if that is cut off,
+    /// [workers](Self::sweep_removed) go on with it.
+    ///
     /// # Errors
     ///
-    /// If the database fails; nothing is removed then.
+    /// If the database fails. Removing it again continues.
     ///
     /// # Cancel safety
     ///
@@ -516,24 +518,43 @@ impl Outbox {
     ///
     /// # Errors
     ///
-    /// If the database fails; nothing is removed then.
+    /// As [`remove`](Self::remove).
     ///
     /// # Cancel safety
     ///
     /// Dropping the future leaves open whether it is removed.
     pub async fn remove_as(&self, name: &str, by: impl Into<Option<&By>>) -> Result<bool, DbErr> {
+        let by = by.into();
+        let mut tries = 1;
+        loop {
+            match self.try_remove(name, by).await {
+                Err(error) if tries < TRIES && is_conflict(&error) => {
+                    tokio::time::sleep(TRY_AGAIN * tries).await;
+                    tries += 1;
+                }
+                Ok(true) => {
+                    if let Err(error) = self.sweep_removed().await {
+                        tracing::warn!(subscription = name, %error, "workers delete what the subscription has left");
+                    }
+                    return Ok(true);
+                }
+                ended => return ended,
+            }
+        }
+    }
+
+    async fn try_remove(&self, name: &str, by: Option<&By>) -> Result<bool, DbErr> {
         let tx = self.begin_write().await?;
         let Some(row) = self.query_one(&tx, self.sql().subscription_by_name, [name.into()]).await? else {
             return Ok(false);
         };
-        let id: i32 = row.try_get("", "id")?;
-        for statement in self.sql().remove {
-            self.execute(&tx, statement, [id.into()]).await?;
-        }
-        self.execute(&tx, self.sql().bump_generation, []).await?;
-        if let Some(by) = by.into() {
+        // Whatever waits is not delivered to it.
+        self.lock_routing(&tx, 0).await?;
+        if let Some(by) = by {
             self.audit(&tx, by, "remove", name, &serde_json::json!({})).await?;
         }
+        self.execute(&tx, self.sql().remove, [row.try_get::<i32>("", "id")?.into()]).await?;
+        self.execute(&tx, self.sql().bump_generation, []).await?;
         tx.commit().await?;
         Ok(true)
     }

@@ -14,7 +14,7 @@ use crate::{
     flush::{self, Flushed},
     lanes,
     metrics::Recorded,
-    outcome::{self, CommitId, Outcome},
+    outcome::{self, Outcome},
     sessions,
     to_its_end::to_its_end,
     tx::{Shared, Tx, roll_back},
@@ -298,8 +298,8 @@ async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) ->
     };
     let recorded = Recorded::of(&batch);
     let written = write(outbox, &transaction, batch, report).await;
-    let (woken, commit_id) = match written {
-        Ok(Written::Done(woken, commit_id)) => (woken, commit_id),
+    let Flushed { woken, events, commit_id } = match written {
+        Ok(Written::Done(flushed)) => flushed,
         refused => {
             roll_back(transaction).await;
             return match refused {
@@ -321,7 +321,7 @@ async fn commit(outbox: &Outbox, shared: &Shared, report: Option<LaneReport>) ->
         }
     }
     recorded.count();
-    outbox.wake(&woken);
+    outbox.committed(events, &woken);
     Ok(Settled::Done)
 }
 
@@ -330,8 +330,8 @@ const NO_TRANSACTION: &str = "no transaction is active";
 
 /// What a commit has written; after `Busy` and `Superseded` it must be rolled back.
 enum Written {
-    /// Everything. The subscriptions to wake, and what finds out about a COMMIT whose answer is lost.
-    Done(Vec<i32>, Option<CommitId>),
+    /// Everything, with what finds out about a COMMIT whose answer is lost.
+    Done(Flushed),
     /// Another commit holds the report's lane.
     Busy,
     /// The report's lease was lost.
@@ -346,7 +346,7 @@ async fn write(
     batch: Batch,
     report: Option<LaneReport>,
 ) -> Result<Written, DbErr> {
-    let Flushed { woken, commit_id } = flush::flush(outbox, transaction, batch).await?;
+    let mut flushed = flush::flush(outbox, transaction, batch).await?;
     if let Some(report) = report {
         let started = Instant::now();
         loop {
@@ -358,11 +358,10 @@ async fn write(
             }
         }
     }
-    let commit_id = match commit_id {
-        Some(known) => Some(known),
-        None => outcome::identify(transaction).await?,
-    };
-    Ok(Written::Done(woken, commit_id))
+    if flushed.commit_id.is_none() {
+        flushed.commit_id = outcome::identify(transaction).await?;
+    }
+    Ok(Written::Done(flushed))
 }
 
 /// A lane that another commit holds is not waited for with a lock: this transaction has locked other lanes, and two

@@ -1,0 +1,111 @@
+//! What a routing statement is to do: pure, from the events, the subscriptions and what is locked by others.
+
+use std::collections::{HashMap, HashSet};
+
+use outbox_core::{RecordedEvent, Subject};
+use serde::Serialize;
+
+use crate::subscriptions::KnownSubscriptions;
+
+/// An event that waits to be routed.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) position: i64,
+    /// Without its payload, unless it came from a commit of this process; `None` if its row is gone.
+    pub(super) event: Option<RecordedEvent>,
+    pub(super) has_payload: bool,
+    /// In seconds, by the database's clock.
+    pub(super) due: f64,
+}
+
+/// A lane: subscription and key.
+pub(super) type Key = (i32, String);
+
+#[derive(Debug, PartialEq, Serialize)]
+pub(super) struct EventRow {
+    position: i64,
+    due: f64,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub(super) struct LaneRow {
+    pub(super) n: usize,
+    pub(super) subscription: i32,
+    pub(super) key: String,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub(super) struct MatchRow {
+    lane: usize,
+    position: i64,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    pub(super) events: Vec<EventRow>,
+    pub(super) lanes: Vec<LaneRow>,
+    pub(super) matches: Vec<MatchRow>,
+    /// Of each lane its events, as indexes of what was given.
+    pub(super) runs: Vec<Vec<usize>>,
+    /// How many events have to wait for a lane that somebody has locked.
+    pub(super) left_out: usize,
+    /// Whether there were more events than it takes.
+    pub(super) is_cut: bool,
+}
+
+impl Plan {
+    pub(super) fn positions(&self) -> impl Iterator<Item = i64> + '_ {
+        self.events.iter().map(|event| event.position)
+    }
+
+    /// The last position.
+    pub(super) fn last(&self) -> i64 {
+        self.positions().last().unwrap_or(0)
+    }
+}
+
+/// Events in the order of their positions. One that belongs to a blocked lane is left out, and so is what follows it in
+/// any of its lanes, of whatever subscription: a lane gets its events in order. It ends after `most` events.
+pub(super) fn plan(
+    events: &[Waiting],
+    known: &KnownSubscriptions,
+    most: usize,
+    blocked: &HashSet<Key>,
+    marks: &HashSet<i64>,
+) -> Plan {
+    let mut plan = Plan::default();
+    let mut numbers: HashMap<Key, usize> = HashMap::new();
+    let mut blocked_here: HashSet<Key> = HashSet::new();
+    for (index, waiting) in events.iter().enumerate() {
+        if plan.events.len() == most {
+            plan.is_cut = true;
+            break;
+        }
+        let keys = waiting.event.as_ref().map(|event| keys(event, known)).unwrap_or_default();
+        let waits = marks.contains(&waiting.position)
+            || keys.iter().any(|key| blocked.contains(key) || blocked_here.contains(key));
+        if waits {
+            blocked_here.extend(keys);
+            plan.left_out += 1;
+            continue;
+        }
+        plan.events.push(EventRow { position: waiting.position, due: waiting.due });
+        for key in keys {
+            let (subscription, name) = key.clone();
+            let lane = *numbers.entry(key).or_insert_with(|| {
+                plan.lanes.push(LaneRow { n: plan.lanes.len(), subscription, key: name });
+                plan.runs.push(Vec::new());
+                plan.lanes.len() - 1
+            });
+            plan.matches.push(MatchRow { lane, position: waiting.position });
+            plan.runs[lane].push(index);
+        }
+    }
+    plan
+}
+
+/// The lanes of an event.
+pub(super) fn keys(event: &RecordedEvent, known: &KnownSubscriptions) -> Vec<Key> {
+    let subject = Subject::of_recorded(event);
+    known.matching(&subject).into_iter().map(|each| (each.id, each.ordering.key(&subject))).collect()
+}
