@@ -34,9 +34,10 @@ use sea_orm_migration::{
 };
 
 mod m20261121_000001_outbox;
+mod m20261126_000002_routing;
 
 /// The version of the tables that these migrations end with, as written to `outbox_meta`.
-pub const SCHEMA_VERSION: i32 = 1;
+pub const SCHEMA_VERSION: i32 = 2;
 
 /// What the names of all tables start with, unless [`with_prefix`] says otherwise.
 pub const DEFAULT_PREFIX: &str = "outbox_";
@@ -61,7 +62,10 @@ pub fn with_prefix(prefix: &str) -> Vec<Box<dyn MigrationTrait>> {
             && !prefix.starts_with(|c: char| c.is_ascii_digit()),
         "a table prefix has 1 to 32 of the characters a-z, 0-9 and '_' and starts with no digit"
     );
-    vec![Box::new(m20261121_000001_outbox::Migration::new(prefix))]
+    vec![
+        Box::new(m20261121_000001_outbox::Migration::new(prefix)),
+        Box::new(m20261126_000002_routing::Migration::new(prefix)),
+    ]
 }
 
 /// Why the database could not be brought to this program's version.

@@ -418,7 +418,12 @@ impl Outbox {
     }
 
     /// Leased lanes with their first deliveries. Those that have nothing due are given back.
-    pub(crate) async fn with_runs(&self, subscription: i32, lanes: Vec<ClaimedLane>, run: u32) -> Result<Vec<ClaimedLane>, DbErr> {
+    pub(crate) async fn with_runs(
+        &self,
+        subscription: i32,
+        lanes: Vec<ClaimedLane>,
+        run: u32,
+    ) -> Result<Vec<ClaimedLane>, DbErr> {
         let order = (f64::INFINITY, i64::MAX);
         let mut claimed: HashMap<String, _> =
             lanes.into_iter().map(|lane| (lane.lane.key.clone(), (order, lane))).collect();

@@ -13,8 +13,16 @@ use sea_orm::{
 use tokio::sync::Notify;
 
 use crate::{
-    calls::Calls, connect::Pools, names::Names, notify::Notifier, pooler::Connections, postgres::POSTGRES,
-    route::{Committed, Handed, ROUTER}, sql::Sql, sqlite::SQLITE, subscriptions::KnownSubscriptions,
+    calls::Calls,
+    connect::Pools,
+    names::Names,
+    notify::Notifier,
+    pooler::Connections,
+    postgres::POSTGRES,
+    route::{Committed, Handed, ROUTER},
+    sql::Sql,
+    sqlite::SQLITE,
+    subscriptions::KnownSubscriptions,
 };
 
 /// How long after a write that failed because of the disk the next one is expected to fail as well.

@@ -262,17 +262,14 @@ pub(crate) static POSTGRES: Sql = Sql {
                  where position = any (array(select position from given))
                    and ($8::bigint is null or (select marks from seen) = $8)
                 returning position),
-              numbered as materialized (
-                select position, due, nextval('outbox_events_position_seq') as seq
-                  from (select position, given.due from taken join given using (position) order by position) o),
               matched as materialized (
-                select m.lane, n.position, n.seq, to_timestamp(n.due) as due_at
+                select m.lane, m.position, to_timestamp(given.due) as due_at
                   from jsonb_to_recordset($4::text::jsonb) as m(lane integer, position bigint)
-                  join numbered n using (position)),
+                  join given using (position) join taken using (position)),
               lane as materialized (
                 select l.n, l.subscription, l.key, m.pending, m.due_at, (random() * 4e18)::bigint as token
                   from jsonb_to_recordset($3::text::jsonb) as l(n integer, subscription integer, key text)
-                  join (select lane, count(*)::integer as pending, (array_agg(due_at order by seq))[1] as due_at
+                  join (select lane, count(*)::integer as pending, (array_agg(due_at order by position))[1] as due_at
                           from matched group by lane) m on m.lane = l.n),
               leased as materialized (
                 select l.n, t.worker, t.lease
@@ -285,9 +282,10 @@ pub(crate) static POSTGRES: Sql = Sql {
                     on s.id = l.subscription and s.paused_at is null and s.backfill_from is null
                    and s.circuit_until is null),
               deliveries as (
-                insert into outbox_deliveries (subscription_id, key, seq, position, due_at)
-                select lane.subscription, lane.key, m.seq, m.position, m.due_at
-                  from matched m join lane on lane.n = m.lane),
+                insert into outbox_deliveries (subscription_id, key, position, due_at)
+                select lane.subscription, lane.key, m.position, m.due_at
+                  from matched m join lane on lane.n = m.lane
+                 order by m.position),
               lanes as (
                 insert into outbox_lanes as old (
                     subscription_id, key, pending, lease_token, due_at, attempts, leased_by)
@@ -458,6 +456,8 @@ pub(crate) static POSTGRES: Sql = Sql {
     // is that of the locked row. What the statement reads besides is from before the locks: a delivery that a commit has
     // added in between is counted in `pending`, and if it is not seen as the lane's next one, the lane is due at once. The
     // sub-selects hold the planner to the primary keys; for the joins at the end, `BEGIN_OF_WORKER` in sessions.rs does.
+    // An effect settles in its own transaction: one that is not committed within a second loses its locks, since routing
+    // waits for them.
     settle: Settle::AtOnce(
         "with lease as materialized (
                 select r.*, r.ordinality - 1 as n

@@ -126,7 +126,8 @@ pub(crate) struct Sql {
     /// $1 position, $2 error. The mark stays, for an operator.
     pub(crate) set_aside: &'static str,
 
-    /// $1 deliveries, in the order of their positions. Due after the wait of their events, or before if it is a head start; the later of it and
+    /// $1 deliveries, of a backfill or a replay: they come before what is routed, in the order of their positions, since what
+    /// routing draws for `seq` begins at 2^40. Due after the wait of their events, or before if it is a head start; the later of it and
     /// `not_before` counts. An event whose time somebody broke is due from now.
     pub(crate) insert_deliveries: &'static str,
 

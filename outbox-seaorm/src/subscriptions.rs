@@ -66,11 +66,7 @@ impl KnownSubscriptions {
     /// In the order of their ids.
     pub(crate) fn matching(&self, subject: &Subject<'_>) -> Vec<&Known> {
         let takers = self.takers(subject.event_type);
-        takers
-            .iter()
-            .map(|index| &self.subscriptions[*index])
-            .filter(|known| known.filter.matches(subject))
-            .collect()
+        takers.iter().map(|index| &self.subscriptions[*index]).filter(|known| known.filter.matches(subject)).collect()
     }
 
     fn takers(&self, event_type: &str) -> Arc<[usize]> {

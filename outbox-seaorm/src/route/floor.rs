@@ -56,7 +56,8 @@ impl Floor {
 
     /// Whether the walk found nothing.
     pub(crate) fn walked(&mut self, empty: bool) {
-        if empty && let Some((position, writers)) = &self.candidate
+        if empty
+            && let Some((position, writers)) = &self.candidate
             && writers.is_empty()
         {
             self.position = *position;

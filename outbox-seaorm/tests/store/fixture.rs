@@ -63,7 +63,7 @@ impl Store {
         self.outbox.register(&subscription).await.unwrap()
     }
 
-    /// Commits events in one unit of work.
+    /// Commits events in one unit of work, and routes them.
     pub(crate) async fn record(&self, events: impl IntoIterator<Item = NewEvent>) {
         record(&self.outbox, events).await;
     }
@@ -78,6 +78,7 @@ impl Store {
     }
 
     pub(crate) async fn claim_for(&self, subscription: i32, lease: Duration) -> Vec<ClaimedLane> {
+        self.outbox.route_waiting().await.unwrap();
         self.outbox.claim(subscription, "worker", 100, 100, lease).await.unwrap().lanes
     }
 
@@ -150,15 +151,6 @@ impl Store {
         database::quiet(&self.witness).await;
     }
 
-    /// What a worker does every few seconds, until no flush is left that began before a change of the subscriptions.
-    pub(crate) async fn settle_subscriptions(&self) {
-        eventually("the end of all flushes from before", async || {
-            self.outbox.settle_subscriptions().await.unwrap();
-            self.column::<String>(database::UNSETTLED).await.is_empty().then_some(())
-        })
-        .await;
-    }
-
     /// The first column of all rows.
     pub(crate) async fn column<T: TryGetable>(&self, sql: &str) -> Vec<T> {
         self.rows(sql).await.iter().map(|row| row.try_get_by_index(0).unwrap()).collect()
@@ -218,8 +210,8 @@ impl Store {
                 &format!(
                     "select l.key from outbox_lanes l
                        join outbox_deliveries d on d.subscription_id = l.subscription_id and d.key = l.key
-                        and d.position = (select min(position) from outbox_deliveries h
-                                           where h.subscription_id = l.subscription_id and h.key = l.key)
+                        and d.seq = (select min(seq) from outbox_deliveries h
+                                      where h.subscription_id = l.subscription_id and h.key = l.key)
                       where l.attempts = 0 and l.last_error is null
                         and l.due_at not between {} and d.due_at",
                     database::before("d.due_at", database::FLUSH_SECONDS)
@@ -241,6 +233,7 @@ pub(crate) async fn record(outbox: &Outbox, events: impl IntoIterator<Item = New
         unit.events().push(event).unwrap();
     }
     unit.commit().await.unwrap();
+    outbox.route_waiting().await.unwrap();
 }
 
 /// The event of a todo, `todo/{id}`.

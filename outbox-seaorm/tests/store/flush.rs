@@ -13,6 +13,7 @@ use super::{
 
 /// The events that a subscription gets, in one claim.
 async fn claimed(outbox: &Outbox, subscription: i32) -> Vec<RecordedEvent> {
+    outbox.route_waiting().await.unwrap();
     let lanes = outbox.claim(subscription, "worker", 20_000, 20_000, LONG).await.unwrap().lanes;
     let mut events: Vec<_> = lanes.into_iter().flat_map(|lane| lane.run).collect();
     events.sort_by_key(|event| event.position);
@@ -346,7 +347,7 @@ async fn ten_thousand_events_in_one_unit_of_work() {
 }
 
 #[tokio::test]
-async fn a_subscription_of_another_process_is_seen_by_the_next_flush() {
+async fn a_subscription_of_another_process_gets_what_commits_next() {
     let store = Store::new().await;
     let here = store.subscribe("here").await;
     store.record_todos(&["1"]).await;

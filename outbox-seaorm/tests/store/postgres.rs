@@ -22,9 +22,6 @@ pub(crate) const END_TRANSACTION: &str = "select pg_terminate_backend(pg_backend
 
 pub(crate) const NOW: &str = "clock_timestamp()";
 
-/// Names of the subscriptions that a flush from before their change may have missed.
-pub(crate) const UNSETTLED: &str = "select name from outbox_subscriptions where changed_in is not null";
-
 /// How much earlier than its head a lane may be due: a flush locks its lanes first.
 pub(crate) const FLUSH_SECONDS: &str = "5";
 

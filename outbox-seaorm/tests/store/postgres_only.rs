@@ -160,15 +160,15 @@ async fn a_schema_of_its_own_and_an_ordinary_role_are_enough() {
 }
 
 #[tokio::test]
-async fn what_a_late_flush_writes_for_subscriptions_that_are_gone_goes_as_well() {
+async fn what_removed_subscriptions_have_left_is_swept() {
     let store = Store::new().await;
     let id = store.subscribe("s").await;
-    store.outbox.transaction(Context::default(), |_, events| async move { events.push(todo("1")) }).await.unwrap();
+    store.record_todos(&["1"]).await;
     for gone in [id + 1, id + 5] {
         store
             .execute(&format!(
-                "insert into outbox_deliveries (subscription_id, key, position, due_at)
-                 select {gone}, key, position, due_at from outbox_deliveries where subscription_id = {id}"
+                "insert into outbox_deliveries (subscription_id, key, seq, position, due_at)
+                 select {gone}, key, seq, position, due_at from outbox_deliveries where subscription_id = {id}"
             ))
             .await;
     }
@@ -178,7 +178,7 @@ async fn what_a_late_flush_writes_for_subscriptions_that_are_gone_goes_as_well()
              select {id} + 5, key, pending, due_at from outbox_lanes where subscription_id = {id}"
         ))
         .await;
-    store.outbox.settle_subscriptions().await.unwrap();
+    store.outbox.sweep_removed().await.unwrap();
     for table in ["outbox_lanes", "outbox_deliveries"] {
         let left = store.column::<i32>(&format!("select subscription_id from {table}")).await;
         assert_eq!(left, [id], "{table}");
@@ -241,135 +241,48 @@ impl HeldCommit {
     }
 }
 
-/// Registers a subscription to all events while a commit is held up, and returns when the others can see it.
-async fn register_meanwhile(store: &Store, start: StartPosition) -> JoinHandle<i32> {
-    let (outbox, late) = (store.another_process().await, Subscription::new("late").unwrap().start(start));
-    let registering = tokio::spawn(async move { outbox.register(&late).await.unwrap() });
-    let known = "select name from outbox_subscriptions where name = 'late' and filter::text !~ 'none|other'";
-    eventually("the registration", async || (!store.column::<String>(known).await.is_empty()).then_some(())).await;
-    registering
-}
-
-async fn id_of_late(store: &Store) -> i32 {
-    store.value("select id from outbox_subscriptions where name = 'late'").await
-}
-
+/// What commits after the registration is its, whenever it was flushed: registering waits for no commit.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_subscription_added_during_a_commit_gets_its_event_before_the_next_one_of_the_key() {
+async fn a_subscription_gets_what_was_under_way_when_it_was_registered() {
     for start in [StartPosition::Now, StartPosition::Beginning] {
         let store = Store::new().await;
-        // Its lane makes the commits of the key one after another.
-        store.subscribe("a").await;
+        store.record_todos(&["1"]).await;
         let held = HeldCommit::begin(&store, 1).await;
-        let registering = register_meanwhile(&store, start).await;
-        let next = tokio::spawn({
-            let process = store.another_process().await;
-            async move { record(&process, [todo("1")]).await }
-        });
+        let began = Instant::now();
+        let late = store.register(Subscription::new("late").unwrap().start(start)).await;
+        assert!(began.elapsed() < Duration::from_secs(2), "it waited for the commit");
+        store.record_todos(&["2"]).await;
+        let mut delivered = store.deliver_all(late).await;
         held.end().await;
-        next.await.unwrap();
-        let mut delivered = store.deliver_all(id_of_late(&store).await).await;
-        let id = registering.await.unwrap();
-        delivered.extend(store.deliver_all(id).await);
-        store.settle_subscriptions().await;
-        delivered.extend(store.deliver_all(id).await);
-        assert_eq!(delivered, [1, 2], "{start:?}");
+        delivered.extend(store.deliver_all(late).await);
+        let old: &[i64] = if start == StartPosition::Now { &[] } else { &[1] };
+        assert_eq!(delivered, [old, &[3, 2]].concat(), "{start:?}");
         store.is_whole().await;
     }
 }
 
-/// Nothing holds up the commit of the later event here.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_new_subscription_waits_for_the_commits_that_do_not_know_it() {
-    let store = Store::new().await;
-    let held = HeldCommit::begin(&store, 1).await;
-    let registering = register_meanwhile(&store, StartPosition::Now).await;
-    store.record_todos(&["1", "2"]).await;
-    let id = id_of_late(&store).await;
-    assert_eq!(store.deliver_all(id).await, [] as [i64; 0]);
-    assert!(!registering.is_finished());
-    held.end().await;
-    assert_eq!(registering.await.unwrap(), id);
-    let delivered = store.deliver_all(id).await;
-    assert_eq!(delivered.iter().copied().filter(|position| *position != 3).collect::<Vec<_>>(), [1, 2]);
-    assert_eq!(delivered.len(), 3);
-    store.settle_subscriptions().await;
-    assert_eq!(store.deliver_all(id).await, [] as [i64; 0]);
-    store.is_whole().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_subscription_that_takes_more_waits_for_the_commits_that_do_not_know_it() {
+async fn what_was_under_way_meets_the_changed_definition() {
     let store = Store::new().await;
     let id = store.register(Subscription::new("late").unwrap().events(["other"]).unwrap()).await;
+    store.record_todos(&["before"]).await;
     let held = HeldCommit::begin(&store, 1).await;
-    let registering = register_meanwhile(&store, StartPosition::Now).await;
-    store.record_todos(&["1"]).await;
-    assert_eq!(store.deliver_all(id).await, [] as [i64; 0]);
+    assert_eq!(store.subscribe("late").await, id);
     held.end().await;
-    assert_eq!(registering.await.unwrap(), id);
-    assert_eq!(store.deliver_all(id).await, [1, 2]);
-    store.is_whole().await;
-}
-
-/// The end of the first registration must not open what the second one waits for.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_subscription_that_is_changed_while_it_is_registered_waits_for_both() {
-    let store = Store::new().await;
-    store.register(Subscription::new("late").unwrap().events(["none"]).unwrap()).await;
-    let first = HeldCommit::begin(&store, 1).await;
-    let outbox = store.another_process().await;
-    let narrow = Subscription::new("late").unwrap().events(["other"]).unwrap();
-    let narrowing = tokio::spawn(async move { outbox.register(&narrow).await.unwrap() });
-    let known = "select name from outbox_subscriptions where filter::text like '%other%'";
-    eventually("the registration", async || (!store.column::<String>(known).await.is_empty()).then_some(())).await;
-    let second = HeldCommit::begin(&store, 2).await;
-    let registering = register_meanwhile(&store, StartPosition::Now).await;
-    first.end().await;
-    let id = narrowing.await.unwrap();
-    store.record_todos(&["1"]).await;
-    assert_eq!(store.deliver_all(id).await, [] as [i64; 0]);
-    second.end().await;
-    registering.await.unwrap();
-    assert_eq!(store.deliver_all(id).await, [1, 2, 3]);
-    store.is_whole().await;
-}
-
-/// The process that registers ends while it waits.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_registration_that_was_cut_off_while_it_waited_is_continued_by_the_next_or_by_a_worker() {
-    for again in [true, false] {
-        let store = Store::new().await;
-        let held = HeldCommit::begin(&store, 1).await;
-        let registering = register_meanwhile(&store, StartPosition::Now).await;
-        registering.abort();
-        assert!(registering.await.is_err());
-        store.record_todos(&["1"]).await;
-        held.end().await;
-        let id = id_of_late(&store).await;
-        assert_eq!(store.deliver_all(id).await, [] as [i64; 0]);
-        if again {
-            store.subscribe("late").await;
-        } else {
-            store.settle_subscriptions().await;
-        }
-        assert_eq!(store.deliver_all(id).await, [1, 2]);
-        store.is_whole().await;
-    }
-}
-
-/// What commits after that comes late: it is delivered, but not in its order.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_commit_that_does_not_end_holds_up_no_registration_for_ever() {
-    let store = Store::new().await;
-    let held = HeldCommit::begin(&store, 1).await;
-    let began = Instant::now();
-    let id = store.subscribe("late").await;
-    assert!((Duration::from_secs(5)..Duration::from_secs(9)).contains(&began.elapsed()), "{:?}", began.elapsed());
-    store.record_todos(&["1"]).await;
     assert_eq!(store.deliver_all(id).await, [2]);
-    held.end().await;
-    store.settle_subscriptions().await;
-    assert_eq!(store.deliver_all(id).await, [1]);
+    store.is_whole().await;
+}
+
+/// What is visible when a registration begins is routed as things were.
+#[tokio::test]
+async fn what_waits_is_not_for_a_subscription_that_begins_now() {
+    let store = Store::new().await;
+    let old = store.subscribe("old").await;
+    store.outbox.transaction(Context::default(), |_, events| async move { events.push(todo("1")) }).await.unwrap();
+    assert_eq!(store.count("outbox_unrouted").await, 1);
+    let new = store.subscribe("new").await;
+    let wide = store.register(Subscription::new("old").unwrap().events(["order.*"]).unwrap()).await;
+    assert_eq!((store.deliver_all(new).await, wide), (Vec::new(), old));
+    assert_eq!(store.deliver_all(old).await, [1], "it was committed before the definition was changed");
     store.is_whole().await;
 }

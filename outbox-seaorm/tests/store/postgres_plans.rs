@@ -4,7 +4,7 @@
 //! 100,000 delivered rows and 50,000 dead letters; with `OUTBOX_LONG_TESTS=1` a million and 100,000.
 
 use super::fixture::Store;
-use crate::sql::{Flush, Settle};
+use crate::sql::{Flush, Route, Settle};
 
 #[allow(dead_code, reason = "only some of the statements are explained")]
 #[path = "../../src/postgres.rs"]
@@ -39,6 +39,10 @@ async fn with_a_long_history() -> Store {
                from generate_series(1, {dead}) n"
         ),
         format!(
+            "insert into outbox_unrouted (position, ahead)
+             select n, case when n % 50 = 0 then true end from generate_series(1, {waiting}) n"
+        ),
+        format!(
             "insert into outbox_deliveries (subscription_id, key, position, due_at)
              select s, 'todo/' || n % 20000, {delivered} + {dead} + n, now() - interval '1 minute'
                from generate_series(1, {waiting}) n, generate_series(1, 2) s"
@@ -66,13 +70,20 @@ async fn plan(store: &Store, mode: &str, sql: &str, parameters: &str) -> String 
 #[tokio::test]
 async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
     let store = with_a_long_history().await;
-    let Flush::AtOnce { one, many, .. } = POSTGRES.flush else { panic!("one round trip") };
+    let Flush::Marked { one, many } = POSTGRES.flush else { panic!("one round trip") };
+    let Route::AtOnce(route) = &POSTGRES.route else { panic!("one round trip") };
     let event = r#"[{"id":"019361b4-0000-7000-8000-000000000000","event_type":"a","schema_version":1,"aggregate_type":"a","aggregate_id":"1","payload":"{}","occurred_at":"2026-01-01","wait":0}]"#;
-    let matches = r#"[{"event":0,"subscription":1,"key":"todo/1"}]"#;
-    let shared = "null, null, null, null, null, null, null, 3";
-    let flushed = format!("{shared}, '{event}', '{matches}'");
+    let shared = "null, null, null, null, null, null, null";
+    let flushed = format!("{shared}, '{event}'");
+    let (given, matches) = (r#"[{"position":1,"due":0}]"#, r#"[{"lane":0,"position":1}]"#);
+    let (numbered, takers) =
+        (r#"[{"n":0,"subscription":1,"key":"todo/1"}]"#, r#"[{"subscription":1,"worker":"w","lanes":10,"lease":30}]"#);
+    let routed = format!("3, '{given}', '{numbered}', '{matches}', '{takers}', 0, 1, 1");
+    let looked = format!("3, '{given}', '{numbered}', '{matches}', '{takers}', 0, 1, null");
+    let locked = format!("'{numbered}'");
+    let mark = "using outbox_unrouted_pkey on outbox_unrouted";
     let single = "'019361b4-0000-7000-8000-000000000000', 'a', 1, 'a', '1', '{}', '2026-01-01', null, 0, null, null";
-    let single = format!("{shared}, 1, 'todo/1', {single}");
+    let single = format!("{shared}, {single}");
     let lanes = r#"'[{"subscription":1,"key":"todo/1","token":1,"finished":1,"attempts":0,"next":"yield","wait":0}]'"#;
     let Settle::AtOnce(settle) = POSTGRES.settle else { panic!("one round trip") };
     let settled = format!(r#"{lanes}, '[{{"lease":0,"position":1,"attempts":1}}]'"#);
@@ -98,8 +109,16 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
         ("runs", POSTGRES.runs, r#"1, '["todo/1","todo/2"]', 100, 8388608"#, &[delivery, event]),
         ("flush of many", many, &flushed, &[]),
         ("flush of one", one, &single, &[]),
+        ("route what was handed over", route.route, &routed, &[mark, lane]),
+        ("route what was read", route.route, &looked, &[mark, lane]),
+        ("what waits", POSTGRES.unrouted, "0, 500", &[mark, "using outbox_unrouted_ahead on", event]),
+        ("what waits out of turn", POSTGRES.unrouted_ahead, "0, 100", &["using outbox_unrouted_ahead on", event]),
+        ("the last that waits", POSTGRES.last_unrouted, "0", &["Backward using outbox_unrouted_pkey on"]),
+        ("whether something waits", POSTGRES.unrouted_until, "0, 1000", &[mark]),
+        ("locked lanes", route.held_lanes, &locked, &[lane]),
+        ("locked marks", route.held_marks, "'[1,2,3]'", &[mark]),
         ("held", POSTGRES.held, lanes, &[lane]),
-        ("settle", settle, &settled, &[lane, delivery]),
+        ("settle", settle, &settled, &[lane, "using outbox_deliveries_position on outbox_deliveries"]),
         ("delete empty lanes", POSTGRES.delete_empty_lanes, lanes, &[lane]),
         ("note attempts", POSTGRES.note_attempts, lanes, &[lane]),
         ("renew", POSTGRES.renew, &renewed, &[lane]),
@@ -122,7 +141,7 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
         ("retention again", POSTGRES.still_old, &still_old, &[event]),
         ("purge the history", POSTGRES.purge_delivered, "'[1,2,3]'", &["using outbox_delivered_pkey on"]),
         ("purge events", POSTGRES.purge_events, "'[1,2,3]'", &[event]),
-        ("orphans", POSTGRES.orphans.unwrap(), "", &["using outbox_lanes_pkey on", "using outbox_deliveries_"]),
+        ("orphans", POSTGRES.orphans, "", &["using outbox_lanes_pkey on", "using outbox_deliveries_"]),
         ("beginning", POSTGRES.first_position_since, "now()::text", &[]),
     ] {
         // Of filters that may be null the server makes a plan for each call: a generic one costs more.

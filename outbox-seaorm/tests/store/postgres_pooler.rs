@@ -98,7 +98,7 @@ async fn every_call_works_through_a_pooler() {
     unit.events().push(todo("new")).unwrap();
     assert!(once(&other, &unit.tx(), "mailer", Uuid::now_v7()).await.unwrap());
     unit.commit().await.unwrap();
-    outbox.settle_subscriptions().await.unwrap();
+    outbox.sweep_removed().await.unwrap();
     assert!(outbox.pause("s").await.unwrap() && other.resume("s").await.unwrap());
     assert!(outbox.next_due(id).await.unwrap().is_some());
     let lanes = other.claim(id, "worker", 10, 10, LONG).await.unwrap().lanes;

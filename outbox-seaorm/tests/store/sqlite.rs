@@ -18,9 +18,6 @@ pub(crate) const END_TRANSACTION: &str = "insert or rollback into notes values (
 
 pub(crate) const NOW: &str = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')";
 
-/// Names of the subscriptions that a flush from before their change may have missed: none, a change excludes all others.
-pub(crate) const UNSETTLED: &str = "select name from outbox_subscriptions where false";
-
 /// How much earlier than its head a lane may be due: the times are the same.
 pub(crate) const FLUSH_SECONDS: &str = "0";
 

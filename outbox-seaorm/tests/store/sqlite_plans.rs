@@ -34,18 +34,20 @@ async fn the_claim_reads_due_lanes_from_their_index() {
 async fn runs_are_read_from_the_primary_key_of_the_deliveries() {
     let store = Store::new().await;
     let runs = plan(&store, SQLITE.runs).await;
-    assert!(runs.contains("SEARCH d USING PRIMARY KEY (subscription_id=? AND key=? AND position=?)"), "{runs}");
+    assert!(runs.contains("SEARCH d USING PRIMARY KEY (subscription_id=? AND key=? AND seq=?)"), "{runs}");
     assert!(runs.contains("SEARCH outbox_deliveries USING PRIMARY KEY (subscription_id=? AND key=?)"), "{runs}");
 }
 
 #[tokio::test]
 async fn flush_and_settle_touch_only_their_own_lanes_and_deliveries() {
     let store = Store::new().await;
-    let (Flush::InSteps { insert_events }, Settle::InSteps(settle)) = (&SQLITE.flush, &SQLITE.settle) else {
+    let (Flush::Routed { insert_events, insert_marks }, Settle::InSteps(settle)) = (&SQLITE.flush, &SQLITE.settle)
+    else {
         panic!("a statement costs no round trip here")
     };
     for sql in [
         insert_events,
+        insert_marks,
         SQLITE.insert_deliveries,
         SQLITE.upsert_lanes,
         SQLITE.due_with_head,
@@ -63,7 +65,8 @@ async fn flush_and_settle_touch_only_their_own_lanes_and_deliveries() {
         let plan = plan(&store, sql).await;
         let tables = plan.lines().filter(|step| !step.contains("VIRTUAL TABLE"));
         for step in tables.filter(|step| step.starts_with("SCAN") || step.starts_with("SEARCH")) {
-            let of_one_row = ["(subscription_id=? AND key=?", "INTEGER PRIMARY KEY (rowid=?)"];
+            let of_one_row =
+                ["(subscription_id=? AND key=?", "(subscription_id=? AND position=?)", "INTEGER PRIMARY KEY (rowid=?)"];
             assert!(of_one_row.iter().any(|search| step.contains(search)), "{sql}\n{plan}");
         }
     }
