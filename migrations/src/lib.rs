@@ -22,13 +22,13 @@
 //! [`up`] may be started by any number of processes at once and killed at any moment: one at a time works, in one
 //! transaction. Each migration has a real `down`, which drops its tables with everything in them.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, time::Duration};
 
 pub use sea_orm_migration;
 use sea_orm_migration::{
     MigrationTrait, MigratorTrait,
     sea_orm::{
-        ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, SqliteTransactionMode,
+        ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, RuntimeErr, SqliteTransactionMode,
         TransactionOptions, TransactionTrait, sqlx::ConnectOptions as _,
     },
 };
@@ -81,9 +81,21 @@ pub enum MigrateError {
         /// The newest migration that this program does not know.
         newest: String,
     },
+    /// A migration refuses this state of the database, for the reason that its text has; nothing was changed.
+    #[error("the database cannot be migrated now: {0}")]
+    Refused(String),
     /// The database refused; nothing was changed.
     #[error("the database could not be migrated; nothing was changed")]
-    Database(#[from] DbErr),
+    Database(#[source] DbErr),
+}
+
+impl From<DbErr> for MigrateError {
+    fn from(error: DbErr) -> Self {
+        match error {
+            DbErr::Migration(why) => Self::Refused(why),
+            error => Self::Database(error),
+        }
+    }
 }
 
 /// Applies all migrations of `M` that are missing, in one transaction.
@@ -92,13 +104,10 @@ pub enum MigrateError {
 ///
 /// # Errors
 ///
-/// [`MigrateError::NewerDatabase`] if the database has migrations that `M` does not know.
+/// [`MigrateError::NewerDatabase`] if the database has migrations that `M` does not know, [`MigrateError::Refused`] if
+/// something has to be done first, as its text says.
 pub async fn up<M: MigratorTrait>(db: &DatabaseConnection) -> Result<(), MigrateError> {
-    let transaction = lock(db).await?;
-    refuse_newer::<M>(&transaction).await?;
-    M::up(&transaction, None).await?;
-    transaction.commit().await?;
-    Ok(())
+    migrate::<M>(db, None).await
 }
 
 /// Takes back the last `steps` migrations of `M`, in one transaction. Their tables are dropped with everything in them.
@@ -107,11 +116,46 @@ pub async fn up<M: MigratorTrait>(db: &DatabaseConnection) -> Result<(), Migrate
 ///
 /// As [`up`].
 pub async fn down<M: MigratorTrait>(db: &DatabaseConnection, steps: u32) -> Result<(), MigrateError> {
+    migrate::<M>(db, Some(steps)).await
+}
+
+/// How often a migration is tried that does not get its locks, and the pause between: whoever waits behind it goes on
+/// meanwhile.
+const TRIES: u32 = 15;
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Up, or some steps down. A table that somebody is at for long is not waited for in one go: all that came later would
+/// wait behind.
+async fn migrate<M: MigratorTrait>(db: &DatabaseConnection, down: Option<u32>) -> Result<(), MigrateError> {
+    let mut tries = 1;
+    loop {
+        match try_to_migrate::<M>(db, down).await {
+            Err(MigrateError::Database(error)) if tries < TRIES && is_lock_timeout(&error) => {
+                tracing::warn!(%error, "the migration waits for a lock; trying again");
+                tokio::time::sleep(PAUSE).await;
+                tries += 1;
+            }
+            ended => return ended,
+        }
+    }
+}
+
+async fn try_to_migrate<M: MigratorTrait>(db: &DatabaseConnection, down: Option<u32>) -> Result<(), MigrateError> {
     let transaction = lock(db).await?;
     refuse_newer::<M>(&transaction).await?;
-    M::down(&transaction, Some(steps)).await?;
+    match down {
+        None => M::up(&transaction, None).await?,
+        steps => M::down(&transaction, steps).await?,
+    }
     transaction.commit().await?;
     Ok(())
+}
+
+fn is_lock_timeout(error: &DbErr) -> bool {
+    let (DbErr::Exec(RuntimeErr::SqlxError(error)) | DbErr::Query(RuntimeErr::SqlxError(error))) = error else {
+        return false;
+    };
+    error.as_database_error().and_then(|error| error.code()).as_deref() == Some("55P03")
 }
 
 async fn lock(db: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
@@ -188,7 +232,7 @@ mod tests {
         up::<Migrator>(&db).await.unwrap();
         let first = tables(&db).await;
         assert!(first.contains(&"outbox_events".to_owned()), "{first:?}");
-        down::<Migrator>(&db, 1).await.unwrap();
+        down::<Migrator>(&db, 2).await.unwrap();
         assert_eq!(tables(&db).await, Vec::<String>::new());
         up::<Migrator>(&db).await.unwrap();
         up::<Migrator>(&db).await.unwrap();
@@ -225,6 +269,6 @@ mod tests {
         up::<Prefixed>(&db).await.unwrap();
         let tables = tables(&db).await;
         assert!(tables.iter().all(|table| table.starts_with("shop_events_")), "{tables:?}");
-        down::<Prefixed>(&db, 1).await.unwrap();
+        down::<Prefixed>(&db, 2).await.unwrap();
     }
 }

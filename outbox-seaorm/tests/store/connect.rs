@@ -26,12 +26,24 @@ async fn a_database_without_tables_is_told_to_migrate() {
 async fn tables_from_a_newer_version_are_refused() {
     let store = Store::new().await;
     store.outbox.check_schema().await.unwrap();
-    store.execute("update outbox_meta set schema_version = 2").await;
+    store.execute("update outbox_meta set schema_version = 3").await;
     let error = store.outbox.check_schema().await.unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the outbox tables are from a newer version (schema 2, this program knows 1); start that version, or restore \
+        "the outbox tables are from a newer version (schema 3, this program knows 2); start that version, or restore \
          a backup from before the upgrade"
+    );
+}
+
+#[tokio::test]
+async fn tables_from_an_older_version_are_refused() {
+    let store = Store::new().await;
+    store.execute("update outbox_meta set schema_version = 1").await;
+    let error = store.outbox.check_schema().await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the outbox tables are from an older version (schema 1, this program needs 2); run the migrations (see \
+         `outbox_migrations::up`)"
     );
 }
 
@@ -111,6 +123,7 @@ async fn a_table_prefix_works_from_end_to_end() {
     unit.events().push(todo("2")).unwrap();
     assert!(once(&outbox, &unit.tx(), "mailer", Uuid::now_v7()).await.unwrap());
     unit.commit().await.unwrap();
+    outbox.route_waiting().await.unwrap();
     let lanes = outbox.claim(id, "worker", 10, 10, LONG).await.unwrap().lanes;
     assert_eq!(lanes.len(), 2);
     assert_eq!(outbox.renew(&[lanes[0].lane.clone()], LONG).await.unwrap().len(), 1);

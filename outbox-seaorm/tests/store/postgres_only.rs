@@ -37,7 +37,7 @@ async fn a_flush_that_may_not_wait_for_a_lock_may_be_tried_again() {
     store.subscribe("s").await;
     let other = store.another_process().await;
     let holding = other.begin(Context::default());
-    holding.tx().execute_unprepared("lock table outbox_lanes in access exclusive mode").await.unwrap();
+    holding.tx().execute_unprepared("lock table outbox_events in access exclusive mode").await.unwrap();
     let unit = store.outbox.begin(Context::default());
     unit.tx().execute_unprepared("set local lock_timeout = '20ms'").await.unwrap();
     unit.tx().execute_unprepared("insert into notes values ('a')").await.unwrap();

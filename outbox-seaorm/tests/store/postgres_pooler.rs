@@ -67,6 +67,7 @@ async fn writers_and_workers_share_two_sessions_and_lose_nothing() {
         workers.spawn(async move {
             while direct.status().await.unwrap().subscriptions[0].delivered < 100 {
                 assert!(Instant::now() < deadline, "not everything was delivered");
+                outbox.route_waiting().await.unwrap();
                 for lane in outbox.claim(id, worker, 3, 10, LONG).await.unwrap().lanes {
                     // A commit that holds the lane at this moment is over soon.
                     while outbox.renew(std::slice::from_ref(&lane.lane), LONG).await.unwrap().is_empty() {}
@@ -98,6 +99,7 @@ async fn every_call_works_through_a_pooler() {
     unit.events().push(todo("new")).unwrap();
     assert!(once(&other, &unit.tx(), "mailer", Uuid::now_v7()).await.unwrap());
     unit.commit().await.unwrap();
+    outbox.route_waiting().await.unwrap();
     outbox.sweep_removed().await.unwrap();
     assert!(outbox.pause("s").await.unwrap() && other.resume("s").await.unwrap());
     assert!(outbox.next_due(id).await.unwrap().is_some());

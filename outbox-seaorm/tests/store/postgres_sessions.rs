@@ -136,9 +136,8 @@ async fn a_request_role_needs_the_grants_of_the_guide() {
     let role = format!("tenant_{:08x}", fastrand::u32(..));
     let prepare = format!(
         "create role {role}; grant insert on notes to {role};
-         grant select on outbox_meta, outbox_subscriptions to {role};
-         grant select, insert on outbox_events, outbox_deliveries to {role};
-         grant select, insert, update on outbox_lanes to {role};"
+         grant select, insert on outbox_events to {role};
+         grant insert on outbox_unrouted to {role};"
     );
     store.execute(&prepare).await;
     store.subscribe("s").await;

@@ -146,6 +146,7 @@ async fn a_listing_has_large_payloads_neither_whole_nor_many() {
         unit.events().push(NewEvent::dynamic("OrderCreated", "order", n.to_string(), &text).unwrap()).unwrap();
         unit.commit().await.unwrap();
     }
+    store.outbox.route_waiting().await.unwrap();
     let records = store.outbox.deliveries(Some("s"), None, 0, u32::MAX).await.unwrap();
     assert_eq!(records.len(), 24);
     for (n, record) in records.iter().rev().enumerate() {

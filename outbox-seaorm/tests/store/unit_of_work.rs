@@ -198,7 +198,7 @@ async fn a_commit_that_the_database_refuses_stores_nothing() {
 async fn a_flush_that_fails_stores_nothing() {
     let store = Store::new().await;
     store.subscribe("s").await;
-    store.execute("drop table outbox_lanes").await;
+    store.execute("drop table outbox_unrouted").await;
     let unit = store.outbox.begin(Context::default());
     unit.tx().execute_unprepared("insert into notes values ('a')").await.unwrap();
     unit.events().push(todo("1")).unwrap();
@@ -301,6 +301,7 @@ async fn a_transaction_whose_caller_hangs_up_is_stored_as_a_whole_or_not_at_all(
         });
         committed += usize::from(hang_up_after(polls, work).await.is_some());
     }
+    store.outbox.route_waiting().await.unwrap();
     store.is_whole().await;
     let notes = store.column::<String>("select text from notes order by text").await;
     let events = store.column::<String>("select aggregate_id from outbox_events order by aggregate_id").await;
@@ -405,7 +406,7 @@ async fn a_transaction_commits_and_answers() {
 }
 
 #[tokio::test]
-async fn a_commit_wakes_the_subscriptions_that_have_something_to_deliver() {
+async fn what_is_routed_wakes_the_subscriptions_that_have_something_to_deliver() {
     let store = Store::new().await;
     let all = store.subscribe("all").await;
     let none = store.register(outbox_core::Subscription::new("none").unwrap().events(["other.*"]).unwrap()).await;
@@ -414,12 +415,14 @@ async fn a_commit_wakes_the_subscriptions_that_have_something_to_deliver() {
     unit.events().push(todo("1")).unwrap();
     assert!(hang_up_after(5, clone.woken(all)).await.is_none(), "woken before the commit");
     unit.commit().await.unwrap();
+    store.outbox.route_waiting().await.unwrap();
     tokio::time::timeout(Duration::from_secs(5), clone.woken(all)).await.expect("woken by the commit before");
     assert!(hang_up_after(5, clone.woken(all)).await.is_none(), "one commit wakes once");
     assert!(hang_up_after(5, clone.woken(none)).await.is_none(), "nothing matches");
     let rolled_back = store.outbox.begin(Context::default());
     rolled_back.events().push(todo("2")).unwrap();
     rolled_back.rollback().await;
+    store.outbox.route_waiting().await.unwrap();
     assert!(hang_up_after(5, clone.woken(all)).await.is_none(), "a rollback wakes nobody");
     store.is_whole().await;
 }
