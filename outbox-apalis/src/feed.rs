@@ -32,6 +32,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     circuit::{Circuit, Failure, PATIENCE, Verdict},
     clock::DatabaseClock,
+    desk::{Desk, Left},
     destination::{AttemptResult, Destination, End, no_result},
     lane::{Lane, Running, Suspicion},
     listing::task_id,
@@ -144,6 +145,8 @@ pub(crate) struct Source {
     pub(crate) clock: DatabaseClock,
     /// Cancelled when the feed has nothing to do any more; see [`Until`].
     pub(crate) idle: CancellationToken,
+    /// Where lanes come from that routing has leased.
+    pub(crate) desk: Arc<Desk>,
     /// Where lanes come from instead of the database, while Redis is up.
     pub(crate) transport: Option<Transport>,
 }
@@ -225,6 +228,11 @@ struct Feed {
     claimed_at: Instant,
     /// Whether the last claim found many.
     loaded: bool,
+    /// Whether it came back full: there are more, which come before what is routed now.
+    behind: bool,
+    /// The connection to the database was lost, and with it perhaps leases: nothing begins before they are checked.
+    in_doubt: bool,
+    checking: Option<JoinHandle<(Vec<LaneRef>, Result<Vec<LaneRef>, DbErr>)>>,
     /// When the last claim that came back full began.
     full_at: Instant,
     /// How many lanes to lease: more while they are soon done.
@@ -310,6 +318,9 @@ pub(crate) fn start(source: Source) -> Ends {
         look_at: now,
         claimed_at: now,
         loaded: false,
+        behind: false,
+        in_doubt: false,
+        checking: None,
         full_at: now,
         ahead: 0,
         idle_wait: source.poll / 8,
@@ -335,7 +346,7 @@ impl Feed {
         let options = self.source.options;
         let (outbox, subscription, stop) =
             (self.source.outbox.clone(), self.source.subscription.clone(), self.source.stop.clone());
-        let tasks = self.tasks.clone();
+        let (tasks, desk) = (self.tasks.clone(), self.source.desk.clone());
         let mut tick = tokio::time::interval(options.lease / 10);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut grace_end: Option<Instant> = None;
@@ -352,10 +363,13 @@ impl Feed {
             }
             self.settle();
             self.change();
+            self.check();
+            self.source.desk.set_room(if stopping { 0 } else { self.room_for_new() });
             if self.is_done() {
                 self.source.idle.cancel();
             }
-            if stopping && self.lanes.is_empty() && self.arrived.is_empty() && !self.has_reports() && self.is_quiet() {
+            let is_empty = self.lanes.is_empty() && self.arrived.is_empty() && self.source.desk.is_closed();
+            if stopping && is_empty && !self.has_reports() && self.is_quiet() {
                 return;
             }
             let report_at = self.report_at();
@@ -368,6 +382,8 @@ impl Feed {
                 }
                 (capacity, claimed) = finished(&mut self.claiming) => self.claimed(capacity, claimed, stopping),
                 taken = finished(&mut self.taking) => self.taken(taken, stopping),
+                () = desk.arrived() => self.routed(stopping),
+                (asked, held) = finished(&mut self.checking) => self.checked(&asked, held),
                 () = arrived(self.source.transport.as_ref()), if stopping || self.takes_jobs() => {}
                 () = health_changes(self.source.transport.as_ref()), if !stopping => self.look_at = Instant::now(),
                 (reports, settled) = finished(&mut self.settling) => self.settled(reports, settled),
@@ -426,6 +442,20 @@ impl Feed {
         if enough { 0 } else { ahead.saturating_sub(self.lanes.len()) }
     }
 
+    /// How many lanes that are new may be leased by routing: as many as would be claimed, unless there are others.
+    fn room_for_new(&self) -> usize {
+        let takes = self.source.until == Until::Stopped && !self.behind && !self.circuit.is_open() && self.wants_lanes();
+        if takes && !self.is_full() { self.room() } else { 0 }
+    }
+
+    /// Long runs fill the memory even when their lanes are few, and large payloads even when they are not long.
+    fn is_full(&self) -> bool {
+        let waiting: usize = self.lanes.values().map(|lane| lane.run.len()).sum();
+        let bytes: usize = self.lanes.values().flat_map(|lane| &lane.run).map(|event| event.payload.len()).sum();
+        let enough = self.lanes.len() >= self.concurrency() && waiting >= MOST_AHEAD * self.source.options.batch;
+        enough || bytes >= MOST_BYTES
+    }
+
     /// How many deliveries may start now. What a crash repeats counts as under way, also when its success is about to be
     /// stored; in this process, where a delivery may take no time at all, that may be what was leased ahead.
     fn free(&self) -> usize {
@@ -478,9 +508,9 @@ impl Feed {
         claimed_all && self.lanes.is_empty() && !self.has_reports() && self.is_quiet()
     }
 
-    /// Nothing is begun while results cannot be stored: it would be repeated.
+    /// Nothing is begun while results cannot be stored, or leases are in doubt: it would be repeated.
     fn can_store(&self) -> bool {
-        self.settle_failures == 0
+        self.settle_failures == 0 && !self.in_doubt
     }
 
     fn is_quiet(&self) -> bool {
@@ -488,6 +518,7 @@ impl Feed {
             && self.taking.is_none()
             && self.settling.is_none()
             && self.noting.is_none()
+            && self.checking.is_none()
             && self.changing.is_none()
             && self.changes.is_empty()
     }
@@ -640,11 +671,7 @@ impl Feed {
             return;
         }
         let capacity = self.room().min(self.ahead.max(self.source.options.batch));
-        // Long runs fill the memory even when their lanes are few, and large payloads even when they are not long.
-        let waiting: usize = self.lanes.values().map(|lane| lane.run.len()).sum();
-        let bytes: usize = self.lanes.values().flat_map(|lane| &lane.run).map(|event| event.payload.len()).sum();
-        let enough = self.lanes.len() >= self.concurrency() && waiting >= MOST_AHEAD * self.source.options.batch;
-        if enough || bytes >= MOST_BYTES {
+        if self.is_full() {
             self.look_at = Instant::now() + SOON;
             return;
         }
@@ -652,13 +679,16 @@ impl Feed {
         self.claimed_at = Instant::now();
         self.look_at = self.claimed_at + self.source.poll;
         let times_down = self.circuit.times_down();
-        let Source { outbox, subscription, worker, options, .. } = self.source.clone();
+        let Source { outbox, subscription, worker, options, until, .. } = self.source.clone();
         let mark = self.mark.take();
         self.claiming = Some(tokio::spawn(async move {
             let asked_at = Instant::now();
             let (lanes, run) = (count(capacity), count(options.batch));
             let claimed = async {
                 let id = subscription.now();
+                if until != Until::Stopped {
+                    outbox.route_waiting().await?;
+                }
                 let claim = outbox.claim_after(mark, id, &worker, lanes, run, options.lease).await?;
                 Ok(Claimed { claim, asked_at, times_down })
             };
@@ -672,6 +702,7 @@ impl Feed {
             Err(error) => {
                 self.claim_failures += 1;
                 let wait = outage_wait(self.claim_failures);
+                self.in_doubt = true;
                 tracing::warn!(subscription = &*self.source.name, %error, ?wait, "cannot claim deliveries, trying again");
                 self.look_at = Instant::now() + wait;
                 return;
@@ -682,6 +713,7 @@ impl Feed {
         let Claim { lanes, probe, next, mark } = claim;
         self.mark = mark.filter(|_| self.returned_at < asked_at);
         self.loaded = lanes.len() >= LOADED;
+        self.behind = lanes.len() >= capacity;
         // The destination was found down while the claim was under way.
         let too_late = self.circuit.is_open() && self.circuit.times_down() != times_down;
         if probe {
@@ -717,6 +749,60 @@ impl Feed {
         if stopping || too_late {
             self.release_ready();
         }
+    }
+
+    /// Takes what routing has leased to this feed.
+    fn routed(&mut self, stopping: bool) {
+        let Left { leased, in_doubt } = self.source.desk.take();
+        self.in_doubt |= in_doubt;
+        for (lane, asked_at) in leased {
+            self.begin_lane(lane, asked_at, false);
+        }
+        if stopping {
+            self.release_ready();
+        }
+    }
+
+    /// After a lost connection: which leases there still are. A crash of the server takes back what routing had leased a
+    /// moment before, and another worker may have got it.
+    fn check(&mut self) {
+        if !self.in_doubt || self.checking.is_some() {
+            return;
+        }
+        let lanes: Vec<LaneRef> = self.lanes.values().map(|lane| lane.lane.clone()).collect();
+        let outbox = self.source.outbox.clone();
+        self.checking = Some(tokio::spawn(async move {
+            let mut failures = 0;
+            loop {
+                match outbox.held(&lanes).await {
+                    Err(_) if failures < 3 => {
+                        failures += 1;
+                        tokio::time::sleep(outage_wait(failures)).await;
+                    }
+                    held => return (lanes, held),
+                }
+            }
+        }));
+    }
+
+    fn checked(&mut self, asked: &[LaneRef], held: Result<Vec<LaneRef>, DbErr>) {
+        // Otherwise it is asked again.
+        let Ok(held) = held else { return };
+        let held: HashSet<LaneRef> = held.into_iter().collect();
+        self.in_doubt = false;
+        for lease in asked.iter().filter(|lease| !held.contains(lease)) {
+            if self.lanes.get(&lease.key).is_some_and(|lane| lane.lane == *lease && !self.settles_now(lane)) {
+                tracing::warn!(subscription = &*self.source.name, "the lease of a lane was lost with the connection");
+                self.lose(&lease.key);
+            }
+        }
+    }
+
+    /// Whether an attempt is under way that ends its lease in its own transaction, perhaps just now; if the lease is lost,
+    /// its commit fails.
+    fn settles_now(&self, lane: &Lane) -> bool {
+        let head = lane.run.front().filter(|_| lane.running.is_some());
+        head.is_some_and(|event| self.source.destination.settles(event))
     }
 
     fn begin_lane(&mut self, claimed: ClaimedLane, asked_at: Instant, probe: bool) {
@@ -1152,6 +1238,7 @@ impl Feed {
             Err(error) => {
                 self.settle_failures += 1;
                 let wait = outage_wait(self.settle_failures);
+                self.in_doubt = true;
                 tracing::warn!(subscription = &*self.source.name, %error, ?wait, "cannot store results, trying again");
                 self.settle_at = Instant::now() + wait;
                 self.unstored = Some(reports);

@@ -14,7 +14,7 @@ use apalis::{
 use outbox_core::{Outcome, Publisher, Subscription};
 use outbox_seaorm::{Instance, Outbox, Purged, RegisterError, Retention, SchemaError};
 use sea_orm::DbBackend;
-use tokio::task::JoinSet;
+use tokio::{sync::Notify, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -24,7 +24,9 @@ use crate::{
     feed::{Counts, Source, SubscriptionId, Until},
     handlers::HandlersDestination,
     options::Options,
+    desk::Desk,
     redis::{self, Health, Jobs, Queue, RELAY_LEASES, Redis, Transport},
+    router,
     task::DeliveryTask,
     thread::FeedThread,
 };
@@ -333,6 +335,7 @@ impl Worker {
         let (clock, health) = (DatabaseClock::new(now, asked_at), Health::new());
         let stop = CancellationToken::new();
         let counts = Arc::new(Counts::default());
+        let room = Arc::new(Notify::new());
         let (mut sources, mut registrations) = (Vec::<Source>::new(), Vec::new());
         for (subscription, destination) in self.subscriptions {
             let (concurrency, rate) = subscription.limits();
@@ -370,6 +373,7 @@ impl Worker {
                 counts: counts.clone(),
                 clock: clock.clone(),
                 idle: CancellationToken::new(),
+                desk: Arc::new(Desk::new(room.clone())),
                 transport,
             });
         }
@@ -384,6 +388,7 @@ impl Worker {
             clock,
             thread,
             redis,
+            room,
             retention: self.retention,
         })
     }
@@ -401,6 +406,8 @@ pub struct StartedWorker {
     clock: DatabaseClock,
     thread: FeedThread,
     redis: Option<(ConnectionManager, Health)>,
+    /// A feed has room.
+    room: Arc<Notify>,
     retention: Retention,
 }
 
@@ -421,7 +428,7 @@ impl StartedWorker {
     }
 
     pub(crate) async fn run(self, until: Until, shutdown: impl Future<Output = ()> + Send) -> Deliveries {
-        let Self { store, worker, mut sources, registrations, stop, counts, clock, thread, redis, retention } = self;
+        let Self { store, worker, mut sources, registrations, stop, counts, clock, thread, redis, room, retention } = self;
         sources.iter_mut().for_each(|source| source.until = until);
         let names: Vec<String> = sources.iter().map(|source| source.name.to_string()).collect();
         let idle: Vec<CancellationToken> = sources.iter().map(|source| source.idle.clone()).collect();
@@ -436,6 +443,11 @@ impl StartedWorker {
                     background.spawn_on(redis::run(source.clone(), transport), thread.runtime());
                 }
             }
+        }
+        // Drained and once, feeds route for themselves: before each claim.
+        if until == Until::Stopped {
+            sources.iter().for_each(|source| source.desk.open());
+            thread.runtime().spawn(router::run(store.clone(), sources.clone(), room, stop.clone()));
         }
         let monitor = sources.into_iter().fold(Monitor::new(), register);
         background.spawn_on(upkeep(store.clone(), worker.clone(), registrations, clock), thread.runtime());
@@ -553,7 +565,7 @@ async fn beat(
     for (registration, stored) in registrations.iter_mut().zip(stored) {
         registration.look_after(outbox, worker, stored).await?;
     }
-    outbox.settle_subscriptions().await?;
+    outbox.sweep_removed().await?;
     Ok(())
 }
 

@@ -46,6 +46,7 @@ pub mod testing;
 mod to_its_end;
 mod tx;
 mod unit_of_work;
+mod unrouted;
 mod why;
 mod workers;
 
@@ -67,4 +68,5 @@ pub use status::{Postponed, Status, SubscriptionStatus, WorkerStatus};
 pub use subscriptions::{RegisterError, Registered};
 pub use tx::{NestedTx, SavepointError, Tx};
 pub use unit_of_work::{CommitError, TransactionError, TxSource, UnitOfWork, is_transient};
+pub use unrouted::{SetAside, Unrouted};
 pub use why::Why;

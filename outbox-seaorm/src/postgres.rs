@@ -118,7 +118,9 @@ macro_rules! subject {
     () => {
         concat!(
             "e.position, e.event_id, e.event_type, e.aggregate_type, e.aggregate_id, e.tenant, e.tags::text as tags,
-             extract(epoch from ",
+             extract(epoch from clock_timestamp() - ",
+            readable_time!("e.recorded_at"),
+            ")::float8 as age, extract(epoch from ",
             asked_for!(),
             ")::float8 as due"
         )
@@ -343,6 +345,34 @@ pub(crate) static POSTGRES: Sql = Sql {
             and ltrim(query, E' \\n') like '/* outbox:meta */%' and state <> 'idle'
             and xact_start < clock_timestamp() - interval '3 seconds'",
     }),
+
+    count_unrouted: concat!(
+        "select (select count(*) from (select from outbox_unrouted where set_aside_at is null limit 1000000) u) as waiting,
+                (select count(*) from outbox_unrouted where set_aside_at is not null) as set_aside,
+                (select greatest(0, extract(epoch from clock_timestamp() - ",
+        readable_time!("e.recorded_at"),
+        "))::float8 from outbox_events e
+                  where e.position = (select min(position) from outbox_unrouted where set_aside_at is null)
+                ) as oldest_age_seconds"
+    ),
+
+    unrouted_mark: "select set_aside_at, error from outbox_unrouted where position = $1",
+
+    list_set_aside: "
+        select u.position, u.set_aside_at, coalesce(u.error, '') as error, e.event_id, e.event_type
+          from outbox_unrouted u left join outbox_events e on e.position = u.position
+         where u.set_aside_at is not null and ($1::bigint is null or u.position < $1)
+         order by u.position desc limit $2",
+
+    put_back: "
+        update outbox_unrouted set set_aside_at = null, error = null, ahead = true
+         where set_aside_at is not null
+           and ($1::text is null or position in (select value::bigint from jsonb_array_elements_text($1::text::jsonb)))",
+
+    discard_set_aside: "
+        delete from outbox_unrouted
+         where set_aside_at is not null
+           and ($1::text is null or position in (select value::bigint from jsonb_array_elements_text($1::text::jsonb)))",
 
     set_aside: "
         update outbox_unrouted set set_aside_at = clock_timestamp(), error = $2 where position = $1 and set_aside_at is null",
@@ -696,7 +726,7 @@ pub(crate) static POSTGRES: Sql = Sql {
           from outbox_workers order by id",
 
     status: "
-        select s.name, s.paused_at is not null as paused,
+        select s.id, s.name, s.paused_at is not null as paused,
                case when s.circuit_until is null then 'closed' when s.circuit_until > clock_timestamp() then 'open'
                     else 'half-open' end as circuit,
                coalesce(l.pending, 0)::bigint as pending, coalesce(l.leased, 0) as leased,

@@ -33,7 +33,8 @@ pub(crate) use handed::{Committed, Handed};
 pub(crate) use steps::flush as flush_in_steps;
 
 use floor::Floor;
-use plan::{Key, Plan, Waiting, plan};
+pub(crate) use plan::{Waiting, keys};
+use plan::{Key, Plan, plan};
 
 /// Stands for the router where the ids of subscriptions stand: in wake-ups and notifications.
 pub(crate) const ROUTER: i32 = 0;
@@ -632,7 +633,7 @@ impl Waiting {
     }
 
     /// A mark with what routing needs of its event. What cannot be read of a damaged row is as if it were not there.
-    fn read(row: &QueryResult) -> Result<Self, DbErr> {
+    pub(crate) fn read(row: &QueryResult) -> Result<Self, DbErr> {
         let position = row.try_get("", "mark")?;
         let found = row.try_get::<Option<i64>>("", "position")?;
         let event = found.map(|position| {

@@ -123,6 +123,19 @@ pub(crate) struct Sql {
 
     pub(crate) route: Route,
 
+    /// How many events wait, up to a million, how many were set aside, and the age of the oldest in seconds.
+    pub(crate) count_unrouted: &'static str,
+
+    /// $1 position. Nothing if the event is routed.
+    pub(crate) unrouted_mark: &'static str,
+
+    /// $1 the position they come before or null, $2 number. Index: outbox_unrouted_set_aside.
+    pub(crate) list_set_aside: &'static str,
+
+    /// $1 positions, or null for all that were set aside; so does the next.
+    pub(crate) put_back: &'static str,
+    pub(crate) discard_set_aside: &'static str,
+
     /// $1 position, $2 error. The mark stays, for an operator.
     pub(crate) set_aside: &'static str,
 

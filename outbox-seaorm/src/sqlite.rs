@@ -58,7 +58,8 @@ macro_rules! old {
 /// What routing reads of an event `e`: no payload. When it is due is calculated when its delivery is inserted.
 macro_rules! subject {
     () => {
-        "e.position, e.event_id, e.event_type, e.aggregate_type, e.aggregate_id, e.tenant, e.tags, 0.0 as due"
+        "e.position, e.event_id, e.event_type, e.aggregate_type, e.aggregate_id, e.tenant, e.tags,
+         max(0.0, (julianday('now') - julianday(e.recorded_at)) * 86400) as age, 0.0 as due"
     };
 }
 
@@ -146,6 +147,28 @@ pub(crate) static SQLITE: Sql = Sql {
     route: Route::InSteps {
         take_marks: "delete from outbox_unrouted where position in (select value from json_each($1))",
     },
+
+    count_unrouted: "
+    select (select count(*) from (select 1 from outbox_unrouted where set_aside_at is null limit 1000000)) as waiting,
+           (select count(*) from outbox_unrouted where set_aside_at is not null) as set_aside,
+           (select max(0.0, (julianday('now') - julianday(recorded_at)) * 86400) from outbox_events
+             where position = (select min(position) from outbox_unrouted where set_aside_at is null)) as oldest_age_seconds",
+
+    unrouted_mark: "select set_aside_at, error from outbox_unrouted where position = $1",
+
+    list_set_aside: "
+    select u.position, u.set_aside_at, coalesce(u.error, '') as error, e.event_id, e.event_type
+      from outbox_unrouted u left join outbox_events e on e.position = u.position
+     where u.set_aside_at is not null and ($1 is null or u.position < $1)
+     order by u.position desc limit $2",
+
+    put_back: "
+    update outbox_unrouted set set_aside_at = null, error = null, ahead = true
+     where set_aside_at is not null and ($1 is null or position in (select value from json_each($1)))",
+
+    discard_set_aside: "
+    delete from outbox_unrouted
+     where set_aside_at is not null and ($1 is null or position in (select value from json_each($1)))",
 
     set_aside: "
     update outbox_unrouted set set_aside_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), error = $2
@@ -416,7 +439,7 @@ pub(crate) static SQLITE: Sql = Sql {
       from outbox_workers order by id",
 
     status: "
-    select s.name, s.paused_at is not null as paused,
+    select s.id, s.name, s.paused_at is not null as paused,
            case when s.circuit_until is null then 'closed'
                 when s.circuit_until > strftime('%Y-%m-%dT%H:%M:%fZ', 'now') then 'open'
                 else 'half-open' end as circuit,

@@ -5,7 +5,7 @@ use sea_orm::DbErr;
 use serde::Serialize;
 
 use crate::{
-    Outbox,
+    Outbox, Unrouted,
     definitions::Definition,
     workers::{ALIVE_FOR, Known},
 };
@@ -20,6 +20,8 @@ pub struct Status {
     pub subscriptions: Vec<SubscriptionStatus>,
     /// The workers that were seen lately.
     pub workers: Vec<WorkerStatus>,
+    /// Events that are not routed to subscriptions yet.
+    pub unrouted: Unrouted,
 }
 
 /// One subscription.
@@ -27,7 +29,8 @@ pub struct Status {
 pub struct SubscriptionStatus {
     /// The name.
     pub name: String,
-    /// Deliveries that are not finished, the leased ones included.
+    /// Deliveries that are not finished, the leased ones included, and events for it that are not routed yet, as far as they
+    /// are among the oldest 10,000.
     pub pending: i64,
     /// Keys that a worker holds at this moment.
     pub leased: i64,
@@ -90,7 +93,8 @@ impl Outbox {
     ///
     /// If the database fails.
     pub async fn status(&self) -> Result<Status, DbErr> {
-        Ok(Status { subscriptions: self.counted(COUNTED).await?, workers: self.workers().await? })
+        let unrouted = self.unrouted().await?;
+        Ok(Status { subscriptions: self.counted(COUNTED).await?, workers: self.workers().await?, unrouted })
     }
 
     /// What waits and what has died, without counting the history: `delivered` is 0. For what asks often.
@@ -103,16 +107,21 @@ impl Outbox {
     }
 
     async fn counted(&self, delivered: i64) -> Result<Vec<SubscriptionStatus>, DbErr> {
+        // First, so that what is routed meanwhile is counted twice and not never.
+        let unrouted = self.unrouted_by_subscription().await?;
         let rows = self.query_all(self.store_reader(), self.sql().status, [delivered.into()]).await?;
         rows.iter()
             .map(|row| {
+                let (events, age) = unrouted.get(&row.try_get("", "id")?).copied().unzip();
+                let routed_age: Option<f64> = row.try_get("", "oldest_pending_age_seconds")?;
+                let ages = routed_age.into_iter().chain(age);
                 Ok(SubscriptionStatus {
                     name: row.try_get("", "name")?,
-                    pending: row.try_get("", "pending")?,
+                    pending: row.try_get::<i64>("", "pending")? + events.unwrap_or(0),
                     leased: row.try_get("", "leased")?,
                     delivered: row.try_get("", "delivered")?,
                     dead: row.try_get("", "dead")?,
-                    oldest_pending_age_seconds: row.try_get("", "oldest_pending_age_seconds")?,
+                    oldest_pending_age_seconds: ages.reduce(f64::max),
                     paused: row.try_get("", "paused")?,
                     circuit: row.try_get("", "circuit")?,
                     last_error: row.try_get("", "last_error")?,

@@ -10,6 +10,7 @@ use crate::{
     deliveries::{attempt_log, recorded},
     lanes::OF_RELAY,
     subscriptions::parsed,
+    unrouted::UnroutedMark,
 };
 
 /// Why an event was or was not delivered to one subscription: what the tables say at this moment.
@@ -26,8 +27,8 @@ pub struct Why {
     /// Since when it is so, as far as that is known.
     pub since: Option<DateTime<Utc>>,
     /// The same for programs: an object whose `cause` is one of `due`, `waiting`, `retry`, `blocked`, `leased`, `held`,
-    /// `paused`, `circuit`, `backfill`, `dead`, `delivered`, `filter`, `began-later`, `unreadable`, with what belongs to
-    /// it.
+    /// `paused`, `circuit`, `backfill`, `unrouted`, `set-aside`, `dead`, `delivered`, `filter`, `began-later`, `unreadable`,
+    /// with what belongs to it.
     pub details: serde_json::Value,
 }
 
@@ -77,9 +78,12 @@ impl Outbox {
         let Some(row) = self.query_one(self.store_reader(), self.sql().event_by_id, [event.into()]).await? else {
             return Ok(None);
         };
-        let standings = self.standings(row.try_get("", "position")?, None).await?;
+        let position = row.try_get("", "position")?;
+        // First: what is routed meanwhile is among the deliveries.
+        let mark = self.unrouted_mark(position).await?;
+        let standings = self.standings(position, None).await?;
         let event = recorded(&row).ok();
-        Ok(Some(standings.into_iter().map(|standing| standing.why(event.as_ref())).collect()))
+        Ok(Some(standings.into_iter().map(|standing| standing.why(event.as_ref(), mark.as_ref())).collect()))
     }
 
     /// One statement, so that no delivery is missed that moves meanwhile.
@@ -147,10 +151,16 @@ impl Standing {
         })
     }
 
-    fn why(self, event: Option<&RecordedEvent>) -> Why {
-        let state = self.state();
+    fn why(self, event: Option<&RecordedEvent>, mark: Option<&UnroutedMark>) -> Why {
+        let mut state = self.state();
         let (reason, since, details) = match &self.place {
-            Place::Nowhere => self.why_nowhere(event),
+            Place::Nowhere => match self.why_unrouted(event, mark) {
+                Some(unrouted) => {
+                    state = Some(DeliveryState::Pending);
+                    unrouted
+                }
+                None => self.why_nowhere(event),
+            },
             Place::Queued(queued) => {
                 let (reason, since, details) = self.why_queued(queued);
                 (reason, since.or_else(|| event.map(|event| event.recorded_at)), details)
@@ -171,6 +181,30 @@ impl Standing {
             ),
         };
         Why { subscription: self.subscription, state, reason, since, details }
+    }
+
+    /// `None` if it is routed, or not for this subscription.
+    fn why_unrouted(
+        &self,
+        event: Option<&RecordedEvent>,
+        mark: Option<&UnroutedMark>,
+    ) -> Option<(String, Option<DateTime<Utc>>, serde_json::Value)> {
+        let mark = mark?;
+        let event = event.filter(|event| self.filter.matches(&Subject::of_recorded(event)))?;
+        if let Some((at, error)) = &mark.set_aside {
+            let reason = format!(
+                "set aside at {} because it could not be routed: {error}; put it back or discard it (outbox unrouted)",
+                shown(*at)
+            );
+            return Some((reason, Some(*at), json!({ "cause": "set-aside", "error": error })));
+        }
+        let reason = if mark.has_worker {
+            "not routed yet: a worker does that in a moment"
+        } else {
+            "not routed yet, and no worker is running; start one"
+        };
+        let details = json!({ "cause": "unrouted", "worker": mark.has_worker });
+        Some((reason.to_owned(), Some(event.recorded_at), details))
     }
 
     fn why_nowhere(&self, event: Option<&RecordedEvent>) -> (String, Option<DateTime<Utc>>, serde_json::Value) {

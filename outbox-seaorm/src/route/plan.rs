@@ -9,17 +9,17 @@ use crate::subscriptions::KnownSubscriptions;
 
 /// An event that waits to be routed.
 #[derive(Debug)]
-pub(super) struct Waiting {
+pub(crate) struct Waiting {
     pub(super) position: i64,
     /// Without its payload, unless it came from a commit of this process; `None` if its row is gone.
-    pub(super) event: Option<RecordedEvent>,
+    pub(crate) event: Option<RecordedEvent>,
     pub(super) has_payload: bool,
     /// In seconds, by the database's clock.
     pub(super) due: f64,
 }
 
 /// A lane: subscription and key.
-pub(super) type Key = (i32, String);
+pub(crate) type Key = (i32, String);
 
 #[derive(Debug, PartialEq, Serialize)]
 pub(super) struct EventRow {
@@ -105,7 +105,7 @@ pub(super) fn plan(
 }
 
 /// The lanes of an event.
-pub(super) fn keys(event: &RecordedEvent, known: &KnownSubscriptions) -> Vec<Key> {
+pub(crate) fn keys(event: &RecordedEvent, known: &KnownSubscriptions) -> Vec<Key> {
     let subject = Subject::of_recorded(event);
     known.matching(&subject).into_iter().map(|each| (each.id, each.ordering.key(&subject))).collect()
 }

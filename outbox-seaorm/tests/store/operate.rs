@@ -111,10 +111,6 @@ impl Db {
             let earlier = before(column, "86400");
             self.execute(&format!("update {table} set {column} = {earlier}")).await;
         }
-        if BACKEND == DbBackend::Postgres {
-            // No flush is under way that could have missed a new subscription.
-            self.execute("update outbox_subscriptions set changed_in = null").await;
-        }
     }
 
     async fn purge(&self, retention: &Retention) -> Purged {

@@ -133,7 +133,6 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
         ("an event", POSTGRES.event_by_id, uuid, &["using outbox_events_event_id_key on outbox_events"]),
         ("positions of a backfill", POSTGRES.positions_known, "1, '[1,2,3]'", &[]),
         ("list all events", list.of_all, &of("null, null, null"), &["Backward using outbox_events_pkey on"]),
-        ("list events of a type", list.of_type, &of("'todo.moved', null, null"), &["using outbox_events_type on"]),
         ("list events of one", list.of_aggregate, &of("null, 'todo', '1'"), &["using outbox_events_aggregate on"]),
         ("dead letters", POSTGRES.list_dead_letters, "null, null, null, null, null, null, 50", &[died, event]),
         ("one event everywhere", POSTGRES.standing, "1000, null", &["using outbox_delivered_pkey on outbox_delivered"]),

@@ -1,0 +1,99 @@
+//! Between the router of a worker and the feed of a subscription: how many lanes the feed would take now, and the lanes
+//! that were leased to it by routing.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use outbox_seaorm::ClaimedLane;
+use tokio::sync::Notify;
+
+#[derive(Debug, Default)]
+pub(crate) struct Desk {
+    state: Mutex<State>,
+    /// Lanes have come, the leases are in doubt, or the router has ended.
+    arrived: Notify,
+    /// Of all feeds of the worker: one has room again.
+    room: Arc<Notify>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    room: usize,
+    leased: Vec<(ClaimedLane, Instant)>,
+    in_doubt: bool,
+    has_router: bool,
+}
+
+/// What the router has left for a feed.
+#[derive(Debug, Default)]
+pub(crate) struct Left {
+    /// Leased lanes, with the moment at which they were asked for.
+    pub(crate) leased: Vec<(ClaimedLane, Instant)>,
+    /// The connection was lost: leases may be gone.
+    pub(crate) in_doubt: bool,
+}
+
+impl Desk {
+    /// `room` is shared by the feeds of a worker.
+    pub(crate) fn new(room: Arc<Notify>) -> Self {
+        Self { room, ..Self::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many lanes the feed would take now.
+    pub(crate) fn set_room(&self, room: usize) {
+        let mut state = self.state();
+        let room = room.saturating_sub(state.leased.len());
+        if std::mem::replace(&mut state.room, room) == 0 && room > 0 {
+            self.room.notify_one();
+        }
+    }
+
+    pub(crate) fn room(&self) -> usize {
+        self.state().room
+    }
+
+    /// Leases for the feed.
+    pub(crate) fn put(&self, lane: ClaimedLane, asked_at: Instant) {
+        let mut state = self.state();
+        state.room = state.room.saturating_sub(1);
+        state.leased.push((lane, asked_at));
+        self.arrived.notify_one();
+    }
+
+    /// The connection to the database was lost. A crash of the server may have taken back leases that routing gave.
+    pub(crate) fn doubt(&self) {
+        self.state().in_doubt = true;
+        self.arrived.notify_one();
+    }
+
+    pub(crate) fn take(&self) -> Left {
+        let mut state = self.state();
+        Left { leased: std::mem::take(&mut state.leased), in_doubt: std::mem::take(&mut state.in_doubt) }
+    }
+
+    /// Waits for something to take.
+    pub(crate) async fn arrived(&self) {
+        self.arrived.notified().await;
+    }
+
+    /// Whether nothing is here, and nothing will come.
+    pub(crate) fn is_closed(&self) -> bool {
+        let state = self.state();
+        !state.has_router && state.leased.is_empty()
+    }
+
+    pub(crate) fn open(&self) {
+        self.state().has_router = true;
+    }
+
+    pub(crate) fn close(&self) {
+        self.state().has_router = false;
+        self.arrived.notify_one();
+    }
+}

@@ -1,0 +1,221 @@
+//! The router of a worker: one task that routes what commits, and leases what is new to the feeds that have room.
+//!
+//! It takes as much as the feeds have room for, so that what it routes is leased by the same statement; what they cannot
+//! take waits unrouted, where it costs least and where every other worker finds it. While no feed has room it routes
+//! slowly, for the subscriptions that others serve.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use metrics::counter;
+use outbox_seaorm::{NextLook, Outbox, Routed, Router, Taker};
+use sea_orm::DbErr;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::{desk::Desk, feed::Source};
+
+/// How many events are routed at once at most.
+const MOST: usize = 500;
+
+/// How often something is routed although no feed has room.
+const SLOWLY: Duration = Duration::from_millis(100);
+
+/// So many events at once are a high load. Then a pause lets more come together: a few large statements cost less than
+/// many small ones.
+const LOADED: usize = 8;
+const COALESCE: Duration = Duration::from_millis(5);
+
+/// From the first to the longest wait for what another process is at.
+const SOON: Duration = Duration::from_millis(1);
+const LATEST: Duration = Duration::from_millis(20);
+
+/// Between two tries while the database is out of reach: the first, and the longest.
+const OUTAGE: Duration = Duration::from_millis(100);
+const LONGEST_OUTAGE: Duration = Duration::from_secs(5);
+
+/// How long to wait after a look: pure, so that it can be tested.
+#[derive(Debug)]
+struct Waits {
+    poll: Duration,
+    idle: Duration,
+    soon: Duration,
+    outage: Duration,
+}
+
+/// When the next look begins.
+#[derive(Debug, PartialEq, Eq)]
+enum Wait {
+    /// After so long, whatever happens.
+    For(Duration),
+    /// When something wakes the router, and after so long at the latest.
+    Woken(Duration),
+}
+
+impl Waits {
+    fn new(poll: Duration) -> Self {
+        Self { poll, idle: poll / 8, soon: SOON, outage: OUTAGE }
+    }
+
+    /// `took` is how long the look was. On SQLite requests have their turn for as long.
+    fn after(&mut self, routed: &Routed, took: Duration, is_sqlite: bool) -> Wait {
+        self.outage = OUTAGE;
+        if routed.events > 0 || routed.next == NextLook::Now {
+            (self.idle, self.soon) = (self.poll / 8, SOON);
+        }
+        match routed.next {
+            NextLook::Now => Wait::For(if is_sqlite { took } else { Duration::ZERO }),
+            NextLook::Soon => {
+                let soon = self.soon;
+                self.soon = (2 * soon).min(LATEST);
+                Wait::For(soon)
+            }
+            NextLook::Woken if routed.events >= LOADED => Wait::For(COALESCE),
+            NextLook::Woken => {
+                self.soon = SOON;
+                let idle = self.idle;
+                self.idle = (2 * idle).min(self.poll);
+                Wait::Woken(idle)
+            }
+        }
+    }
+
+    fn after_error(&mut self) -> Wait {
+        let wait = self.outage;
+        self.outage = (2 * wait).min(LONGEST_OUTAGE);
+        Wait::For(wait)
+    }
+}
+
+/// Routes until it is told to stop.
+pub(crate) async fn run(outbox: Outbox, sources: Vec<Source>, room: Arc<Notify>, stop: CancellationToken) {
+    let _closing = Closing(sources.iter().map(|source| source.desk.clone()).collect());
+    let poll = sources.iter().map(|source| source.poll).min().unwrap_or(Duration::from_secs(5));
+    let is_sqlite = outbox.writer().get_database_backend() == sea_orm::DbBackend::Sqlite;
+    let mut router = outbox.router();
+    let mut waits = Waits::new(poll);
+    let mut slowly = Instant::now();
+    while !stop.is_cancelled() {
+        let most = sources.iter().map(|source| source.desk.room()).max().unwrap_or(MOST).min(MOST);
+        if most == 0 && slowly > Instant::now() {
+            tokio::select! {
+                () = room.notified() => {}
+                () = tokio::time::sleep_until(slowly.into()) => {}
+                () = stop.cancelled() => {}
+            }
+            continue;
+        }
+        if most == 0 {
+            slowly = Instant::now() + SLOWLY;
+        }
+        let began = Instant::now();
+        let wait = match route(&mut router, &sources, if most == 0 { MOST } else { most }).await {
+            Ok(routed) => {
+                counter!("outbox_events_routed_total").increment(routed.events as u64);
+                waits.after(&routed, began.elapsed(), is_sqlite)
+            }
+            Err(error) => {
+                sources.iter().for_each(|source| source.desk.doubt());
+                let wait = waits.after_error();
+                tracing::warn!(%error, ?wait, "cannot route events, trying again");
+                wait
+            }
+        };
+        let (most, woken) = match wait {
+            Wait::For(time) => (time, false),
+            Wait::Woken(time) => (time.mul_f64(fastrand::f64().mul_add(0.2, 0.9)), true),
+        };
+        tokio::select! {
+            () = router.woken(), if woken => waits.idle = waits.poll / 8,
+            () = tokio::time::sleep(most) => {}
+            () = stop.cancelled() => {}
+        }
+    }
+}
+
+/// One look. It is not cut off: nobody would know of the leases.
+async fn route(router: &mut Router, sources: &[Source], most: usize) -> Result<Routed, DbErr> {
+    let takers: Vec<Taker> = sources
+        .iter()
+        .filter_map(|source| {
+            let lanes = u32::try_from(source.desk.room()).unwrap_or(u32::MAX);
+            let taker = Taker {
+                subscription: source.subscription.now(),
+                worker: source.worker.clone(),
+                lanes,
+                run: u32::try_from(source.options.batch).unwrap_or(u32::MAX),
+                lease: source.options.lease,
+            };
+            (lanes > 0).then_some(taker)
+        })
+        .collect();
+    let asked_at = Instant::now();
+    let mut routed = router.route(&takers, most).await?;
+    for lane in routed.leased.drain(..) {
+        if let Some(source) = sources.iter().find(|source| source.subscription.now() == lane.lane.subscription) {
+            source.desk.put(lane, asked_at);
+        }
+    }
+    Ok(routed)
+}
+
+/// Tells the feeds that nothing comes any more, also after a panic.
+struct Closing(Vec<Arc<Desk>>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|desk| desk.close());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POLL: Duration = Duration::from_secs(8);
+
+    fn routed(events: usize, next: NextLook) -> Routed {
+        Routed { events, leased: Vec::new(), next }
+    }
+
+    #[test]
+    fn idle_looks_become_rare_and_a_commit_makes_them_frequent_again() {
+        let mut waits = Waits::new(POLL);
+        for seconds in [1, 2, 4, 8, 8] {
+            let wait = waits.after(&routed(0, NextLook::Woken), Duration::ZERO, false);
+            assert_eq!(wait, Wait::Woken(Duration::from_secs(seconds)));
+        }
+        let wait = waits.after(&routed(1, NextLook::Woken), Duration::ZERO, false);
+        assert_eq!(wait, Wait::Woken(Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn a_router_that_was_skipped_looks_again_soon_until_nothing_is_left() {
+        let mut waits = Waits::new(POLL);
+        for millis in [1, 2, 4, 8, 16, 20, 20] {
+            let wait = waits.after(&routed(0, NextLook::Soon), Duration::ZERO, false);
+            assert_eq!(wait, Wait::For(Duration::from_millis(millis)));
+        }
+        assert!(matches!(waits.after(&routed(0, NextLook::Woken), Duration::ZERO, false), Wait::Woken(_)));
+        let wait = waits.after(&routed(0, NextLook::Soon), Duration::ZERO, false);
+        assert_eq!(wait, Wait::For(SOON));
+    }
+
+    #[test]
+    fn a_backlog_is_routed_at_once_and_on_sqlite_requests_have_their_turn() {
+        let (mut waits, took) = (Waits::new(POLL), Duration::from_millis(5));
+        assert_eq!(waits.after(&routed(500, NextLook::Now), took, false), Wait::For(Duration::ZERO));
+        assert_eq!(waits.after(&routed(500, NextLook::Now), took, true), Wait::For(took));
+        assert_eq!(waits.after(&routed(20, NextLook::Woken), took, false), Wait::For(COALESCE));
+    }
+
+    #[test]
+    fn an_outage_is_asked_about_less_and_less_often() {
+        let mut waits = Waits::new(POLL);
+        let waited: Vec<Wait> = (0..8).map(|_| waits.after_error()).collect();
+        assert_eq!(waited[0], Wait::For(OUTAGE));
+        assert_eq!(waited[7], Wait::For(LONGEST_OUTAGE));
+    }
+}
