@@ -36,7 +36,7 @@ const CLAIM_LANES: &str = "
       from lanes
      cross join lateral (
            select position from outbox_deliveries d
-            where d.subscription_id = $1 and d.key = lanes.key order by position limit $2) run
+            where d.subscription_id = $1 and d.key = lanes.key order by seq limit $2) run
       join outbox_events e on e.position = run.position";
 
 /// Moves finished deliveries to the history and advances their lanes, in one statement. Parameters: subscription; key
@@ -56,12 +56,24 @@ const ACKNOWLEDGE_LANES: &str = "
              from held where l.subscription_id = $1 and l.key = held.key and held.pending > held.n),
          finished as (
            delete from outbox_deliveries d using unnest($2::text[], $3::bigint[]) as t(key, position), held
-            where d.subscription_id = $1 and d.key = t.key and d.position = t.position and held.key = t.key
+            where d.subscription_id = $1 and d.position = t.position and d.key = t.key and held.key = t.key
            returning d.position),
          history as (
            insert into outbox_delivered (subscription_id, position, attempts, delivered_at)
            select $1, position, 1, clock_timestamp() from finished)
     select key from held";
+
+/// Takes marks of events that nobody has routed and delivers the events at once: no lanes, no order, no lease.
+const TAKE_MARKS: &str = "
+    with taken as (
+           delete from outbox_unrouted
+            where position = any (array(
+                  select position from outbox_unrouted order by position limit $2 for update skip locked))
+           returning position),
+         history as (
+           insert into outbox_delivered (subscription_id, position, attempts, delivered_at)
+           select $1, position, 1, clock_timestamp() from taken)
+    select e.event_id, e.event_type, e.payload::text as payload from taken join outbox_events e using (position)";
 
 /// An ordinary outbox: no order, one row for each event.
 const CREATE_ROWS: &str = "
@@ -99,33 +111,33 @@ pub(crate) async fn subscription(pool: &PgPool) -> Result<i32> {
 
 /// Claims, delivers to nobody and acknowledges one batch; returns how many deliveries that were.
 pub(crate) async fn lanes_once(pool: &PgPool, subscription: i32) -> Result<usize> {
-    deliver_lanes(pool, subscription, |_| Ok(())).await
+    deliver_lanes(pool, subscription).await
 }
 
-/// As [`lanes_once`]; returns the number of each event and when it was delivered.
-pub(crate) async fn lanes_numbers(pool: &PgPool, subscription: i32) -> Result<Vec<(usize, u128)>> {
-    let mut numbers = Vec::new();
-    let deliver = |payload: String| {
-        let event: Happened = serde_json::from_str(&payload)?;
-        numbers.push((event.n, nanoseconds()));
-        Ok(())
-    };
-    deliver_lanes(pool, subscription, deliver).await?;
-    Ok(numbers)
+/// Delivers to nobody what was committed and not routed; returns how many deliveries that were.
+pub(crate) async fn marks_once(pool: &PgPool, subscription: i32) -> Result<usize> {
+    Ok(sqlx::query(TAKE_MARKS).bind(subscription).bind(BATCH).fetch_all(pool).await?.len())
 }
 
-async fn deliver_lanes(
-    pool: &PgPool,
-    subscription: i32,
-    mut deliver: impl FnMut(String) -> Result<()>,
-) -> Result<usize> {
+/// As [`marks_once`]; returns the number of each event and when it was delivered.
+pub(crate) async fn marks_numbers(pool: &PgPool, subscription: i32) -> Result<Vec<(usize, u128)>> {
+    let rows = sqlx::query(TAKE_MARKS).bind(subscription).bind(BATCH).fetch_all(pool).await?;
+    rows.iter()
+        .map(|row| {
+            let event: Happened = serde_json::from_str(&row.try_get::<String, _>("payload")?)?;
+            Ok((event.n, nanoseconds()))
+        })
+        .collect()
+}
+
+async fn deliver_lanes(pool: &PgPool, subscription: i32) -> Result<usize> {
     let rows = sqlx::query(CLAIM_LANES).bind(subscription).bind(BATCH).fetch_all(pool).await?;
     if rows.is_empty() {
         return Ok(0);
     }
     let mut lanes: BTreeMap<String, (i64, Vec<i64>)> = BTreeMap::new();
     for row in &rows {
-        deliver(row.try_get("payload")?)?;
+        let _payload: String = row.try_get("payload")?;
         let lane = lanes.entry(row.try_get("key")?).or_default();
         lane.0 = row.try_get("lease_token")?;
         lane.1.push(row.try_get("position")?);
@@ -161,8 +173,9 @@ async fn rows_once(pool: &PgPool) -> Result<usize> {
     Ok(usize::try_from(done.rows_affected())?)
 }
 
-/// Drains lanes in bare SQL, with order per key; the rate per second.
+/// Drains lanes in bare SQL, with order per key; the rate per second. They are routed before.
 pub(crate) async fn drain_lanes(database: &Database, events: usize) -> Result<f64> {
+    database.outbox().await?.route_waiting().await?;
     let pool = pool(database).await?;
     let subscription = subscription(&pool).await?;
     let consumer = pool.clone();

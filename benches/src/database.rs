@@ -121,8 +121,7 @@ impl Database {
                 progress(&format!("filling: {first} of {events} events"));
             }
         }
-        // A worker that starts soon after a change of the subscription would look through all events from around it.
-        self.execute("update outbox_subscriptions set changed_in = null, settled_after = null").await
+        Ok(())
     }
 
     pub(crate) async fn drop(self) -> Result<()> {

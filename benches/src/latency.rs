@@ -130,7 +130,7 @@ async fn bare_listener(
     sqlx::query("select 1").execute(&pool).await?;
     let consume = tokio::spawn(async move {
         while listener.recv().await.is_ok() {
-            while let Ok(numbers) = bare::lanes_numbers(&pool, subscription).await {
+            while let Ok(numbers) = bare::marks_numbers(&pool, subscription).await {
                 if numbers.is_empty() {
                     break;
                 }

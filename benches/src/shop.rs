@@ -134,17 +134,12 @@ async fn order_with_least(State(db): State<DatabaseConnection>) -> Result<Status
 /// Event, lane and delivery as constants wherever possible: no check whether the subscriptions are current, no context.
 async fn write_least(db: &DatabaseConnection) -> Result<(), DbErr> {
     const LEAST: &str = "
-        with lane as (
-               insert into outbox_lanes as lane (subscription_id, key, pending, due_at)
-               values (1, $1, 1, clock_timestamp())
-               on conflict (subscription_id, key) do update set pending = lane.pending + 1),
-             event as (
+        with event as (
                insert into outbox_events (
                    event_id, event_type, schema_version, aggregate_type, aggregate_id, payload, occurred_at)
                values ($2, 'bench.happened', 1, 'bench', $1, $3::text::json, clock_timestamp())
-               returning position, recorded_at)
-        insert into outbox_deliveries (subscription_id, key, position, due_at)
-        select 1, $1, position, recorded_at from event";
+               returning position)
+        insert into outbox_unrouted (position) select position from event";
     let id = Uuid::now_v7();
     let tx = db.begin().await?;
     insert_order(&tx, id).await?;

@@ -153,7 +153,7 @@ async fn bare_consumer(database: &Database) -> Result<JoinHandle<()>> {
     let pool = bare::pool(database).await?;
     let subscription = bare::subscription(&pool).await?;
     Ok(tokio::spawn(async move {
-        while let Ok(delivered) = bare::lanes_once(&pool, subscription).await {
+        while let Ok(delivered) = bare::marks_once(&pool, subscription).await {
             if delivered < 100 {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }

@@ -444,7 +444,8 @@ impl Feed {
 
     /// How many lanes that are new may be leased by routing: as many as would be claimed, unless there are others.
     fn room_for_new(&self) -> usize {
-        let takes = self.source.until == Until::Stopped && !self.behind && !self.circuit.is_open() && self.wants_lanes();
+        let takes =
+            self.source.until == Until::Stopped && !self.behind && !self.circuit.is_open() && self.wants_lanes();
         if takes && !self.is_full() { self.room() } else { 0 }
     }
 

@@ -56,14 +56,14 @@ enum Wait {
 
 impl Waits {
     fn new(poll: Duration) -> Self {
-        Self { poll, idle: poll / 8, soon: SOON, outage: OUTAGE }
+        Self { poll, idle: poll / 4, soon: SOON, outage: OUTAGE }
     }
 
     /// `took` is how long the look was. On SQLite requests have their turn for as long.
     fn after(&mut self, routed: &Routed, took: Duration, is_sqlite: bool) -> Wait {
         self.outage = OUTAGE;
         if routed.events > 0 || routed.next == NextLook::Now {
-            (self.idle, self.soon) = (self.poll / 8, SOON);
+            (self.idle, self.soon) = (self.poll / 4, SOON);
         }
         match routed.next {
             NextLook::Now => Wait::For(if is_sqlite { took } else { Duration::ZERO }),
@@ -128,7 +128,7 @@ pub(crate) async fn run(outbox: Outbox, sources: Vec<Source>, room: Arc<Notify>,
             Wait::Woken(time) => (time.mul_f64(fastrand::f64().mul_add(0.2, 0.9)), true),
         };
         tokio::select! {
-            () = router.woken(), if woken => waits.idle = waits.poll / 8,
+            () = router.woken(), if woken => waits.idle = waits.poll / 4,
             () = tokio::time::sleep(most) => {}
             () = stop.cancelled() => {}
         }
@@ -183,12 +183,12 @@ mod tests {
     #[test]
     fn idle_looks_become_rare_and_a_commit_makes_them_frequent_again() {
         let mut waits = Waits::new(POLL);
-        for seconds in [1, 2, 4, 8, 8] {
+        for seconds in [2, 4, 8, 8] {
             let wait = waits.after(&routed(0, NextLook::Woken), Duration::ZERO, false);
             assert_eq!(wait, Wait::Woken(Duration::from_secs(seconds)));
         }
         let wait = waits.after(&routed(1, NextLook::Woken), Duration::ZERO, false);
-        assert_eq!(wait, Wait::Woken(Duration::from_secs(1)));
+        assert_eq!(wait, Wait::Woken(Duration::from_secs(2)));
     }
 
     #[test]

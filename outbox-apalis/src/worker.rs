@@ -20,11 +20,11 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Handlers, InvalidOption, OutboxBackend,
     clock::DatabaseClock,
+    desk::Desk,
     destination::{self, AttemptResult, Destination, End, PublisherDestination},
     feed::{Counts, Source, SubscriptionId, Until},
     handlers::HandlersDestination,
     options::Options,
-    desk::Desk,
     redis::{self, Health, Jobs, Queue, RELAY_LEASES, Redis, Transport},
     router,
     task::DeliveryTask,
@@ -428,7 +428,8 @@ impl StartedWorker {
     }
 
     pub(crate) async fn run(self, until: Until, shutdown: impl Future<Output = ()> + Send) -> Deliveries {
-        let Self { store, worker, mut sources, registrations, stop, counts, clock, thread, redis, room, retention } = self;
+        let Self { store, worker, mut sources, registrations, stop, counts, clock, thread, redis, room, retention } =
+            self;
         sources.iter_mut().for_each(|source| source.until = until);
         let names: Vec<String> = sources.iter().map(|source| source.name.to_string()).collect();
         let idle: Vec<CancellationToken> = sources.iter().map(|source| source.idle.clone()).collect();

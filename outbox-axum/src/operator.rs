@@ -8,6 +8,7 @@ mod metrics;
 mod refusal;
 mod status;
 mod subscriptions;
+mod unrouted;
 
 use axum::{
     Json, Router,
@@ -44,7 +45,7 @@ use crate::{
 /// | `GET /readyz` | 200 `ready` if the database answers, has the tables, and answers the worker of this process too, else 503 `not ready`; within 2 s |
 /// | `GET /outbox` | the console, a page that shows and does what the API can |
 /// | `GET /metrics` | Prometheus text: gauges of the database, counters of this process |
-/// | `GET /outbox/api/status` | subscriptions with their counts, and workers |
+/// | `GET /outbox/api/status` | subscriptions with their counts, workers, and how much is not routed |
 /// | `GET /outbox/api/events` | events, the newest first: `event_type`, `aggregate_type`, `aggregate_id`, `tenant`, `actor_kind`, `since`, `until` |
 /// | `GET /outbox/api/events/{id}` | one event with payload, deliveries and their attempts |
 /// | `GET /outbox/api/events/{id}/why` | why it was or was not delivered, for each subscription |
@@ -52,6 +53,8 @@ use crate::{
 /// | `POST /outbox/api/dead-letters/replay`, `…/discard` | `{"ids":["…"]}` or `{"filter":{…}}`, `"dry_run"`, `"reason"`: `{"matched":n,"changed":n}` |
 /// | `POST /outbox/api/subscriptions/{name}/pause`, `…/resume` | `{"changed":n}` |
 /// | `POST /outbox/api/subscriptions/{name}/replay` | one of `since`, `event_ids`, `event_type`; `"dry_run"`, `"reason"` |
+/// | `GET /outbox/api/unrouted` | events that could not be routed, the newest first |
+/// | `POST /outbox/api/unrouted/put-back`, `…/discard` | `{"ids":["…"]}` or `{"all":true}`, `"reason"`: `{"changed":n}` |
 /// | `GET /outbox/api/audit` | the last 50 changes by operators |
 /// | everything else | the [dashboard](Self::dashboard), or 404 |
 ///
@@ -117,6 +120,9 @@ impl Operator {
             .route("/subscriptions/{name}/pause", post(subscriptions::pause))
             .route("/subscriptions/{name}/resume", post(subscriptions::resume))
             .route("/subscriptions/{name}/replay", post(subscriptions::replay))
+            .route("/unrouted", get(unrouted::list))
+            .route("/unrouted/put-back", post(unrouted::put_back))
+            .route("/unrouted/discard", post(unrouted::discard))
             .route("/audit", get(status::audit))
             .fallback(not_found)
             .method_not_allowed_fallback(method_not_allowed)

@@ -7,6 +7,7 @@ mod output;
 mod select;
 mod status;
 mod subscriptions;
+mod unrouted;
 
 use std::{error::Error, process::ExitCode};
 
@@ -88,6 +89,11 @@ enum Command {
         #[command(subcommand)]
         command: Option<maintenance::Migrate>,
     },
+    /// Events that are not routed to subscriptions: how many wait, and those that could not be.
+    Unrouted {
+        #[command(subcommand)]
+        command: Option<unrouted::Unrouted>,
+    },
     /// Looks for what usually goes wrong and says what to do.
     Doctor,
 }
@@ -136,6 +142,7 @@ async fn run(cli: Cli) -> Answer {
         Command::Subscriptions { command } => subscriptions::run(&outbox, command.unwrap_or_default()).await,
         Command::Why { event } => events::why(&outbox, event).await,
         Command::Purge(purge) => maintenance::purge(&outbox, purge).await,
+        Command::Unrouted { command } => unrouted::run(&outbox, command.unwrap_or_default()).await,
         Command::Doctor => maintenance::doctor(&outbox).await,
         Command::Migrate { .. } => unreachable!("answered above"),
     }

@@ -125,6 +125,9 @@ fn ours(error: MigrateError) -> Box<dyn std::error::Error> {
     }
 }
 
+/// In seconds.
+const ROUTED_WITHIN: f64 = 30.0;
+
 pub(crate) async fn doctor(outbox: &Outbox) -> Answer {
     let status = outbox.status().await?;
     let mut found = Vec::new();
@@ -172,6 +175,25 @@ pub(crate) async fn doctor(outbox: &Outbox) -> Answer {
         let to_do =
             "find who has the file open for long, for example with `fuser`: a backup, a console, a stopped program";
         note(format!("the write-ahead log is {} MiB: a reader keeps an old snapshot", log >> 20), to_do);
+    }
+    let unrouted = &status.unrouted;
+    let has_worker = status.workers.iter().any(outbox_seaorm::WorkerStatus::is_alive);
+    if unrouted.waiting > 0 && !has_worker {
+        note(
+            format!("{} events are not routed to subscriptions, and no worker is running", unrouted.waiting),
+            "start a worker, or route them once: outbox unrouted route",
+        );
+    } else if unrouted.oldest_age_seconds.is_some_and(|age| age > ROUTED_WITHIN) {
+        note(
+            format!("{} events are not routed although a worker is running", unrouted.waiting),
+            "look for a session that locks rows of the outbox, and at the log of the worker",
+        );
+    }
+    if unrouted.set_aside > 0 {
+        note(
+            format!("{} events could not be routed and were set aside", unrouted.set_aside),
+            "outbox unrouted list, then put-back or discard",
+        );
     }
     if status.subscriptions.is_empty() {
         note("there are no subscriptions: events go nowhere".to_owned(), "start a worker");

@@ -22,6 +22,15 @@ pub(crate) async fn status(outbox: &Outbox) -> Answer {
         ]
     });
     let mut text = table(head, rows);
+    let unrouted = &status.unrouted;
+    if unrouted.waiting > 0 {
+        let alive = status.workers.iter().any(outbox_seaorm::WorkerStatus::is_alive);
+        let why = if alive { "" } else { ": no worker is running" };
+        let _ = writeln!(text, "{} events are not routed yet{why}", unrouted.waiting);
+    }
+    if unrouted.set_aside > 0 {
+        let _ = writeln!(text, "{} events could not be routed: outbox unrouted", unrouted.set_aside);
+    }
     for worker in &status.workers {
         let seen = worker.last_seen_seconds;
         let _ = writeln!(text, "worker {}, seen {seen:.0} s ago: {}", worker.id, worker.subscriptions.join(", "));

@@ -757,7 +757,7 @@ pub(crate) static POSTGRES: Sql = Sql {
                  order by due_at desc limit 1000) l
           cross join lateral (
                 select position from outbox_deliveries
-                 where subscription_id = l.subscription_id and key = l.key order by position limit 1) d
+                 where subscription_id = l.subscription_id and key = l.key order by seq limit 1) d
           cross join lateral (select * from outbox_events e where e.position = d.position offset 0) e
           where l.due_at > ",
         asked_for!(),
@@ -787,7 +787,7 @@ pub(crate) static POSTGRES: Sql = Sql {
     due_with_heads: "
         update outbox_lanes l set due_at = head.due_at
           from (select k.key, (select d.due_at from outbox_deliveries d
-                                where d.subscription_id = $1 and d.key = k.key order by position limit 1) as due_at
+                                where d.subscription_id = $1 and d.key = k.key order by seq limit 1) as due_at
                   from jsonb_array_elements_text($2::text::jsonb) k(key)) head
          where l.subscription_id = $1 and l.key = head.key and l.due_at > head.due_at",
 
@@ -807,7 +807,7 @@ pub(crate) static POSTGRES: Sql = Sql {
                 where subscription_id = d.subscription_id and key = d.key offset 0) l
          where d.subscription_id = $1
            and $2 = (l.leased_by is not null and l.due_at > clock_timestamp()
-                     and d.position = (select min(position) from outbox_deliveries h
+                     and d.seq = (select min(seq) from outbox_deliveries h
                                         where h.subscription_id = d.subscription_id and h.key = d.key))
          order by d.position desc limit $3",
 
@@ -821,7 +821,7 @@ pub(crate) static POSTGRES: Sql = Sql {
     list_unfinished: concat!(
         "select l.attempts as lane_attempts, nullif(l.due_at, 'infinity') as lane_due_at, l.leased_by, l.last_error,
                 d.due_at,
-                d.position = (select min(position) from outbox_deliveries h
+                d.seq = (select min(seq) from outbox_deliveries h
                                where h.subscription_id = d.subscription_id and h.key = d.key) as head, ",
         event_columns!(),
         " from outbox_deliveries d
@@ -831,7 +831,7 @@ pub(crate) static POSTGRES: Sql = Sql {
          cross join lateral (select * from outbox_events where position = d.position offset 0) e
          where d.subscription_id = $1
            and $2 = (l.leased_by is not null and l.due_at > clock_timestamp()
-                     and d.position = (select min(position) from outbox_deliveries h
+                     and d.seq = (select min(seq) from outbox_deliveries h
                                         where h.subscription_id = d.subscription_id and h.key = d.key))
            and d.position <= $3
          order by d.position desc limit $4"
@@ -875,8 +875,8 @@ pub(crate) static POSTGRES: Sql = Sql {
           from outbox_subscriptions s
           left join outbox_deliveries d on d.subscription_id = s.id and d.position = $1
           left join outbox_lanes l on l.subscription_id = s.id and l.key = d.key
-          left join lateral (select min(position) as position from outbox_deliveries
-                              where subscription_id = d.subscription_id and key = d.key) h on true
+          left join lateral (select position from outbox_deliveries
+                              where subscription_id = d.subscription_id and key = d.key order by seq limit 1) h on true
           left join outbox_delivered f on f.subscription_id = s.id and f.position = $1
           left join outbox_dead_letters x on x.subscription_id = s.id and x.position = $1
          where $2::integer is null or s.id = $2
@@ -925,7 +925,7 @@ pub(crate) static POSTGRES: Sql = Sql {
            set held_at = null,
                due_at = coalesce((select d.due_at from outbox_deliveries d
                                    where d.subscription_id = l.subscription_id and d.key = l.key
-                                   order by position limit 1), l.due_at)
+                                   order by seq limit 1), l.due_at)
           from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, position bigint)
          where l.subscription_id = r.subscription and l.key = r.key and l.held_at = r.position",
 
@@ -935,12 +935,12 @@ pub(crate) static POSTGRES: Sql = Sql {
            set attempts = 0, attempt_log = null, last_error = null,
                due_at = case when leased_by is null then (
                    select d.due_at from outbox_deliveries d
-                    where d.subscription_id = l.subscription_id and d.key = l.key order by position limit 1)
+                    where d.subscription_id = l.subscription_id and d.key = l.key order by seq limit 1)
                    else l.due_at end
           from jsonb_to_recordset($1::text::jsonb) as r(subscription integer, key text, position bigint)
          where l.subscription_id = r.subscription and l.key = r.key and l.held_at is null
-           and r.position = (select min(position) from outbox_deliveries d
-                              where d.subscription_id = l.subscription_id and d.key = l.key)",
+           and r.position = (select position from outbox_deliveries d
+                              where d.subscription_id = l.subscription_id and d.key = l.key order by seq limit 1)",
 
     // A role that may not see the sequence gets null. Its value is what the next position comes after; a restore can set it
     // back.

@@ -33,8 +33,8 @@ pub(crate) use handed::{Committed, Handed};
 pub(crate) use steps::flush as flush_in_steps;
 
 use floor::Floor;
-pub(crate) use plan::{Waiting, keys};
 use plan::{Key, Plan, plan};
+pub(crate) use plan::{Waiting, keys};
 
 /// Stands for the router where the ids of subscriptions stand: in wake-ups and notifications.
 pub(crate) const ROUTER: i32 = 0;

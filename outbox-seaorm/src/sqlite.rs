@@ -468,7 +468,7 @@ pub(crate) static SQLITE: Sql = Sql {
             and l.due_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '+1 second') and l.due_at < '9999-12-31'
            join outbox_events e on e.position = (
                 select position from outbox_deliveries
-                 where subscription_id = l.subscription_id and key = l.key order by position limit 1)
+                 where subscription_id = l.subscription_id and key = l.key order by seq limit 1)
           where case when l.leased_by is null and l.last_error is null
                      then l.due_at > ",
         asked_for!("'+1 second'"),
@@ -501,7 +501,7 @@ pub(crate) static SQLITE: Sql = Sql {
     update outbox_lanes set due_at = head.due_at
       from (select k.value as lane, (select d.due_at from outbox_deliveries d
                                       where d.subscription_id = $1 and d.key = k.value
-                                      order by position limit 1) as due_at
+                                      order by seq limit 1) as due_at
               from json_each($2) k) head
      where outbox_lanes.subscription_id = $1 and outbox_lanes.key = head.lane and outbox_lanes.due_at > head.due_at",
 
@@ -518,7 +518,7 @@ pub(crate) static SQLITE: Sql = Sql {
       join outbox_lanes l on l.subscription_id = d.subscription_id and l.key = d.key
      where d.subscription_id = $1
        and $2 = (l.leased_by is not null and l.due_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now')
-                 and d.position = (select min(position) from outbox_deliveries h
+                 and d.seq = (select min(seq) from outbox_deliveries h
                                     where h.subscription_id = d.subscription_id and h.key = d.key))
      order by d.position desc limit $3",
 
@@ -531,7 +531,7 @@ pub(crate) static SQLITE: Sql = Sql {
     list_unfinished: "
     select l.attempts as lane_attempts, nullif(l.due_at, '9999-12-31T23:59:59.999Z') as lane_due_at, l.leased_by,
            l.last_error, d.due_at,
-           d.position = (select min(position) from outbox_deliveries h
+           d.seq = (select min(seq) from outbox_deliveries h
                           where h.subscription_id = d.subscription_id and h.key = d.key) as head,
            e.*
       from outbox_deliveries d
@@ -539,7 +539,7 @@ pub(crate) static SQLITE: Sql = Sql {
       join outbox_events e on e.position = d.position
      where d.subscription_id = $1
        and $2 = (l.leased_by is not null and l.due_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now')
-                 and d.position = (select min(position) from outbox_deliveries h
+                 and d.seq = (select min(seq) from outbox_deliveries h
                                     where h.subscription_id = d.subscription_id and h.key = d.key))
        and d.position <= $3
      order by d.position desc limit $4",
@@ -621,7 +621,7 @@ pub(crate) static SQLITE: Sql = Sql {
        set held_at = null,
            due_at = coalesce((select d.due_at from outbox_deliveries d
                                where d.subscription_id = outbox_lanes.subscription_id and d.key = outbox_lanes.key
-                               order by position limit 1), due_at)
+                               order by seq limit 1), due_at)
      where (subscription_id, key) in (select value->>'subscription', value->>'key' from json_each($1))
        and exists (select 1 from json_each($1)
                     where value->>'subscription' = subscription_id and value->>'key' = outbox_lanes.key
@@ -634,7 +634,7 @@ pub(crate) static SQLITE: Sql = Sql {
            due_at = case when leased_by is null then (
                select d.due_at from outbox_deliveries d
                 where d.subscription_id = outbox_lanes.subscription_id and d.key = outbox_lanes.key
-                order by position limit 1) else due_at end
+                order by seq limit 1) else due_at end
      where (subscription_id, key) in (select value->>'subscription', value->>'key' from json_each($1))
        and held_at is null
        and exists (select 1 from json_each($1)

@@ -9,8 +9,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use crate::{
-    By, Outbox,
-    flush,
+    By, Outbox, flush,
     route::{ROUTER, Waiting, keys},
 };
 

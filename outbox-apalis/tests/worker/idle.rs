@@ -45,7 +45,7 @@ async fn an_idle_worker_looks_a_handful_of_times() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_that_is_full_does_not_look_at_all() {
+async fn a_worker_that_is_full_claims_nothing() {
     let fixture = Fixture::new().await;
     let (outbox, statements) = counted_outbox(&fixture).await;
     let seen = Seen::default();
@@ -58,6 +58,8 @@ async fn a_worker_that_is_full_does_not_look_at_all() {
     push(&outbox, [noted("f", 0)]).await;
     let commit = statements.load(SeqCst);
     tokio::time::sleep(Duration::from_secs(1)).await;
-    assert!(statements.load(SeqCst) - commit <= 2, "{} statements", statements.load(SeqCst) - commit);
+    // Whether something waits to be routed is asked all the same: less and less often, up to twice a second.
+    let counted = statements.load(SeqCst) - commit;
+    assert!(counted <= 8, "{counted} statements");
     worker.stop().await;
 }

@@ -124,7 +124,7 @@ async fn an_event_that_is_delivered_again_has_no_second_effect() {
     fixture
         .execute(
             "begin immediate;
-             insert into outbox_deliveries select subscription_id, 'note/a', position, delivered_at
+             insert into outbox_deliveries select subscription_id, 'note/a', position, position, delivered_at
                from outbox_delivered;
              insert into outbox_lanes (subscription_id, key, pending, due_at)
              select subscription_id, 'note/a', 1, delivered_at from outbox_delivered;

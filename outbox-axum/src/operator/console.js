@@ -110,7 +110,7 @@ async function refresh() {
   $("workers").textContent = alive.length
     ? `${plural(alive.length, "worker")}: ${alive.map((worker) => worker.id).join(", ")}`
     : "No worker was seen in the last 15 seconds: nothing is delivered until one runs.";
-  health(status.subscriptions, unserved);
+  health(status.subscriptions, unserved, status.unrouted, alive);
   safely(deadChanged)(status.subscriptions);
   const select = $("dead-filter").elements.subscription;
   const names = status.subscriptions.map((each) => each.name);
@@ -121,8 +121,11 @@ async function refresh() {
   }
 }
 
-function health(subscriptions, unserved) {
+function health(subscriptions, unserved, unrouted, alive) {
   const problems = [];
+  const stuck = unrouted.waiting > 0 && (!alive.length || unrouted.oldest_age_seconds > 30);
+  if (stuck) problems.push(`${plural(unrouted.waiting, "event")} not routed yet${alive.length ? "" : ": no worker is running"}`);
+  if (unrouted.set_aside) problems.push(`${plural(unrouted.set_aside, "event")} could not be routed (outbox unrouted)`);
   const dead = subscriptions.reduce((sum, each) => sum + each.dead, 0);
   const names = (list) => list.map((each) => each.name).join(", ");
   const paused = subscriptions.filter((each) => each.paused);
@@ -134,7 +137,7 @@ function health(subscriptions, unserved) {
   if (paused.length) problems.push(`paused: ${names(paused)}`);
   if (late.length) problems.push(`late: ${names(late)}`);
   $("health").textContent = problems.length ? problems.join(" · ") : "All is well";
-  $("health").className = problems.length ? (unserved.length || dead || down.length ? "bad" : "warn") : "good";
+  $("health").className = problems.length ? (unserved.length || dead || down.length || stuck || unrouted.set_aside ? "bad" : "warn") : "good";
 }
 
 async function toggle(each) {

@@ -47,6 +47,7 @@ pub(super) fn install() -> Option<&'static PrometheusHandle> {
 fn describe() {
     for (counter, text) in [
         ("outbox_events_recorded_total", "Events that were committed."),
+        ("outbox_events_routed_total", "Events that this process has routed to subscriptions."),
         ("outbox_delivery_attempts_total", "Attempts that were begun."),
         ("outbox_messages_published_total", "Deliveries that succeeded."),
         ("outbox_publish_errors_total", "Attempts that failed, by outcome."),
@@ -60,6 +61,7 @@ fn describe() {
 
 pub(super) async fn metrics(State(outbox): State<Outbox>) -> Result<Response, Refusal> {
     let (subscriptions, workers) = (outbox.backlog().await?, outbox.workers().await?);
+    let unrouted = outbox.unrouted().await?;
     let mut text = install().map(PrometheusHandle::render).unwrap_or_default();
     let mut gauge = |name: &str, help: &str, value: fn(&SubscriptionStatus) -> f64| {
         let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} gauge");
@@ -82,6 +84,17 @@ pub(super) async fn metrics(State(outbox): State<Outbox>) -> Result<Response, Re
         let working = workers.iter().filter(|worker| worker.last_seen_seconds < SEEN_WITHIN);
         let working = working.filter(|worker| worker.subscriptions.contains(&each.name)).count();
         let _ = writeln!(text, "outbox_workers{{subscription=\"{}\"}} {working}", each.name);
+    }
+    for (name, help, value) in [
+        ("outbox_unrouted_messages", "Events that no worker has routed to subscriptions yet.", unrouted.waiting as f64),
+        (
+            "outbox_oldest_unrouted_age_seconds",
+            "Age of the oldest event that is not routed.",
+            unrouted.oldest_age_seconds.unwrap_or(0.0),
+        ),
+        ("outbox_set_aside_messages", "Events that could not be routed.", unrouted.set_aside as f64),
+    ] {
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}");
     }
     Ok(([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response())
 }

@@ -13,7 +13,11 @@ pub(super) async fn status(State(outbox): State<Outbox>) -> Result<Json<Value>, 
             "last_seen_seconds": worker.last_seen_seconds,
         })
     });
-    Ok(Json(json!({ "subscriptions": status.subscriptions, "workers": workers.collect::<Vec<_>>() })))
+    Ok(Json(json!({
+        "subscriptions": status.subscriptions,
+        "workers": workers.collect::<Vec<_>>(),
+        "unrouted": status.unrouted,
+    })))
 }
 
 /// The newest actions of operators.

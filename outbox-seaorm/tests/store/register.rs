@@ -233,8 +233,7 @@ async fn a_subscription_registered_while_others_commit_gets_every_event_once() {
     let store = Store::new().await;
     store.record((0..1100).map(|n| todo(&(n % 3).to_string()))).await;
     let other = store.another_process().await;
-    let writers =
-        [tokio::spawn(writer(store.outbox.clone(), "a", 60)), tokio::spawn(writer(other.clone(), "b", 60))];
+    let writers = [tokio::spawn(writer(store.outbox.clone(), "a", 60)), tokio::spawn(writer(other.clone(), "b", 60))];
     let ids = tokio::join!(async { store.outbox.register(&from_the_beginning("s")).await.unwrap() }, async {
         other.register(&from_the_beginning("s")).await.unwrap()
     },);
