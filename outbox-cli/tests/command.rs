@@ -52,6 +52,7 @@ async fn filled(url: &str) -> (String, String) {
         unit.events().push(NewEvent::dynamic(name, "order", aggregate, &json!({"n": 1})).unwrap()).unwrap();
     }
     unit.commit().await.unwrap();
+    outbox.route_waiting().await.unwrap();
     let lanes = outbox.claim(id, "w", 1, 1, std::time::Duration::from_secs(60)).await.unwrap().lanes;
     let (lane, event) = (lanes[0].lane.clone(), lanes[0].run[0].clone());
     let error = Some("no such address".to_owned());

@@ -134,7 +134,9 @@ impl Outbox {
             return Ok(None);
         };
         let standings = self.standings(row.try_get("", "position")?, Some(id)).await?;
-        let Some(delivery) = standings.into_iter().find_map(|standing| standing.delivery()) else { return Ok(None) };
+        let Some(delivery) = standings.into_iter().find_map(|standing| standing.delivery(None)) else {
+            return Ok(None);
+        };
         let (event, unreadable) = shown(&row);
         Ok(Some(DeliveryRecord {
             subscription: delivery.subscription,

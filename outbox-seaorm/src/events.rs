@@ -155,8 +155,11 @@ impl Outbox {
         };
         let position = row.try_get("", "position")?;
         let event = listed(&row).map_err(|damaged| *damaged);
+        // First: what is routed meanwhile is among the deliveries.
+        let mark = self.unrouted_mark(position).await?;
+        let waiting = event.as_ref().ok().filter(|_| mark.is_some());
         let standings = self.standings(position, None).await?;
-        let deliveries = standings.into_iter().filter_map(|standing| standing.delivery()).collect();
+        let deliveries = standings.into_iter().filter_map(|standing| standing.delivery(waiting)).collect();
         Ok(Some(EventDetails { event, position, deliveries }))
     }
 }

@@ -108,8 +108,10 @@ impl Standing {
         })
     }
 
-    pub(crate) fn delivery(self) -> Option<DeliveryDetails> {
-        let state = self.state()?;
+    /// `waiting` is the event if it is not routed yet.
+    pub(crate) fn delivery(self, waiting: Option<&RecordedEvent>) -> Option<DeliveryDetails> {
+        let is_taken = waiting.is_some_and(|event| self.filter.matches(&Subject::of_recorded(event)));
+        let state = self.state().or(is_taken.then_some(DeliveryState::Pending))?;
         let none = DeliveryDetails {
             subscription: self.subscription,
             state,
@@ -121,7 +123,7 @@ impl Standing {
             attempt_log: Vec::new(),
         };
         Some(match self.place {
-            Place::Nowhere => return None,
+            Place::Nowhere => none,
             // Attempts, lease and error are those of the lane's head; what waits behind it has none yet.
             Place::Queued(queued) if queued.is_head => DeliveryDetails {
                 attempts: queued.attempts,

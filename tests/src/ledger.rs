@@ -180,7 +180,8 @@ impl Ledger {
     /// Waits until every delivery has ended, then compares.
     pub async fn audit(&self, outbox: &Outbox, sink: &Sink, limit: Duration) -> Report {
         let deadline = Instant::now() + limit;
-        let left = "select cast(subscription_id as text) || '/' || key from outbox_lanes";
+        let left = "select cast(subscription_id as text) || '/' || key from outbox_lanes
+                    union all select 'unrouted ' || cast(position as text) from outbox_unrouted";
         let mut stuck = texts(outbox, left).await;
         while !stuck.is_empty() && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(20)).await;

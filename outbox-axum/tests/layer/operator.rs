@@ -89,7 +89,8 @@ async fn status_counts_deliveries_per_subscription() {
             "name": "mail", "pending": 2, "leased": 0, "delivered": 0, "dead": 0, "oldest_pending_age_seconds": null,
             "paused": false, "circuit": "closed", "last_error": null
         }],
-        "workers": []
+        "workers": [],
+        "unrouted": { "waiting": 0, "oldest_age_seconds": null, "set_aside": 0 }
     });
     assert_eq!(status, expected);
 }

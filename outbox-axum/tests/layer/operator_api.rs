@@ -53,6 +53,7 @@ impl Api {
                     .unwrap();
                 unit.commit().await.unwrap();
             }
+            outbox.route_waiting().await.unwrap();
             for lane in outbox.claim(id, "w", 10, 10, std::time::Duration::from_secs(60)).await.unwrap().lanes {
                 let position = lane.run[0].position;
                 let error = Some("no such address".to_owned());

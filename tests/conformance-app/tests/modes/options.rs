@@ -72,6 +72,7 @@ async fn ten_thousand_events_are_committed_as_a_whole_and_are_all_to_be_delivere
     for app in App::each().await {
         app.op("many:9998").await.assert_committed(201);
         app.assert_stored(&(2..10_000).collect::<Vec<_>>()).await;
+        app.outbox.route_waiting().await.unwrap();
         let claimed = app.outbox.claim(app.effects, "w", 20_000, 10, Duration::from_secs(60)).await.unwrap();
         let positions: BTreeSet<i64> = claimed.lanes.iter().map(|lane| lane.run[0].position).collect();
         assert_eq!((claimed.lanes.len(), positions.len()), (10_000, 10_000));
@@ -164,12 +165,14 @@ async fn delayed_events_become_due_that_long_after_the_commit() {
         let asked = DateTimeUtc::from(SystemTime::now()).timestamp_millis();
         app.op("delay:60000").await.assert_committed(201);
         app.assert_stored(&[]).await;
+        app.outbox.route_waiting().await.unwrap();
         let deliveries = app.outbox.deliveries(Some("effects"), None, 0, 10).await.unwrap();
         assert_eq!(deliveries.len(), 2);
         for delivery in deliveries {
             let wait = delivery.due_at.unwrap().timestamp_millis() - asked;
             assert!((60_000..65_000).contains(&wait), "{wait}");
         }
+        app.outbox.route_waiting().await.unwrap();
         let claimed = app.outbox.claim(app.effects, "w", 10, 10, Duration::from_secs(30)).await.unwrap().lanes;
         assert!(claimed.is_empty(), "{claimed:?}");
     }
@@ -182,6 +185,7 @@ async fn a_higher_priority_is_claimed_first() {
             let op = json!({ "op": op, "key": op, "n": 1, "mode": mode, "arg": "" });
             app.post("/op", &op).await.assert_committed(201);
         }
+        app.outbox.route_waiting().await.unwrap();
         let claimed = app.outbox.claim(app.effects, "w", 10, 10, Duration::from_secs(30)).await.unwrap().lanes;
         let keys: Vec<_> = claimed.iter().map(|lane| lane.run[0].aggregate_id.as_str()).collect();
         assert_eq!(keys, ["higher", "high", "low", "lower"]);
