@@ -27,6 +27,20 @@ impl Migration {
         Ok(())
     }
 
+    /// The functions work in the schema of the tables, whatever search path a trigger has that calls them.
+    async fn create_record(&self, manager: &SchemaManager<'_>) -> Result<(), DbErr> {
+        let db = manager.get_connection();
+        let schema = "select quote_ident(n.nspname) from pg_class c join pg_namespace n on n.oid = c.relnamespace
+                       where c.oid = to_regclass('outbox_meta')";
+        let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, self.named(schema))).await?;
+        let row = row.ok_or_else(|| DbErr::Migration(self.named("the table outbox_meta is missing")))?;
+        let schema: String = row.try_get_by_index(0)?;
+        for function in [RECORD_TEXT, RECORD_JSON, RECORD_JSONB] {
+            db.execute_unprepared(&self.named(&function.replace("outbox$schema", &schema))).await?;
+        }
+        Ok(())
+    }
+
     fn named(&self, statement: &str) -> String {
         statement.replace(DEFAULT_PREFIX, &self.prefix)
     }
@@ -58,7 +72,8 @@ impl MigrationTrait for Migration {
                 self.run(manager, &["set local lock_timeout = '2s'", "lock table outbox_events, outbox_subscriptions"])
                     .await?;
                 self.refuse(manager, UNSETTLED, UNSETTLED_WHY).await?;
-                self.run(manager, POSTGRES_UP).await
+                self.run(manager, POSTGRES_UP).await?;
+                self.create_record(manager).await
             }
         }
     }
@@ -115,9 +130,6 @@ const POSTGRES_UP: &[&str] = &[
     "update outbox_subscriptions set backfill_from = null where backfill_from = 9223372036854775807",
     "alter table outbox_subscriptions drop column changed_at, drop column changed_in, drop column settled_after,
        add column backfill_until bigint",
-    RECORD_TEXT,
-    RECORD_JSON,
-    RECORD_JSONB,
 ];
 
 const POSTGRES_DOWN: &[&str] = &[
@@ -203,8 +215,7 @@ const SQLITE_DOWN: &[&str] = &[
     "update outbox_meta set schema_version = 1, generation = random() & 9223372036854775807",
 ];
 
-// An event from SQL, with the checks of a push. Its search path is that of the migration: a trigger may be called where
-// another one is set. Its id is a UUID of version 7: 48 bits of time in milliseconds, the version, and chance.
+// An event from SQL, with the checks of a push. Its id is a UUID of version 7: 48 bits of time in milliseconds, the version, and chance.
 const RECORD_TEXT: &str = "
 create function outbox_record(
     event_type text, aggregate_type text, aggregate_id text, payload text,
@@ -213,7 +224,7 @@ create function outbox_record(
     schema_version integer default 1, priority integer default 0, delay interval default null,
     not_before timestamptz default null, max_attempts integer default null, occurred_at timestamptz default null,
     event_id uuid default null)
-returns uuid language plpgsql set search_path from current as $record$
+returns uuid language plpgsql set search_path = outbox$schema, pg_temp as $record$
 #variable_conflict use_variable
 declare
     a_name constant text = '^[A-Za-z0-9_.:/-]{1,128}$';
@@ -288,7 +299,7 @@ macro_rules! record_of {
                 schema_version integer default 1, priority integer default 0, delay interval default null,
                 not_before timestamptz default null, max_attempts integer default null,
                 occurred_at timestamptz default null, event_id uuid default null)
-             returns uuid language sql set search_path from current as $record$
+             returns uuid language sql set search_path = outbox$schema, pg_temp as $record$
                 select outbox_record($1, $2, $3, $4::text, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
              $record$"
         )

@@ -237,8 +237,9 @@ pub(crate) static POSTGRES: Sql = Sql {
     // ONE statement, and its own transaction: no lock of it is held across a round trip. It answers with numbers only, since
     // an answer that a frozen client does not read would hold its locks. Whoever has the row of `outbox_meta` routes; the
     // generation is checked again with the lock. `taken` waits for marks that somebody has locked, and never skips one: a
-    // later event of its key would come before it. Whether all given events are the next ones is counted by `seen`, unless
-    // they were read in one snapshot. `seq` is drawn here, so what commits late comes behind what workers have tried.
+    // later event of its key would come before it. Unless the given events were read in one snapshot, `seen` looks for marks
+    // up to the last of them that are not among them: those come first. Counting would not do, since a given one may be
+    // routed already. `seq` is drawn here, so what commits late comes behind what workers have tried.
     //
     // A crash of the server may take the routing back, marks included: nothing waits for the disk. An effect that commits
     // makes the routing before it durable.
@@ -254,15 +255,16 @@ pub(crate) static POSTGRES: Sql = Sql {
                 select g.position, g.due
                   from jsonb_to_recordset($2::text::jsonb) as g(position bigint, due float8), meta),
               seen as materialized (
-                select count(*) as marks
-                  from (select from outbox_unrouted
+                select bool_and(given.position is not null) as complete
+                  from (select position from outbox_unrouted
                          where position > $6 and position <= $7 and set_aside_at is null
                            and $8::bigint is not null and exists (select from meta)
-                         order by position limit $8 + 1) found),
+                         order by position limit $8 + 1) found
+                  left join given using (position)),
               taken as (
                 delete from outbox_unrouted
                  where position = any (array(select position from given))
-                   and ($8::bigint is null or (select marks from seen) = $8)
+                   and coalesce((select complete from seen), true)
                 returning position),
               matched as materialized (
                 select m.lane, m.position, to_timestamp(given.due) as due_at
@@ -299,7 +301,7 @@ pub(crate) static POSTGRES: Sql = Sql {
                 on conflict (subscription_id, key) do update set pending = old.pending + excluded.pending
                 returning subscription_id, key, lease_token)
         select (select routing_generation from outbox_meta) as generation, exists (select from meta) as locked,
-               (select count(*) from taken) as taken, coalesce((select marks from seen) = $8, true) as complete,
+               (select count(*) from taken) as taken, coalesce((select complete from seen), true) as complete,
                extract(epoch from clock_timestamp())::float8 as now,
                (select json_agg(json_build_array(lane.n, lane.token)) from lanes
                   join lane on lane.subscription = lanes.subscription_id and lane.key = lanes.key

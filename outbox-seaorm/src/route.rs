@@ -13,7 +13,7 @@ use std::{
 };
 
 use outbox_core::RecordedEvent;
-use sea_orm::{DbErr, QueryResult, RuntimeErr, sqlx};
+use sea_orm::{ConnectionTrait, DbErr, QueryResult, RuntimeErr, sqlx};
 use serde::Serialize;
 
 use crate::{
@@ -303,6 +303,7 @@ impl Router {
             self.reload().await?;
         }
         let full = events.len() >= page;
+        set_gone_aside(&self.outbox, self.outbox.store(), &mut events).await?;
         self.fill_in(&mut events);
         let last = events.last().map_or(0, |waiting| waiting.position);
         let mut routed = match self.try_route(sql, takers, &mut events, false).await? {
@@ -565,6 +566,16 @@ impl Router {
         }
         Ok(())
     }
+}
+
+/// Marks of events that somebody has deleted: nobody knows whose they are, so an operator decides.
+async fn set_gone_aside(outbox: &Outbox, db: &impl ConnectionTrait, events: &mut Vec<Waiting>) -> Result<(), DbErr> {
+    for gone in events.extract_if(.., |waiting| waiting.event.is_none()) {
+        tracing::error!(position = gone.position, "an event is gone before it was routed; its mark is set aside");
+        let values = [gone.position.into(), "the event's row is gone".into()];
+        outbox.execute(db, outbox.sql().set_aside, values).await?;
+    }
+    Ok(())
 }
 
 /// PostgreSQL's code for a lock that was not there in time.

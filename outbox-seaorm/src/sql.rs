@@ -28,8 +28,8 @@ pub(crate) enum Route {
 #[derive(Debug)]
 pub(crate) struct RouteStatements {
     /// $1 generation; $2 events, each with its due time in seconds; $3 lanes, numbered and sorted; $4 deliveries, each with
-    /// the number of its lane; $5 who would lease new lanes; $6 floor, $7 last position and $8 number: how many marks
-    /// there must be in between, null if that is known. One row: the current `generation`; whether the row of
+    /// the number of its lane; $5 who would lease new lanes; $6 floor, $7 last position and $8 number of the events: whether
+    /// there are other marks in between is looked for, unless the number is null. One row: the current `generation`; whether the row of
     /// `outbox_meta` was `locked`, and the marks were `complete`: nothing is routed otherwise; how many were `taken`;
     /// `leased`, the new lanes with their tokens; `others`, the subscriptions of which other lanes have changed.
     pub(crate) route: &'static str,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use outbox_core::Batch;
 use sea_orm::{DatabaseTransaction, DbErr};
 
-use super::{NextLook, ROUTER, Routed, Waiting, plan::keys};
+use super::{NextLook, ROUTER, Routed, Waiting, plan::keys, set_gone_aside};
 use crate::{
     Outbox,
     flush::{self, DeliveryRow, insert_deliveries, json},
@@ -51,6 +51,7 @@ pub(crate) async fn flush(
 ) -> Result<Vec<i32>, DbErr> {
     let (insert_events, insert_marks) = statements;
     let mut waiting = read(outbox, tx, MOST_IN_FLUSH + 1).await?;
+    set_gone_aside(outbox, tx, &mut waiting).await?;
     let positions = flush::insert_events(outbox, tx, &batch, insert_events).await?;
     if waiting.len() > usize::try_from(MOST_IN_FLUSH).unwrap_or(usize::MAX) {
         let positions: Vec<i64> = positions.into_values().collect();
@@ -75,12 +76,14 @@ pub(super) async fn route(outbox: &Outbox, pace: &mut Pace, most: usize) -> Resu
     let began = Instant::now();
     let page = most.min(pace.events);
     let tx = outbox.begin_write().await?;
-    let waiting = read(outbox, &tx, i64::try_from(page).unwrap_or(i64::MAX)).await?;
+    let mut waiting = read(outbox, &tx, i64::try_from(page).unwrap_or(i64::MAX)).await?;
+    let full = waiting.len() >= page;
+    set_gone_aside(outbox, &tx, &mut waiting).await?;
     let woken = write(outbox, &tx, &waiting, waiting.len()).await?;
     tx.commit().await?;
     pace.took(began.elapsed());
     outbox.wake(&woken);
-    let next = if waiting.len() >= page { NextLook::Now } else { NextLook::Woken };
+    let next = if full { NextLook::Now } else { NextLook::Woken };
     Ok(Routed { events: waiting.len(), leased: Vec::new(), next })
 }
 

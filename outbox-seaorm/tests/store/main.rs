@@ -23,6 +23,7 @@ mod sqlite {
     mod operate;
     mod random;
     mod register;
+    mod route;
     mod savepoint;
     mod settle;
     mod status;
@@ -52,6 +53,7 @@ mod postgres {
     mod operate;
     mod random;
     mod register;
+    mod route;
     mod savepoint;
     mod settle;
     mod status;
@@ -63,6 +65,8 @@ mod postgres {
     mod plans;
     #[path = "postgres_pooler.rs"]
     mod pooler;
+    #[path = "postgres_route.rs"]
+    mod routing;
     #[path = "postgres_sessions.rs"]
     mod sessions;
 }
@@ -112,6 +116,7 @@ mod hostile {
     mod operate;
     mod random;
     mod register;
+    mod route;
     mod savepoint;
     mod settle;
     mod status;

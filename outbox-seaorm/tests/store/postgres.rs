@@ -22,6 +22,11 @@ pub(crate) const END_TRANSACTION: &str = "select pg_terminate_backend(pg_backend
 
 pub(crate) const NOW: &str = "clock_timestamp()";
 
+/// A statement that records an event without the library.
+pub(crate) fn record(event_type: &str, aggregate_type: &str, aggregate_id: &str, payload: &str) -> String {
+    format!("select outbox_record('{event_type}', '{aggregate_type}', '{aggregate_id}', '{payload}')")
+}
+
 /// How much earlier than its head a lane may be due: a flush locks its lanes first.
 pub(crate) const FLUSH_SECONDS: &str = "5";
 

@@ -18,6 +18,14 @@ pub(crate) const END_TRANSACTION: &str = "insert or rollback into notes values (
 
 pub(crate) const NOW: &str = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')";
 
+/// A statement that records an event without the library.
+pub(crate) fn record(event_type: &str, aggregate_type: &str, aggregate_id: &str, payload: &str) -> String {
+    format!(
+        "insert into outbox_record (event_type, aggregate_type, aggregate_id, payload)
+         values ('{event_type}', '{aggregate_type}', '{aggregate_id}', '{payload}')"
+    )
+}
+
 /// How much earlier than its head a lane may be due: the times are the same.
 pub(crate) const FLUSH_SECONDS: &str = "0";
 

@@ -68,6 +68,7 @@ async fn damaged_rows_harm_only_themselves(database: &Database, damage: [(&str, 
     assert_eq!((whole.delivered, whole.dead), (1000, 0));
 
     record(&outbox).await;
+    outbox.route_waiting().await.unwrap();
     let damaged: Vec<usize> = (0..10).map(|n| n * 101).collect();
     for (n, (change, _)) in damaged.iter().zip(damage) {
         let sql = format!("{change} where position = {}", EVENTS + n + 1);
