@@ -445,7 +445,7 @@ impl Feed {
     /// How many lanes that are new may be leased by routing: as many as would be claimed, unless there are others.
     fn room_for_new(&self) -> usize {
         let takes =
-            self.source.until == Until::Stopped && !self.behind && !self.circuit.is_open() && self.wants_lanes();
+            self.source.until == Until::Stopped && !self.behind && !self.circuit.is_open() && self.takes_lanes();
         if takes && !self.is_full() { self.room() } else { 0 }
     }
 
@@ -481,12 +481,14 @@ impl Feed {
 
     fn wants_lanes(&self) -> bool {
         self.claiming.is_none()
-            && !self.is_relayed()
-            && self.changing.is_none()
             && !(self.claimed_once && self.source.until == Until::Once)
-            && self.can_store()
+            && self.takes_lanes()
             && self.room() > 0
-            && !self.has_suspects()
+    }
+
+    /// Whether lanes may come from the database.
+    fn takes_lanes(&self) -> bool {
+        !self.is_relayed() && self.changing.is_none() && self.can_store() && !self.has_suspects()
     }
 
     /// While there are suspects nothing is claimed that a crash could take with it, or could be taken for theirs.

@@ -420,23 +420,28 @@ impl Outbox {
 
     /// This process' copy of the subscriptions, read again if it is not that of this transaction.
     pub(crate) async fn current_known(&self, db: &impl ConnectionTrait) -> Result<Arc<KnownSubscriptions>, DbErr> {
-        let generation = self.generation(db).await?;
-        let known = self.known();
-        if known.generation == generation {
-            return Ok(known);
-        }
-        let known = Arc::new(KnownSubscriptions::load(self, db, generation).await?);
-        self.set_known(known.clone());
-        Ok(known)
+        self.current_known_and_waits(db).await.map(|(known, _)| known)
     }
 
-    async fn generation(&self, db: &impl ConnectionTrait) -> Result<i64, DbErr> {
+    /// Also whether events may be waiting to be routed.
+    pub(crate) async fn current_known_and_waits(
+        &self,
+        db: &impl ConnectionTrait,
+    ) -> Result<(Arc<KnownSubscriptions>, bool), DbErr> {
         let mut row = self.query_one(db, self.sql().generation, []).await?;
         if row.is_none() {
             self.restore_meta(db).await?;
             row = self.query_one(db, self.sql().generation, []).await?;
         }
-        row.ok_or_else(|| DbErr::RecordNotFound("outbox_meta".to_owned()))?.try_get("", "generation")
+        let row = row.ok_or_else(|| DbErr::RecordNotFound("outbox_meta".to_owned()))?;
+        let (generation, waits) = (row.try_get::<i64>("", "generation")?, row.try_get("", "waits")?);
+        let known = self.known();
+        if known.generation == generation {
+            return Ok((known, waits));
+        }
+        let known = Arc::new(KnownSubscriptions::load(self, db, generation).await?);
+        self.set_known(known.clone());
+        Ok((known, waits))
     }
 
     pub(crate) fn handed(&self) -> &Handed {

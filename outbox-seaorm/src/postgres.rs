@@ -132,7 +132,7 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     write_the_same: "update outbox_meta set schema_version = schema_version",
 
-    generation: "select routing_generation as generation from outbox_meta",
+    generation: "select routing_generation as generation, true as waits from outbox_meta",
 
     instance: "select instance, clock_timestamp() as now from outbox_meta",
 
@@ -285,6 +285,7 @@ pub(crate) static POSTGRES: Sql = Sql {
                   join outbox_subscriptions s
                     on s.id = l.subscription and s.paused_at is null and s.backfill_from is null
                    and s.circuit_until is null),
+              new as materialized (select * from lane left join leased using (n)),
               deliveries as (
                 insert into outbox_deliveries (subscription_id, key, position, due_at)
                 select lane.subscription, lane.key, m.position, m.due_at
@@ -293,24 +294,24 @@ pub(crate) static POSTGRES: Sql = Sql {
               lanes as (
                 insert into outbox_lanes as old (
                     subscription_id, key, pending, lease_token, due_at, attempts, leased_by)
-                select lane.subscription, lane.key, lane.pending, lane.token,
-                       coalesce(clock_timestamp() + leased.lease * interval '1 second', lane.due_at),
-                       case when leased.n is null then 0 else 1 end, leased.worker
-                  from lane left join leased using (n)
-                 order by lane.subscription, lane.key
+                select subscription, key, pending, token,
+                       coalesce(clock_timestamp() + lease * interval '1 second', due_at),
+                       case when worker is null then 0 else 1 end, worker
+                  from new
+                 order by subscription, key
                 on conflict (subscription_id, key) do update set pending = old.pending + excluded.pending
-                returning subscription_id, key, lease_token)
+                returning subscription_id, key, lease_token),
+              written as (
+                select new.n, new.subscription, new.token, new.worker is not null and new.token = lanes.lease_token as mine
+                  from lanes join new on new.subscription = lanes.subscription_id and new.key = lanes.key),
+              answer as (
+                select json_agg(json_build_array(n, token)) filter (where mine)::text as leased,
+                       json_agg(distinct subscription) filter (where not mine)::text as others
+                  from written)
         select (select routing_generation from outbox_meta) as generation, exists (select from meta) as locked,
                (select count(*) from taken) as taken, coalesce((select complete from seen), true) as complete,
-               extract(epoch from clock_timestamp())::float8 as now,
-               (select json_agg(json_build_array(lane.n, lane.token)) from lanes
-                  join lane on lane.subscription = lanes.subscription_id and lane.key = lanes.key
-                           and lane.token = lanes.lease_token
-                  join leased on leased.n = lane.n)::text as leased,
-               (select json_agg(distinct lane.subscription) from lanes
-                  join lane on lane.subscription = lanes.subscription_id and lane.key = lanes.key
-                  left join leased on leased.n = lane.n
-                 where leased.n is null or lane.token <> lanes.lease_token)::text as others",
+               extract(epoch from clock_timestamp())::float8 as now, leased, others
+          from answer",
 
     // At once, and all of them: a lock that is held by somebody else is not waited for.
     held_lanes: "

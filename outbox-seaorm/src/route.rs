@@ -54,6 +54,10 @@ const STUCK_AFTER: Duration = Duration::from_secs(3);
 /// So many events may be set aside with none routed in between. Then it is not about the events.
 const MOST_REJECTED: u32 = 3;
 
+/// So many events at once are a high load: some of those that were committed beside them are not handed over yet, and what
+/// waits is looked for at once.
+const LOADED: usize = 4;
+
 /// After so many false alarms in a row the router looks first, for a while.
 const FALSE_ALARMS: u32 = 3;
 const LOOKS_FIRST: u32 = 16;
@@ -253,7 +257,8 @@ impl Router {
             look = others || self.mine.is_empty();
         }
         let is_whole = self.size >= MOST && self.blocked.is_empty() && self.blocked_marks.is_empty();
-        if !look && is_whole && self.hopes() {
+        let is_quiet = self.mine.len() < LOADED;
+        if !look && is_whole && is_quiet && self.hopes() {
             let mut events: Vec<Waiting> = std::mem::take(&mut self.mine).into_iter().map(Waiting::from).collect();
             events.sort_unstable_by_key(|waiting| waiting.position);
             match self.try_route(sql, takers, &mut events, true).await? {

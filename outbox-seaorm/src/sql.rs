@@ -91,6 +91,7 @@ pub(crate) struct Sql {
 
     /// Changes nothing, and has to be written.
     pub(crate) write_the_same: &'static str,
+    /// The generation, and `waits`: whether there may be events that are not routed.
     pub(crate) generation: &'static str,
     pub(crate) instance: &'static str,
 

@@ -83,7 +83,8 @@ pub(crate) static SQLITE: Sql = Sql {
 
     write_the_same: "update outbox_meta set schema_version = schema_version",
 
-    generation: "select routing_generation as generation from outbox_meta",
+    generation: "select routing_generation as generation,
+                        exists (select 1 from outbox_unrouted where set_aside_at is null) as waits from outbox_meta",
 
     lock_generation: None,
 

@@ -11,6 +11,7 @@ use crate::{
     Outbox,
     flush::{self, DeliveryRow, insert_deliveries, json},
     sql::Route,
+    subscriptions::KnownSubscriptions,
 };
 
 /// How much a request routes that is not its own: more is left to a worker, with what is its own.
@@ -50,7 +51,8 @@ pub(crate) async fn flush(
     statements: (&'static str, &'static str),
 ) -> Result<Vec<i32>, DbErr> {
     let (insert_events, insert_marks) = statements;
-    let mut waiting = read(outbox, tx, MOST_IN_FLUSH + 1).await?;
+    let (known, waits) = outbox.current_known_and_waits(tx).await?;
+    let mut waiting = if waits { read(outbox, tx, MOST_IN_FLUSH + 1).await? } else { Vec::new() };
     set_gone_aside(outbox, tx, &mut waiting).await?;
     let positions = flush::insert_events(outbox, tx, &batch, insert_events).await?;
     if waiting.len() > usize::try_from(MOST_IN_FLUSH).unwrap_or(usize::MAX) {
@@ -64,7 +66,7 @@ pub(crate) async fn flush(
         let event = event.into_recorded(position, chrono::DateTime::UNIX_EPOCH, &batch.context);
         waiting.push(Waiting { position, event: Some(event), has_payload: true, due: 0.0 });
     }
-    write(outbox, tx, &waiting, foreign).await
+    write(outbox, tx, &known, &waiting, foreign).await
 }
 
 /// In a transaction of its own.
@@ -79,7 +81,8 @@ pub(super) async fn route(outbox: &Outbox, pace: &mut Pace, most: usize) -> Resu
     let mut waiting = read(outbox, &tx, i64::try_from(page).unwrap_or(i64::MAX)).await?;
     let full = waiting.len() >= page;
     set_gone_aside(outbox, &tx, &mut waiting).await?;
-    let woken = write(outbox, &tx, &waiting, waiting.len()).await?;
+    let known = outbox.current_known(&tx).await?;
+    let woken = write(outbox, &tx, &known, &waiting, waiting.len()).await?;
     tx.commit().await?;
     pace.took(began.elapsed());
     outbox.wake(&woken);
@@ -96,17 +99,17 @@ async fn read(outbox: &Outbox, tx: &DatabaseTransaction, number: i64) -> Result<
 async fn write(
     outbox: &Outbox,
     tx: &DatabaseTransaction,
+    known: &KnownSubscriptions,
     waiting: &[Waiting],
     foreign: usize,
 ) -> Result<Vec<i32>, DbErr> {
     if waiting.is_empty() {
         return Ok(Vec::new());
     }
-    let known = outbox.current_known(tx).await?;
     let mut deliveries = Vec::new();
     let mut marked = 0;
     for (index, waiting) in waiting.iter().enumerate() {
-        let keys = waiting.event.as_ref().map(|event| keys(event, &known)).unwrap_or_default();
+        let keys = waiting.event.as_ref().map(|event| keys(event, known)).unwrap_or_default();
         let position = waiting.position;
         deliveries.extend(keys.into_iter().map(|(subscription, key)| DeliveryRow { subscription, key, position }));
         if index < foreign {
