@@ -2,7 +2,7 @@
 //! that were leased to it by routing.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
@@ -14,8 +14,6 @@ pub(crate) struct Desk {
     state: Mutex<State>,
     /// Lanes have come, the leases are in doubt, or the router has ended.
     arrived: Notify,
-    /// Of all feeds of the worker: one has room again.
-    room: Arc<Notify>,
 }
 
 #[derive(Debug, Default)]
@@ -36,11 +34,6 @@ pub(crate) struct Left {
 }
 
 impl Desk {
-    /// `room` is shared by the feeds of a worker.
-    pub(crate) fn new(room: Arc<Notify>) -> Self {
-        Self { room, ..Self::default() }
-    }
-
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -48,10 +41,7 @@ impl Desk {
     /// How many lanes the feed would take now.
     pub(crate) fn set_room(&self, room: usize) {
         let mut state = self.state();
-        let room = room.saturating_sub(state.leased.len());
-        if std::mem::replace(&mut state.room, room) == 0 && room > 0 {
-            self.room.notify_one();
-        }
+        state.room = room.saturating_sub(state.leased.len());
     }
 
     pub(crate) fn room(&self) -> usize {

@@ -1,8 +1,4 @@
 //! The router of a worker: one task that routes what commits, and leases what is new to the feeds that have room.
-//!
-//! It takes as much as the feeds have room for, so that what it routes is leased by the same statement; what they cannot
-//! take waits unrouted, where it costs least and where every other worker finds it. While no feed has room it routes
-//! slowly, for the subscriptions that others serve.
 
 use std::{
     sync::Arc,
@@ -12,16 +8,12 @@ use std::{
 use metrics::counter;
 use outbox_seaorm::{NextLook, Outbox, Routed, Router, Taker};
 use sea_orm::DbErr;
-use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::{desk::Desk, feed::Source};
 
 /// How many events are routed at once at most.
 const MOST: usize = 500;
-
-/// How often something is routed although no feed has room.
-const SLOWLY: Duration = Duration::from_millis(100);
 
 /// So many events at once are a high load. Then a pause lets more come together: a few large statements cost less than
 /// many small ones.
@@ -90,28 +82,15 @@ impl Waits {
 }
 
 /// Routes until it is told to stop.
-pub(crate) async fn run(outbox: Outbox, sources: Vec<Source>, room: Arc<Notify>, stop: CancellationToken) {
+pub(crate) async fn run(outbox: Outbox, sources: Vec<Source>, stop: CancellationToken) {
     let _closing = Closing(sources.iter().map(|source| source.desk.clone()).collect());
     let poll = sources.iter().map(|source| source.poll).min().unwrap_or(Duration::from_secs(5));
     let is_sqlite = outbox.writer().get_database_backend() == sea_orm::DbBackend::Sqlite;
     let mut router = outbox.router();
     let mut waits = Waits::new(poll);
-    let mut slowly = Instant::now();
     while !stop.is_cancelled() {
-        let most = sources.iter().map(|source| source.desk.room()).max().unwrap_or(MOST).min(MOST);
-        if most == 0 && slowly > Instant::now() {
-            tokio::select! {
-                () = room.notified() => {}
-                () = tokio::time::sleep_until(slowly.into()) => {}
-                () = stop.cancelled() => {}
-            }
-            continue;
-        }
-        if most == 0 {
-            slowly = Instant::now() + SLOWLY;
-        }
         let began = Instant::now();
-        let wait = match route(&mut router, &sources, if most == 0 { MOST } else { most }).await {
+        let wait = match route(&mut router, &sources).await {
             Ok(routed) => {
                 counter!("outbox_events_routed_total").increment(routed.events as u64);
                 waits.after(&routed, began.elapsed(), is_sqlite)
@@ -123,20 +102,20 @@ pub(crate) async fn run(outbox: Outbox, sources: Vec<Source>, room: Arc<Notify>,
                 wait
             }
         };
-        let (most, woken) = match wait {
+        let (longest, woken) = match wait {
             Wait::For(time) => (time, false),
             Wait::Woken(time) => (time.mul_f64(fastrand::f64().mul_add(0.2, 0.9)), true),
         };
         tokio::select! {
             () = router.woken(), if woken => waits.idle = waits.poll / 4,
-            () = tokio::time::sleep(most) => {}
+            () = tokio::time::sleep(longest) => {}
             () = stop.cancelled() => {}
         }
     }
 }
 
 /// One look. It is not cut off: nobody would know of the leases.
-async fn route(router: &mut Router, sources: &[Source], most: usize) -> Result<Routed, DbErr> {
+async fn route(router: &mut Router, sources: &[Source]) -> Result<Routed, DbErr> {
     let takers: Vec<Taker> = sources
         .iter()
         .filter_map(|source| {
@@ -152,7 +131,7 @@ async fn route(router: &mut Router, sources: &[Source], most: usize) -> Result<R
         })
         .collect();
     let asked_at = Instant::now();
-    let mut routed = router.route(&takers, most).await?;
+    let mut routed = router.route(&takers, MOST).await?;
     for lane in routed.leased.drain(..) {
         if let Some(source) = sources.iter().find(|source| source.subscription.now() == lane.lane.subscription) {
             source.desk.put(lane, asked_at);

@@ -14,13 +14,12 @@ use apalis::{
 use outbox_core::{Outcome, Publisher, Subscription};
 use outbox_seaorm::{Instance, Outbox, Purged, RegisterError, Retention, SchemaError};
 use sea_orm::DbBackend;
-use tokio::{sync::Notify, task::JoinSet};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     Handlers, InvalidOption, OutboxBackend,
     clock::DatabaseClock,
-    desk::Desk,
     destination::{self, AttemptResult, Destination, End, PublisherDestination},
     feed::{Counts, Source, SubscriptionId, Until},
     handlers::HandlersDestination,
@@ -335,7 +334,6 @@ impl Worker {
         let (clock, health) = (DatabaseClock::new(now, asked_at), Health::new());
         let stop = CancellationToken::new();
         let counts = Arc::new(Counts::default());
-        let room = Arc::new(Notify::new());
         let (mut sources, mut registrations) = (Vec::<Source>::new(), Vec::new());
         for (subscription, destination) in self.subscriptions {
             let (concurrency, rate) = subscription.limits();
@@ -373,7 +371,7 @@ impl Worker {
                 counts: counts.clone(),
                 clock: clock.clone(),
                 idle: CancellationToken::new(),
-                desk: Arc::new(Desk::new(room.clone())),
+                desk: Arc::default(),
                 transport,
             });
         }
@@ -388,7 +386,6 @@ impl Worker {
             clock,
             thread,
             redis,
-            room,
             retention: self.retention,
         })
     }
@@ -406,8 +403,6 @@ pub struct StartedWorker {
     clock: DatabaseClock,
     thread: FeedThread,
     redis: Option<(ConnectionManager, Health)>,
-    /// A feed has room.
-    room: Arc<Notify>,
     retention: Retention,
 }
 
@@ -428,8 +423,7 @@ impl StartedWorker {
     }
 
     pub(crate) async fn run(self, until: Until, shutdown: impl Future<Output = ()> + Send) -> Deliveries {
-        let Self { store, worker, mut sources, registrations, stop, counts, clock, thread, redis, room, retention } =
-            self;
+        let Self { store, worker, mut sources, registrations, stop, counts, clock, thread, redis, retention } = self;
         sources.iter_mut().for_each(|source| source.until = until);
         let names: Vec<String> = sources.iter().map(|source| source.name.to_string()).collect();
         let idle: Vec<CancellationToken> = sources.iter().map(|source| source.idle.clone()).collect();
@@ -448,7 +442,7 @@ impl StartedWorker {
         // Drained and once, feeds route for themselves: before each claim.
         if until == Until::Stopped {
             sources.iter().for_each(|source| source.desk.open());
-            thread.runtime().spawn(router::run(store.clone(), sources.clone(), room, stop.clone()));
+            thread.runtime().spawn(router::run(store.clone(), sources.clone(), stop.clone()));
         }
         let monitor = sources.into_iter().fold(Monitor::new(), register);
         background.spawn_on(upkeep(store.clone(), worker.clone(), registrations, clock), thread.runtime());

@@ -68,6 +68,7 @@ pub mod subscriptions {
         pub filter: Json,
         pub ordering: Json,
         pub backfill_from: Option<i64>,
+        pub backfill_until: Option<i64>,
         pub paused_at: Option<DateTimeUtc>,
         pub circuit_until: Option<DateTimeUtc>,
         pub circuit_failures: i32,
@@ -92,8 +93,29 @@ pub mod deliveries {
         #[sea_orm(primary_key, auto_increment = false)]
         pub key: String,
         #[sea_orm(primary_key, auto_increment = false)]
+        pub seq: i64,
         pub position: i64,
         pub due_at: DateTimeUtc,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// The marks of events that are not routed yet, or were set aside.
+pub mod unrouted {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "outbox_unrouted")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub position: i64,
+        pub ahead: Option<bool>,
+        pub set_aside_at: Option<DateTimeUtc>,
+        pub error: Option<String>,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

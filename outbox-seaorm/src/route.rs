@@ -261,7 +261,7 @@ impl Router {
         if !look && is_whole && is_quiet && self.hopes() {
             let mut events: Vec<Waiting> = std::mem::take(&mut self.mine).into_iter().map(Waiting::from).collect();
             events.sort_unstable_by_key(|waiting| waiting.position);
-            match self.try_route(sql, takers, &mut events, true).await? {
+            match self.try_route(sql, takers, &events, true).await? {
                 Done::Routed(mut routed) => {
                     self.false_alarms = 0;
                     if routed.next == NextLook::Woken && self.outbox.handed().has_more() {
@@ -311,14 +311,14 @@ impl Router {
         set_gone_aside(&self.outbox, self.outbox.store(), &mut events).await?;
         self.fill_in(&mut events);
         let last = events.last().map_or(0, |waiting| waiting.position);
-        let mut routed = match self.try_route(sql, takers, &mut events, false).await? {
+        let mut routed = match self.try_route(sql, takers, &events, false).await? {
             Done::Routed(routed) => routed,
             Done::Skipped | Done::FalseAlarm => return self.skipped(sql).await,
         };
         if full && self.left_out == 0 {
             let ahead = ahead::find(&self.outbox, &mut self.ahead, last).await?;
-            if let Some(mut ahead) = ahead
-                && let Done::Routed(more) = self.try_route(sql, takers, &mut ahead, false).await?
+            if let Some(ahead) = ahead
+                && let Done::Routed(more) = self.try_route(sql, takers, &ahead, false).await?
             {
                 routed.events += more.events;
                 routed.leased.splice(0..0, more.leased);
@@ -359,7 +359,7 @@ impl Router {
         &mut self,
         sql: &RouteStatements,
         takers: &[Taker],
-        events: &mut Vec<Waiting>,
+        events: &[Waiting],
         hoped: bool,
     ) -> Result<Done, DbErr> {
         for _ in 0..3 {
@@ -442,7 +442,7 @@ impl Router {
         &self,
         takers: &[Taker],
         plan: &Plan,
-        events: &mut [Waiting],
+        events: &[Waiting],
         answer: &Answer,
     ) -> Result<Vec<ClaimedLane>, DbErr> {
         let mut complete = Vec::new();
