@@ -77,6 +77,7 @@ macro_rules! old {
                 where e.event_type = r.name or r.prefix and starts_with(e.event_type, r.name)
                 order by r.ordinality limit 1) cutoff
          where e.recorded_at <= cutoff.at
+           and not exists (select 1 from outbox_unrouted where position = e.position)
            and not exists (
                select 1 from outbox_subscriptions s
                 where s.backfill_from <= e.position

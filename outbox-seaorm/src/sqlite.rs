@@ -37,6 +37,7 @@ macro_rules! old {
                     where e.event_type = value->>'name'
                        or value->>'prefix' and substr(e.event_type, 1, length(value->>'name')) = value->>'name'
                     order by key limit 1)))
+           and not exists (select 1 from outbox_unrouted where position = e.position)
            and not exists (
                select 1 from outbox_subscriptions s
                 where s.backfill_from <= e.position

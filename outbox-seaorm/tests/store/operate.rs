@@ -13,7 +13,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::{
-    database::{BACKEND, NOW, Place, before},
+    database::{self, BACKEND, NOW, Place, before},
     fixture::{LONG, delivered, delivered_run, failed, of_type, record, todo},
 };
 
@@ -614,6 +614,24 @@ async fn retention_takes_what_is_old_and_finished_and_nothing_else() {
     db.all_a_day_ago().await;
     let purged = db.purge(&Retention::default().keep(Duration::ZERO)).await;
     assert_eq!(purged.events, 3, "all but what is dead");
+}
+
+/// Neither what nobody has routed yet, nor what was set aside.
+#[tokio::test]
+async fn retention_leaves_what_is_not_routed() {
+    let db = Db::new().await;
+    db.outbox.register(&Subscription::new("s").unwrap()).await.unwrap();
+    for id in ["waits", "aside"] {
+        db.execute(&database::record("todo.created", "todo", id, "{}")).await;
+    }
+    db.execute("update outbox_unrouted set set_aside_at = null, error = null where position = 1").await;
+    db.execute(&format!("update outbox_unrouted set set_aside_at = {}, error = 'no' where position = 2", NOW)).await;
+    db.all_a_day_ago().await;
+    assert_eq!(db.purge(&Retention::default().keep(Duration::ZERO)).await, Purged::default());
+    assert_eq!(db.column::<i64>("select position from outbox_events order by position").await, [1, 2]);
+    db.execute("delete from outbox_unrouted where position = 2").await;
+    assert_eq!(db.purge(&Retention::default().keep(Duration::ZERO)).await.events, 1);
+    db.is_whole().await;
 }
 
 #[tokio::test]
