@@ -63,6 +63,16 @@ impl KnownSubscriptions {
         Ok(Self { generation, subscriptions, by_type: RwLock::default() })
     }
 
+    #[cfg(test)]
+    pub(crate) fn of(subscriptions: impl IntoIterator<Item = Subscription>) -> Self {
+        let known = |(n, each): (i32, Subscription)| Known {
+            id: n,
+            filter: each.filter().clone(),
+            ordering: each.key_choice().clone(),
+        };
+        Self { subscriptions: (1..).zip(subscriptions).map(known).collect(), ..Self::default() }
+    }
+
     /// In the order of their ids.
     pub(crate) fn matching(&self, subject: &Subject<'_>) -> Vec<&Known> {
         let takers = self.takers(subject.event_type);

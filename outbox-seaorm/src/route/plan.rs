@@ -109,3 +109,63 @@ pub(crate) fn keys(event: &RecordedEvent, known: &KnownSubscriptions) -> Vec<Key
     let subject = Subject::of_recorded(event);
     known.matching(&subject).into_iter().map(|each| (each.id, each.ordering.key(&subject))).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use outbox_core::{Context, NewEvent, Ordering, Subscription};
+
+    use super::*;
+
+    /// Events of these aggregates, at positions from 1 on, each with its tenant.
+    fn waiting(events: &[(&str, &str)]) -> Vec<Waiting> {
+        (1..)
+            .zip(events)
+            .map(|(position, (id, tenant))| {
+                let mut context = Context::default();
+                context.tenant = Some((*tenant).to_owned());
+                let event = NewEvent::dynamic("todo.created", "todo", *id, &()).unwrap();
+                let event = event.into_recorded(position, chrono::DateTime::UNIX_EPOCH, &context);
+                Waiting { position, event: Some(event), has_payload: true, due: 1.0 }
+            })
+            .collect()
+    }
+
+    fn per_aggregate_and_tenant() -> KnownSubscriptions {
+        let subscription = |name: &str, ordering| Subscription::new(name).unwrap().ordering(ordering);
+        KnownSubscriptions::of([subscription("a", Ordering::Aggregate), subscription("t", Ordering::Tenant)])
+    }
+
+    fn planned(events: &[(&str, &str)], most: usize, blocked: &[(i32, &str)], marks: &[i64]) -> Plan {
+        let blocked = blocked.iter().map(|(subscription, key)| (*subscription, (*key).to_owned())).collect();
+        plan(&waiting(events), &per_aggregate_and_tenant(), most, &blocked, &marks.iter().copied().collect())
+    }
+
+    #[test]
+    fn each_lane_gets_its_events_in_their_order() {
+        let plan = planned(&[("1", "x"), ("2", "x"), ("1", "y")], 10, &[], &[]);
+        assert_eq!(plan.positions().collect::<Vec<_>>(), [1, 2, 3]);
+        let lanes: Vec<_> = plan.lanes.iter().map(|lane| (lane.subscription, lane.key.as_str())).collect();
+        assert_eq!(lanes, [(1, "todo/1"), (2, "x"), (1, "todo/2"), (2, "y")]);
+        assert_eq!(plan.runs, [vec![0, 2], vec![0, 1], vec![1], vec![2]]);
+        assert_eq!(plan.matches.len(), 6);
+        assert_eq!((plan.left_out, plan.is_cut, plan.last()), (0, false, 3));
+    }
+
+    /// The second follows the first in its tenant's lane, the third follows the second in its aggregate's.
+    #[test]
+    fn what_is_blocked_holds_up_what_follows_it_in_any_subscription() {
+        let events = [("1", "x"), ("2", "x"), ("2", "y"), ("3", "z")];
+        let plan = planned(&events, 10, &[(1, "todo/1")], &[]);
+        assert_eq!((plan.positions().collect::<Vec<_>>(), plan.left_out), (vec![4], 3));
+        let plan = planned(&events, 10, &[(2, "todo/1")], &[]);
+        assert_eq!(plan.left_out, 0, "a key of another subscription");
+        let plan = planned(&events, 10, &[], &[2]);
+        assert_eq!(plan.positions().collect::<Vec<_>>(), [1, 4], "a mark that is locked");
+    }
+
+    #[test]
+    fn it_ends_after_as_many_events_as_it_may_take() {
+        let plan = planned(&[("1", "x"), ("2", "x"), ("3", "x")], 2, &[], &[]);
+        assert_eq!((plan.positions().collect::<Vec<_>>(), plan.is_cut), (vec![1, 2], true));
+    }
+}
