@@ -42,6 +42,19 @@ fn complaints(row: &QueryResult) -> Result<Vec<Complaint>, DbErr> {
             format!("select setval('{sequence}', {last})"),
         );
     }
+    if !row.try_get::<bool>("", "in_order")? {
+        note(
+            "numbers are not given out in their order: a sequence of the outbox has a cache, or counts down",
+            "alter sequence … cache 1 increment 1, for outbox_events.position and outbox_deliveries.seq".to_owned(),
+        );
+    }
+    if let Some(sessions) = row.try_get::<Option<String>>("", "stuck")? {
+        note(
+            &format!("routing is held up by session {sessions}"),
+            "select pg_terminate_backend(…), if it does not go away; look for the process that it belongs to"
+                .to_owned(),
+        );
+    }
     if row.try_get::<String>("", "read_only")? == "on" {
         note("the database takes no writes", "set default_transaction_read_only = off for it".to_owned());
     }

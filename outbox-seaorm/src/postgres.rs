@@ -954,6 +954,14 @@ pub(crate) static POSTGRES: Sql = Sql {
                      then coalesce(
                          pg_sequence_last_value(pg_get_serial_sequence('outbox_events', 'position')::regclass), 0) end as drawn,
                 pg_get_serial_sequence('outbox_events', 'position') as sequence,
+                coalesce((select bool_and(seqcache = 1 and seqincrement > 0) from pg_sequence
+                           where seqrelid in (
+                                 pg_get_serial_sequence('outbox_events', 'position')::regclass,
+                                 pg_get_serial_sequence('outbox_deliveries', 'seq')::regclass)), true) as in_order,
+                (select string_agg(pid || ' (' || coalesce(state, 'unknown') || ')', ', ') from pg_stat_activity
+                  where datname = current_database() and pid <> pg_backend_pid() and state <> 'idle'
+                    and ltrim(query, E' \\n') like '/* outbox:meta */%'
+                    and xact_start < clock_timestamp() - interval '3 seconds') as stuck,
                 current_setting('synchronous_commit') as synchronous_commit, current_setting('fsync') as fsync,
                 current_setting('full_page_writes') as full_page_writes,
                 current_setting('default_transaction_read_only') as read_only",

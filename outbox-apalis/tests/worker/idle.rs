@@ -50,6 +50,7 @@ async fn a_worker_that_is_full_claims_nothing() {
     let (outbox, statements) = counted_outbox(&fixture).await;
     let seen = Seen::default();
     let worker = crate::fixture::worker(&outbox).lease(Duration::from_secs(30)).unwrap().shutdown_grace(MS);
+    let worker = worker.poll(500 * MS).unwrap();
     let worker = run(worker.concurrency(2).unwrap().handlers(subscription("s"), hanging(&seen))).await;
     push(&outbox, each_noted(&["a", "b", "c", "d", "e"], 1)).await;
     eventually("it is full", || async { fixture.count("outbox_lanes where leased_by is not null").await == 4 }).await;

@@ -207,6 +207,12 @@ async fn a_session_that_holds_up_routing_is_ended() {
     let mut router = store.outbox.router();
     let began = Instant::now();
     assert_eq!(router.route(&[], 500).await.unwrap().next, NextLook::Soon);
+    let complaint = eventually("the complaint", async || {
+        let found = store.outbox.checkup().await.unwrap();
+        found.into_iter().find(|found| found.problem.starts_with("routing is held up by session "))
+    });
+    let complaint = complaint.await;
+    assert!(complaint.problem.ends_with("(idle in transaction)"), "{}", complaint.problem);
     assert_eq!(route_all(&mut router, &[]).await.events, 1);
     assert!((3..9).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
     assert!(frozen.commit().await.is_err(), "it was ended");

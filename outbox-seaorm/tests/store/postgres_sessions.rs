@@ -228,6 +228,18 @@ async fn a_sequence_that_was_set_back_is_named() {
 }
 
 #[tokio::test]
+async fn a_sequence_with_a_cache_is_named() {
+    let store = Store::new().await;
+    for (table, column) in [("events", "position"), ("deliveries", "seq")] {
+        store.execute(&format!("alter table outbox_{table} alter column {column} set cache 50")).await;
+        let found = store.outbox.checkup().await.unwrap();
+        assert!(found.iter().any(|each| each.problem.contains("not given out in their order")), "{found:?}");
+        store.execute(&format!("alter table outbox_{table} alter column {column} set cache 1")).await;
+    }
+    assert!(!store.outbox.checkup().await.unwrap().iter().any(|each| each.problem.contains("order")));
+}
+
+#[tokio::test]
 async fn an_error_of_the_server_is_not_the_statements() {
     let store = Store::new().await;
     let raised = async |code: &str| {

@@ -9,6 +9,7 @@ mod faults;
 mod network;
 mod postgres;
 mod redis;
+mod routing;
 mod security;
 mod startup;
 mod truth;

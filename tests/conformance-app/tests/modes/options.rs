@@ -144,6 +144,7 @@ async fn raw_json_is_stored_equal() {
 async fn raw_json_keeps_the_digits_that_no_float_holds() {
     for app in App::each().await {
         raw(&app, "123456789012345678901234567890").await.assert_committed(201);
+        app.outbox.route_waiting().await.unwrap();
         let deliveries = app.outbox.deliveries(Some("effects"), None, 0, 1).await.unwrap();
         assert!(deliveries[0].event.payload.contains(":123456789012345678901234567890"), "{deliveries:?}");
     }
