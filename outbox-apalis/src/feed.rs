@@ -230,6 +230,9 @@ struct Feed {
     loaded: bool,
     /// Whether it came back full: there are more, which come before what is routed now.
     behind: bool,
+    /// Lanes that routing has leased with all that they had. Whatever a lane gets later, the feed is woken for.
+    fresh: HashSet<LaneRef>,
+    woken_at: Option<Instant>,
     /// The connection to the database was lost, and with it perhaps leases: nothing begins before they are checked.
     in_doubt: bool,
     checking: Option<JoinHandle<(Vec<LaneRef>, Result<Vec<LaneRef>, DbErr>)>>,
@@ -319,6 +322,8 @@ pub(crate) fn start(source: Source) -> Ends {
         claimed_at: now,
         loaded: false,
         behind: false,
+        fresh: HashSet::new(),
+        woken_at: None,
         in_doubt: false,
         checking: None,
         full_at: now,
@@ -391,6 +396,7 @@ impl Feed {
                 (asked_at, lanes, held) = finished(&mut self.renewing) => self.renewed(asked_at, &lanes, held),
                 () = finished(&mut self.changing) => {}
                 () = outbox.woken(subscription.now()), if !stopping && !self.is_relayed() => {
+                    self.woken_at = Some(Instant::now());
                     let coalesce = match self.source.until {
                         Until::Stopped if self.loaded => COALESCE_LOADED,
                         Until::Stopped => COALESCE,
@@ -759,6 +765,7 @@ impl Feed {
         let Left { leased, in_doubt } = self.source.desk.take();
         self.in_doubt |= in_doubt;
         for (lane, asked_at) in leased {
+            self.fresh.insert(lane.lane.clone());
             self.begin_lane(lane, asked_at, false);
         }
         if stopping {
@@ -933,7 +940,7 @@ impl Feed {
                 let over = self.lanes.get(&key).filter(|lane| lane.run.is_empty()).map(|lane| lane.lane.clone());
                 if let Some(lane) = over {
                     self.lanes.remove(&key);
-                    self.look_again_for(&lane);
+                    self.yielded(&lane);
                 } else {
                     self.go_on(key);
                 }
@@ -1277,9 +1284,10 @@ impl Feed {
             } else if let Some(lane) = held {
                 lane.unsettled -= report.finished.len();
             }
-            if !matches!(report.next, Next::Keep) {
-                // The lane may have more: its next delivery, or one that was flushed while it was leased.
-                self.look_again_for(&report.lane);
+            match report.next {
+                Next::Keep => {}
+                Next::Yield => self.yielded(&report.lane),
+                _ => self.look_again_for(&report.lane),
             }
         }
         if !busy.is_empty() {
@@ -1299,8 +1307,18 @@ impl Feed {
         }
     }
 
+    /// A lane is over. It may have more: its next delivery, or one that was routed while it was leased.
+    fn yielded(&mut self, lane: &LaneRef) {
+        let lease = self.source.options.lease;
+        let was_quiet = self.woken_at.is_none_or(|at| at.elapsed() > lease);
+        if !(self.fresh.remove(lane) && was_quiet) {
+            self.look_again_for(lane);
+        }
+    }
+
     /// A lease is over. The lane may be due already, and lie behind the mark: it is as old as its next delivery.
     fn look_again_for(&mut self, lane: &LaneRef) {
+        self.fresh.remove(lane);
         self.look_at = Instant::now();
         if self.long.remove(lane) {
             (self.mark, self.returned_at) = (None, self.look_at);

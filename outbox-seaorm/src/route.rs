@@ -396,8 +396,8 @@ impl Router {
                 return Ok(Done::FalseAlarm);
             }
             (self.size, self.rejected) = (MOST, 0);
-            let leased = self.leased(takers, &plan, events, &answer).await?;
-            self.outbox.wake(&answer.others);
+            let (leased, unfinished) = self.leased(takers, &plan, events, &answer).await?;
+            self.outbox.wake(&[answer.others, unfinished].concat());
             return Ok(Done::Routed(Routed { events: answer.taken, leased, next }));
         }
         Ok(Done::Skipped)
@@ -437,15 +437,17 @@ impl Router {
         TakerRow { subscription: taker.subscription, worker: &taker.worker, lanes, lease: seconds(taker.lease) }
     }
 
-    /// The new leases with their events: those of this process' commits are here, others are read.
+    /// The new leases with their events: those of this process' commits are here, others are read. Also the subscriptions of
+    /// lanes that have more than comes along.
     async fn leased(
         &self,
         takers: &[Taker],
         plan: &Plan,
         events: &[Waiting],
         answer: &Answer,
-    ) -> Result<Vec<ClaimedLane>, DbErr> {
-        let mut complete = Vec::new();
+    ) -> Result<(Vec<ClaimedLane>, Vec<i32>), DbErr> {
+        let (mut complete, mut unfinished) = (Vec::new(), Vec::new());
+        let mut whole: HashMap<(i32, String), usize> = HashMap::new();
         let mut others: HashMap<i32, Vec<ClaimedLane>> = HashMap::new();
         for (n, token) in &answer.leased {
             let (Some(lane), Some(run)) = (plan.lanes.get(*n), plan.runs.get(*n)) else { continue };
@@ -457,7 +459,11 @@ impl Router {
                 worker: taker.worker.to_string(),
             };
             let due = run.iter().take(taker.run as usize).take_while(|index| events[**index].due <= answer.now);
+            let all = run.len();
             let run: Vec<&Waiting> = due.map(|index| &events[*index]).collect();
+            if run.len() < all {
+                unfinished.push(lane.subscription);
+            }
             let mut claimed =
                 ClaimedLane { lane: lease, attempts: 1, attempt_log: None, run: Vec::new(), unreadable: None };
             if run.iter().all(|waiting| waiting.has_payload) {
@@ -465,6 +471,7 @@ impl Router {
                 claimed.run = run.into_iter().filter_map(|waiting| waiting.event.clone()).collect();
                 complete.push((first, claimed));
             } else {
+                whole.insert((lane.subscription, lane.key.clone()), all);
                 others.entry(lane.subscription).or_default().push(claimed);
             }
         }
@@ -473,9 +480,16 @@ impl Router {
         for (subscription, lanes) in others {
             let run = takers.iter().find(|taker| taker.subscription == subscription).map_or(1, |taker| taker.run);
             let (_, run) = self.outbox.fitting(subscription, u32::try_from(lanes.len()).unwrap_or(u32::MAX), run);
-            leased.extend(self.outbox.with_runs(subscription, lanes, run).await?);
+            let given = lanes.len();
+            let found = self.outbox.with_runs(subscription, lanes, run).await?;
+            let is_whole =
+                |lane: &ClaimedLane| whole.get(&(subscription, lane.lane.key.clone())) == Some(&lane.run.len());
+            if found.len() < given || !found.iter().all(is_whole) {
+                unfinished.push(subscription);
+            }
+            leased.extend(found);
         }
-        Ok(leased)
+        Ok((leased, unfinished))
     }
 
     /// Another process is at it; or its client is frozen, and the server has not noticed.

@@ -625,7 +625,7 @@ async fn retention_leaves_what_is_not_routed() {
         db.execute(&database::record("todo.created", "todo", id, "{}")).await;
     }
     db.execute("update outbox_unrouted set set_aside_at = null, error = null where position = 1").await;
-    db.execute(&format!("update outbox_unrouted set set_aside_at = {}, error = 'no' where position = 2", NOW)).await;
+    db.execute(&format!("update outbox_unrouted set set_aside_at = {NOW}, error = 'no' where position = 2")).await;
     db.all_a_day_ago().await;
     assert_eq!(db.purge(&Retention::default().keep(Duration::ZERO)).await, Purged::default());
     assert_eq!(db.column::<i64>("select position from outbox_events order by position").await, [1, 2]);
