@@ -1,4 +1,7 @@
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use sea_orm::{
     ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbBackend, DbErr, RuntimeErr, SqlxPostgresConnector,
@@ -15,6 +18,12 @@ use crate::{
 
 /// How long a request waits for a connection, or for SQLite's write lock.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// When a SQLite file that was busy is opened again.
+const OPEN_AGAIN: Duration = Duration::from_millis(20);
+
+/// SQLite's code for a lock that somebody else has.
+const SQLITE_BUSY: u32 = 5;
 
 /// Claims, settlements, renewals and dashboards: short statements, a few at a time.
 const STORE_CONNECTIONS: u32 = 6;
@@ -265,5 +274,18 @@ async fn sqlite(url: &str, connections: u32) -> Result<DatabaseConnection, Conne
                 .pragma("journal_size_limit", LOG_LIMIT)
         })
         .map_sqlx_sqlite_pool_opts(clean::guarded);
-    Database::connect(options).await.map_err(|error| refused(error, ConnectError::Open))
+    // Who switches a new file to the write-ahead log does not wait for others who migrate it: SQLite refuses at once.
+    let began = Instant::now();
+    loop {
+        match Database::connect(options.clone()).await {
+            Err(error) if is_busy(&error) && began.elapsed() < ACQUIRE_TIMEOUT => tokio::time::sleep(OPEN_AGAIN).await,
+            opened => return opened.map_err(|error| refused(error, ConnectError::Open)),
+        }
+    }
+}
+
+fn is_busy(error: &DbErr) -> bool {
+    let DbErr::Conn(RuntimeErr::SqlxError(error)) = error else { return false };
+    let code = error.as_database_error().and_then(|error| error.code());
+    code.and_then(|code| code.parse::<u32>().ok()).is_some_and(|code| code & 0xff == SQLITE_BUSY)
 }
