@@ -256,7 +256,7 @@ pub(crate) struct Sql {
     /// explains: of each subscription how many, up to 1,000, and how many seconds at most. Index: outbox_lanes_due.
     pub(crate) postponed: &'static str,
 
-    /// $1 subscription: locks the lanes that wait, and that nobody has leased. In the order of the flush.
+    /// $1 subscription: locks the lanes that wait, and that nobody has leased. In the order of routing.
     pub(crate) lock_waiting: &'static str,
 
     /// $1 subscription, $2 keys of lanes that are locked: their deliveries are due when the delays of their events say so.
@@ -314,7 +314,7 @@ pub(crate) struct Sql {
     /// $1 ids, $2 whether only those whose event is there.
     pub(crate) take_dead_letters: &'static str,
 
-    /// $1 deliveries. In the order of the flush.
+    /// $1 deliveries. In the order of routing.
     pub(crate) lock_lanes: &'static str,
 
     /// $1 deliveries: lanes that one of them held up are due with what comes next.
