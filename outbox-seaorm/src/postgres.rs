@@ -314,6 +314,55 @@ pub(crate) static POSTGRES: Sql = Sql {
                extract(epoch from clock_timestamp())::float8 as now, leased, others
           from answer",
 
+    // Most commits store one event, and somebody waits for it. No list has to be read, ordered or shared out, which takes
+    // half of the time of the other statement.
+    route_one: "
+        /* outbox:meta */ with
+              limits as materialized (
+                select set_config('lock_timeout', '50ms', true), set_config('synchronous_commit', 'off', true),
+                       set_config('idle_in_transaction_session_timeout', '1s', true)),
+              meta as materialized (
+                select 1 from outbox_meta m, limits where m.routing_generation = $1 for update of m skip locked),
+              earlier as materialized (
+                select position from outbox_unrouted
+                 where position > $5 and position < $2 and set_aside_at is null and exists (select from meta)
+                 order by position limit 1),
+              taken as (
+                delete from outbox_unrouted
+                 where position = $2 and exists (select from meta) and not exists (select from earlier)
+                returning position),
+              lane as materialized (
+                select l.n, l.subscription, l.key, to_timestamp($3) as due_at, (random() * 4e18)::bigint as token, l.lease,
+                       case when to_timestamp($3) <= clock_timestamp() and exists (
+                              select from outbox_subscriptions s
+                               where s.id = l.subscription and s.paused_at is null and s.backfill_from is null
+                                 and s.circuit_until is null)
+                            then l.worker end as worker
+                  from jsonb_to_recordset($4::text::jsonb) as l(
+                         n integer, subscription integer, key text, worker text, lease float8), taken),
+              deliveries as (
+                insert into outbox_deliveries (subscription_id, key, position, due_at)
+                select subscription, key, $2, due_at from lane),
+              lanes as (
+                insert into outbox_lanes as old (
+                    subscription_id, key, pending, lease_token, due_at, attempts, leased_by)
+                select subscription, key, 1, token,
+                       case when worker is null then due_at else clock_timestamp() + lease * interval '1 second' end,
+                       case when worker is null then 0 else 1 end, worker
+                  from lane
+                 order by subscription
+                on conflict (subscription_id, key) do update set pending = old.pending + excluded.pending
+                returning subscription_id, lease_token),
+              answer as (
+                select json_agg(json_build_array(n, token)) filter (where mine)::text as leased,
+                       json_agg(subscription) filter (where not mine)::text as others
+                  from (select n, subscription, token, worker is not null and token = lease_token as mine
+                          from lane join lanes on subscription_id = subscription) written)
+        select (select routing_generation from outbox_meta) as generation, exists (select from meta) as locked,
+               (select count(*) from taken) as taken, not exists (select from earlier) as complete,
+               extract(epoch from clock_timestamp())::float8 as now, leased, others
+          from answer",
+
     // At once, and all of them: a lock that is held by somebody else is not waited for.
     held_lanes: "
         with wanted as materialized (

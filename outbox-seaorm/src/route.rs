@@ -412,19 +412,33 @@ impl Router {
         plan: &Plan,
         hoped: bool,
     ) -> Result<Option<Answer>, DbErr> {
+        let store = self.outbox.store();
         let takers: Vec<TakerRow<'_>> = takers.iter().map(|taker| self.taker(taker)).collect();
-        let number = i64::try_from(plan.events.len()).unwrap_or(i64::MAX);
-        let values = [
-            known.generation.into(),
-            json(&plan.events)?.into(),
-            json(&plan.lanes)?.into(),
-            json(&plan.matches)?.into(),
-            json(&takers)?.into(),
-            self.floor.position().into(),
-            plan.last().into(),
-            hoped.then_some(number).into(),
-        ];
-        let row = self.outbox.query_one(self.outbox.store(), sql.route, values).await?;
+        let floor = self.floor.position();
+        let row = if let [event] = &*plan.events {
+            let lanes: Vec<OneLane<'_>> = plan.lanes.iter().map(|lane| OneLane::of(lane, &takers)).collect();
+            let values = [
+                known.generation.into(),
+                event.position.into(),
+                event.due.into(),
+                json(&lanes)?.into(),
+                hoped.then_some(floor).into(),
+            ];
+            self.outbox.query_one(store, sql.route_one, values).await?
+        } else {
+            let number = i64::try_from(plan.events.len()).unwrap_or(i64::MAX);
+            let values = [
+                known.generation.into(),
+                json(&plan.events)?.into(),
+                json(&plan.lanes)?.into(),
+                json(&plan.matches)?.into(),
+                json(&takers)?.into(),
+                floor.into(),
+                plan.last().into(),
+                hoped.then_some(number).into(),
+            ];
+            self.outbox.query_one(store, sql.route, values).await?
+        };
         let row = row.ok_or_else(|| DbErr::RecordNotFound("the answer of routing".to_owned()))?;
         if row.try_get::<Option<i64>>("", "generation")?.is_none() {
             return Ok(None);
@@ -614,6 +628,22 @@ struct TakerRow<'a> {
     worker: &'a str,
     lanes: u32,
     lease: f64,
+}
+
+/// A lane of a single event, and who leases it if it is new.
+#[derive(Serialize)]
+struct OneLane<'a> {
+    #[serde(flatten)]
+    lane: &'a plan::LaneRow,
+    worker: Option<&'a str>,
+    lease: f64,
+}
+
+impl<'a> OneLane<'a> {
+    fn of(lane: &'a plan::LaneRow, takers: &[TakerRow<'a>]) -> Self {
+        let taker = takers.iter().find(|taker| taker.subscription == lane.subscription && taker.lanes > 0);
+        Self { lane, worker: taker.map(|taker| taker.worker), lease: taker.map_or(0.0, |taker| taker.lease) }
+    }
 }
 
 /// What the statement answers.

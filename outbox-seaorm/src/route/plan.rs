@@ -23,8 +23,8 @@ pub(crate) type Key = (i32, String);
 
 #[derive(Debug, PartialEq, Serialize)]
 pub(super) struct EventRow {
-    position: i64,
-    due: f64,
+    pub(super) position: i64,
+    pub(super) due: f64,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
