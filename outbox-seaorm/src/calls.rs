@@ -66,6 +66,10 @@ impl Calls {
         })
     }
 
+    pub(crate) fn limit(&self) -> Option<Duration> {
+        self.limit
+    }
+
     /// The connections of this moment. Another call may get others.
     pub(crate) fn connections(&self) -> DatabaseConnection {
         self.current().db

@@ -26,7 +26,7 @@ const OPEN_AGAIN: Duration = Duration::from_millis(20);
 const SQLITE_BUSY: u32 = 5;
 
 /// Claims, settlements, renewals and dashboards: short statements, a few at a time.
-const STORE_CONNECTIONS: u32 = 6;
+pub(crate) const STORE_CONNECTIONS: u32 = 6;
 
 /// What may stand behind the '?' of a PostgreSQL URL, besides `options[…]`. Others would be ignored by the driver.
 const PARAMETERS: [&str; 18] = [
@@ -128,12 +128,12 @@ pub(crate) struct Pools {
 
 impl Pools {
     /// Its calls have this limit. If it is exceeded, the other pools begin anew too.
-    pub(crate) fn with_own_store(&self, limit: Duration) -> Self {
+    pub(crate) fn with_own_store(&self, connections: u32, limit: Duration) -> Self {
         let store = match self.store.get_database_backend() {
             DbBackend::Postgres => {
                 let store = self.store.now();
                 let pool = store.get_postgres_connection_pool();
-                let mut options = pool.options().clone().min_connections(0).max_connections(STORE_CONNECTIONS);
+                let mut options = pool.options().clone().min_connections(0).max_connections(connections);
                 let sessions = self.store.sessions().clone();
                 if self.opened_here {
                     let purpose = if self.store.pooled { Purpose::Pooled } else { Purpose::Worker };

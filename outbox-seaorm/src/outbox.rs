@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 
 use crate::{
     calls::Calls,
-    connect::Pools,
+    connect::{Pools, STORE_CONNECTIONS},
     names::Names,
     notify::Notifier,
     pooler::Connections,
@@ -183,7 +183,17 @@ impl Outbox {
     /// Outside of a tokio runtime.
     #[must_use]
     pub fn with_own_store(&self, limit: Duration) -> Self {
-        let pools = self.pools.with_own_store(limit);
+        self.with_store_of(STORE_CONNECTIONS, limit)
+    }
+
+    /// Its one connection stays warm, and waits for nobody.
+    pub(crate) fn with_own_connection(&self) -> Self {
+        let limit = self.store().calls().and_then(|calls| calls.limit());
+        limit.map_or_else(|| self.clone(), |limit| self.with_store_of(1, limit))
+    }
+
+    fn with_store_of(&self, connections: u32, limit: Duration) -> Self {
+        let pools = self.pools.with_own_store(connections, limit);
         if let Some(calls) = pools.store.calls() {
             let mut workers = self.inner.workers.lock().unwrap_or_else(PoisonError::into_inner);
             workers.retain(|worker| worker.strong_count() > 0);

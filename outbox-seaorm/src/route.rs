@@ -139,10 +139,15 @@ enum Done {
 }
 
 impl Outbox {
-    /// A router. While it lives, commits of this process hand their events to it; a second one only looks.
+    /// A router, on PostgreSQL with a connection of its own. While it lives, commits of this process hand their events to
+    /// it; a second one only looks.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
     #[must_use]
     pub fn router(&self) -> Router {
-        self.new_router(self.handed().claim())
+        self.with_own_connection().new_router(self.handed().claim())
     }
 
     fn new_router(&self, takes: bool) -> Router {
@@ -384,7 +389,7 @@ impl Router {
                 self.reload().await?;
                 continue;
             };
-            if !answer.locked && answer.generation != Some(known.generation) {
+            if !answer.locked && answer.generation != known.generation {
                 self.reload().await?;
                 continue;
             }
@@ -415,7 +420,7 @@ impl Router {
         let store = self.outbox.store();
         let takers: Vec<TakerRow<'_>> = takers.iter().map(|taker| self.taker(taker)).collect();
         let floor = self.floor.position();
-        let row = if let [event] = &*plan.events {
+        if let [event] = &*plan.events {
             let lanes: Vec<OneLane<'_>> = plan.lanes.iter().map(|lane| OneLane::of(lane, &takers)).collect();
             let values = [
                 known.generation.into(),
@@ -424,26 +429,21 @@ impl Router {
                 json(&lanes)?.into(),
                 hoped.then_some(floor).into(),
             ];
-            self.outbox.query_one(store, sql.route_one, values).await?
-        } else {
-            let number = i64::try_from(plan.events.len()).unwrap_or(i64::MAX);
-            let values = [
-                known.generation.into(),
-                json(&plan.events)?.into(),
-                json(&plan.lanes)?.into(),
-                json(&plan.matches)?.into(),
-                json(&takers)?.into(),
-                floor.into(),
-                plan.last().into(),
-                hoped.then_some(number).into(),
-            ];
-            self.outbox.query_one(store, sql.route, values).await?
-        };
-        let row = row.ok_or_else(|| DbErr::RecordNotFound("the answer of routing".to_owned()))?;
-        if row.try_get::<Option<i64>>("", "generation")?.is_none() {
-            return Ok(None);
+            return Answer::of_one(&self.outbox.query_all(store, sql.route_one, values).await?, &lanes);
         }
-        Answer::read(&row).map(Some)
+        let number = i64::try_from(plan.events.len()).unwrap_or(i64::MAX);
+        let values = [
+            known.generation.into(),
+            json(&plan.events)?.into(),
+            json(&plan.lanes)?.into(),
+            json(&plan.matches)?.into(),
+            json(&takers)?.into(),
+            floor.into(),
+            plan.last().into(),
+            hoped.then_some(number).into(),
+        ];
+        let row = self.outbox.query_one(store, sql.route, values).await?;
+        row.map_or(Err(no_answer()), |row| Answer::of_many(&row))
     }
 
     fn taker<'a>(&self, taker: &'a Taker) -> TakerRow<'a> {
@@ -633,8 +633,9 @@ struct TakerRow<'a> {
 /// A lane of a single event, and who leases it if it is new.
 #[derive(Serialize)]
 struct OneLane<'a> {
-    #[serde(flatten)]
-    lane: &'a plan::LaneRow,
+    subscription: i32,
+    key: &'a str,
+    token: i64,
     worker: Option<&'a str>,
     lease: f64,
 }
@@ -642,14 +643,20 @@ struct OneLane<'a> {
 impl<'a> OneLane<'a> {
     fn of(lane: &'a plan::LaneRow, takers: &[TakerRow<'a>]) -> Self {
         let taker = takers.iter().find(|taker| taker.subscription == lane.subscription && taker.lanes > 0);
-        Self { lane, worker: taker.map(|taker| taker.worker), lease: taker.map_or(0.0, |taker| taker.lease) }
+        Self {
+            subscription: lane.subscription,
+            key: &lane.key,
+            token: fastrand::i64(0..i64::MAX),
+            worker: taker.map(|taker| taker.worker),
+            lease: taker.map_or(0.0, |taker| taker.lease),
+        }
     }
 }
 
 /// What the statement answers.
 #[derive(Debug)]
 struct Answer {
-    generation: Option<i64>,
+    generation: i64,
     locked: bool,
     complete: bool,
     taken: usize,
@@ -662,17 +669,43 @@ struct Answer {
 }
 
 impl Answer {
-    fn read(row: &QueryResult) -> Result<Self, DbErr> {
-        Ok(Self {
-            generation: row.try_get("", "generation")?,
+    /// `None` if the row of `outbox_meta` is missing.
+    fn read(row: &QueryResult) -> Result<Option<Self>, DbErr> {
+        let Some(generation) = row.try_get("", "generation")? else { return Ok(None) };
+        Ok(Some(Self {
+            generation,
             locked: row.try_get("", "locked")?,
             complete: row.try_get("", "complete")?,
             taken: usize::try_from(row.try_get::<i64>("", "taken")?).unwrap_or(0),
             now: row.try_get("", "now")?,
-            leased: list(row, "leased")?,
-            others: list(row, "others")?,
-        })
+            leased: Vec::new(),
+            others: Vec::new(),
+        }))
     }
+
+    fn of_many(row: &QueryResult) -> Result<Option<Self>, DbErr> {
+        let Some(answer) = Self::read(row)? else { return Ok(None) };
+        Ok(Some(Self { leased: list(row, "leased")?, others: list(row, "others")?, ..answer }))
+    }
+
+    fn of_one(rows: &[QueryResult], lanes: &[OneLane<'_>]) -> Result<Option<Self>, DbErr> {
+        let Some(mut answer) = Self::read(rows.first().ok_or_else(no_answer)?)? else { return Ok(None) };
+        for row in rows {
+            let Some(subscription) = row.try_get::<Option<i32>>("", "subscription_id")? else { continue };
+            let token: i64 = row.try_get("", "lease_token")?;
+            let leased = row.try_get("", "leased")?;
+            let new = lanes.iter().position(|lane| lane.subscription == subscription && lane.token == token);
+            match new.filter(|_| leased) {
+                Some(lane) => answer.leased.push((lane, token)),
+                None => answer.others.push(subscription),
+            }
+        }
+        Ok(Some(answer))
+    }
+}
+
+fn no_answer() -> DbErr {
+    DbErr::RecordNotFound("the answer of routing".to_owned())
 }
 
 fn list<T: serde::de::DeserializeOwned>(row: &QueryResult, column: &str) -> Result<Vec<T>, DbErr> {

@@ -34,8 +34,9 @@ pub(crate) struct RouteStatements {
     /// `leased`, the new lanes with their tokens; `others`, the subscriptions of which other lanes have changed.
     pub(crate) route: &'static str,
 
-    /// The same for one event: $1 generation; $2 its position; $3 its due time; $4 lanes, numbered and sorted, each with who
-    /// would lease it if it is new; $5 floor, null if no other mark is looked for. Answers like `route`.
+    /// The same for one event: $1 generation; $2 its position; $3 its due time; $4 lanes, each with its token and who would
+    /// lease it if it is new; $5 floor, null if no other mark is looked for. Answers like `route`, in a row for each lane
+    /// and one at least.
     pub(crate) route_one: &'static str,
 
     /// $1 lanes: those that somebody has locked.
