@@ -13,7 +13,14 @@ use crate::sql::{Flush, ListEvents, Route, RouteStatements, Settle, Sql};
 /// calculate with it.
 macro_rules! readable_time {
     ($column:literal) => {
-        concat!("case when ", $column, " > '-infinity' and ", $column, " < '200000-01-01' then ", $column, " end")
+        concat!("case when ", $column, " > '4000-01-01 BC' and ", $column, " < '200000-01-01' then ", $column, " end")
+    };
+}
+
+/// How long an event `e` waits: within what a push takes, whatever was stored.
+macro_rules! wait {
+    () => {
+        "least(greatest(e.wait_seconds, -2000000), 31622400000) * interval '1 second'"
     };
 }
 
@@ -97,7 +104,9 @@ macro_rules! asked_for {
         concat!(
             "greatest(least(coalesce(",
             readable_time!("e.recorded_at"),
-            ", clock_timestamp()), clock_timestamp()) + e.wait_seconds * interval '1 second', ",
+            ", clock_timestamp()), clock_timestamp()) + ",
+            wait!(),
+            ", ",
             readable_time!("e.not_before"),
             ")"
         )
@@ -428,7 +437,9 @@ pub(crate) static POSTGRES: Sql = Sql {
          select d.subscription, d.key, d.position, d.position,
                 greatest(coalesce(",
         readable_time!("e.recorded_at"),
-        ", clock_timestamp()) + e.wait_seconds * interval '1 second', ",
+        ", clock_timestamp()) + ",
+        wait!(),
+        ", ",
         readable_time!("e.not_before"),
         ") from jsonb_to_recordset($1::text::jsonb) as d(subscription integer, key text, position bigint)
           join outbox_events e on e.position = d.position
