@@ -115,8 +115,7 @@ const POSTGRES_UP: &[&str] = &[
        set_aside_at timestamptz,
        error text)
        with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000)",
-    "create index outbox_unrouted_ahead on outbox_unrouted (position) where ahead",
-    "create index outbox_unrouted_set_aside on outbox_unrouted (position) where set_aside_at is not null",
+    "create index outbox_unrouted_rare on outbox_unrouted (position) where ahead or set_aside_at is not null",
     "alter table outbox_deliveries add column seq bigint",
     "update outbox_deliveries set seq = position",
     "alter table outbox_deliveries alter column seq set not null",
@@ -169,8 +168,7 @@ const SQLITE_UP: &[&str] = &[
        ahead integer,
        set_aside_at text,
        error text)",
-    "create index outbox_unrouted_ahead on outbox_unrouted (position) where ahead",
-    "create index outbox_unrouted_set_aside on outbox_unrouted (position) where set_aside_at is not null",
+    "create index outbox_unrouted_rare on outbox_unrouted (position) where ahead or set_aside_at is not null",
     "create table outbox_new_deliveries (
        subscription_id integer not null,
        key text not null,

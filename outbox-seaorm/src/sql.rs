@@ -114,11 +114,11 @@ pub(crate) struct Sql {
     pub(crate) flush: Flush,
 
     /// $1 floor, $2 number: the marks that are next in the order of positions, with what matching needs of their events and
-    /// the current generation. A mark whose event is gone has nothing else. Index: primary key, outbox_unrouted_ahead.
+    /// the current generation. A mark whose event is gone has nothing else. Index: primary key, outbox_unrouted_rare.
     pub(crate) unrouted: &'static str,
 
     /// $1 position they come after, $2 number: the same of events that are looked for before it is their turn. Index:
-    /// outbox_unrouted_ahead.
+    /// outbox_unrouted_rare.
     pub(crate) unrouted_ahead: &'static str,
 
     /// $1 floor: the last mark. Index: primary key.
@@ -135,7 +135,7 @@ pub(crate) struct Sql {
     /// $1 position. Nothing if the event is routed.
     pub(crate) unrouted_mark: &'static str,
 
-    /// $1 the position they come before or null, $2 number. Index: outbox_unrouted_set_aside.
+    /// $1 the position they come before or null, $2 number. Index: outbox_unrouted_rare.
     pub(crate) list_set_aside: &'static str,
 
     /// $1 positions, or null for all that were set aside; so does the next.

@@ -100,6 +100,7 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
     let (list, of) = (&POSTGRES.list_events, |what: &str| format!("{what}, null, null, null, null, null, 50"));
     let rules = r#"'[{"name":"","prefix":true,"seconds":604800}]'"#;
     let (old, still_old) = (format!("{rules}, 604800, '', 1000"), format!("{rules}, '[1,2,3]'"));
+    let one_routed = format!("1, 1000, 0, '{}', 0", r#"[{"subscription":1,"key":"todo/1","token":1,"worker":"w","lease":30}]"#);
     let taken = format!("{lanes}, 30, 'w'");
     let mut wrong = Vec::new();
     for (name, sql, parameters, indexes) in [
@@ -111,8 +112,9 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
         ("flush of one", one, &single, &[]),
         ("route what was handed over", route.route, &routed, &[mark]),
         ("route what was read", route.route, &looked, &[mark]),
-        ("what waits", POSTGRES.unrouted, "0, 500", &[mark, "using outbox_unrouted_ahead on", event]),
-        ("what waits out of turn", POSTGRES.unrouted_ahead, "0, 100", &["using outbox_unrouted_ahead on", event]),
+        ("route one", route.route_one, &one_routed, &[mark]),
+        ("what waits", POSTGRES.unrouted, "0, 500", &[mark, "using outbox_unrouted_rare on", event]),
+        ("what waits out of turn", POSTGRES.unrouted_ahead, "0, 100", &["using outbox_unrouted_rare on", event]),
         ("the last that waits", POSTGRES.last_unrouted, "0", &["Backward using outbox_unrouted_pkey on"]),
         ("whether something waits", POSTGRES.unrouted_until, "0, 1000", &[mark]),
         ("locked lanes", route.held_lanes, &locked, &[lane]),
