@@ -462,7 +462,9 @@ pub(crate) static POSTGRES: Sql = Sql {
                  where subscription_id = $1 order by due_at limit 1) as seconds
           from outbox_subscriptions where id = $1 and paused_at is null and backfill_from is null",
 
-    // The array makes the planner read the due lanes first, in the order of outbox_lanes_due, and lock only those.
+    // The lanes exist and are locked, so nothing is ever inserted: an upsert finds each by its primary key, whatever plan is
+    // made. An update is planned once, by the first idle look, when the table is empty; with that plan it compared every lane
+    // of the subscription with every key, 40 ms for 500 of 5,000.
     claim: "
         with due as materialized (
                 select key, due_at from outbox_lanes
@@ -471,13 +473,13 @@ pub(crate) static POSTGRES: Sql = Sql {
                  order by due_at, key limit $2 for update skip locked),
               last as materialized (
                 select key, due_at from due where due_at > '-infinity' order by due_at desc, key desc limit 1)
-        update outbox_lanes
-           set attempts = attempts + $6, lease_token = lease_token + 1, leased_by = $4,
-               due_at = clock_timestamp() + $3 * interval '1 second'
-         where subscription_id = $1
-           and key = any (array(select key from due))
-           and exists (select 1 from outbox_subscriptions
+        insert into outbox_lanes as lane (subscription_id, key, pending, lease_token, due_at)
+        select $1, key, 0, 0, due_at from due
+         where exists (select 1 from outbox_subscriptions
                         where id = $1 and paused_at is null and backfill_from is null and (circuit_until is null or $5))
+        on conflict (subscription_id, key) do update
+           set attempts = lane.attempts + $6, lease_token = lane.lease_token + 1, leased_by = $4,
+               due_at = clock_timestamp() + $3 * interval '1 second'
         returning key, lease_token, leased_by, attempts + 1 - $6 as attempts, attempt_log::text as attempt_log,
                   case when key = (select key from last) then (select due_at from last) end as was_due_at",
 
