@@ -24,6 +24,9 @@ const PING_AFTER: Duration = Duration::from_secs(1);
 /// How often all connections may be replaced.
 const REPLACE_EVERY: Duration = Duration::from_secs(1);
 
+/// How long a worker's plans last, if its connection is idle at their end.
+const PLANS_LAST: Duration = Duration::from_secs(10);
+
 /// Every session begins with it, in one round trip. What the server, the database, the role or the URL says about these
 /// settings is for others: the statements count on READ COMMITTED, are over in a millisecond, look up rows by their keys,
 /// and their sessions wait in a pool.
@@ -36,7 +39,8 @@ const BEGIN: &str = "select pg_is_in_recovery(),
             then set_config('idle_session_timeout', '0', false) end";
 
 /// A worker's statements look up single rows by their keys. While a table is small the planner would rather compare all
-/// its rows with all the keys, and go on so for a while when it has grown. Planning them anew brings nothing.
+/// its rows with all the keys, and go on so when it has grown: queues are empty at one moment and have a million rows at the
+/// next. Planning each time costs more than it brings; planning anew [now and then](PLANS_LAST) is enough.
 const BEGIN_OF_WORKER: &str = "set enable_seqscan = off; set plan_cache_mode = force_generic_plan";
 
 /// Behind a connection pooler nothing can be set for a session.
@@ -77,8 +81,11 @@ impl Sessions {
             // A ping before every request would cost a round trip; one after a pause finds most dead connections.
             .before_acquire(move |connection, meta| {
                 let good = acquiring.are_good(meta.age);
+                let plans_are_old = purpose == Purpose::Worker && are_old(meta.age, meta.idle_for);
                 Box::pin(async move {
-                    if good && meta.idle_for >= PING_AFTER {
+                    if good && plans_are_old {
+                        sqlx::raw_sql("discard plans").execute(connection).await?;
+                    } else if good && meta.idle_for >= PING_AFTER {
                         connection.ping().await?;
                     }
                     Ok(good)
@@ -137,6 +144,12 @@ impl Sessions {
     }
 }
 
+/// Whether the time of a connection's plans has ended since it was used last. Nothing has to be remembered about it.
+fn are_old(age: Duration, idle: Duration) -> bool {
+    let number = |age: Duration| age.as_millis() / PLANS_LAST.as_millis();
+    number(age) != number(age.saturating_sub(idle))
+}
+
 /// The disk is full, or fails.
 fn tells_of_the_disk(error: &DbErr) -> bool {
     let (DbErr::Exec(RuntimeErr::SqlxError(error)) | DbErr::Query(RuntimeErr::SqlxError(error))) = error else {
@@ -193,4 +206,18 @@ const SQLSTATE: usize = 5;
 fn is_old_plan(error: &dyn DatabaseError) -> bool {
     let error = error.try_downcast_ref::<PgDatabaseError>();
     error.is_some_and(|error| error.code() == "0A000" && error.routine() == Some("RevalidateCachedQuery"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plans_are_old_once_in_their_time_whenever_the_connection_is_idle() {
+        let (second, almost) = (Duration::from_secs(1), PLANS_LAST - Duration::from_millis(1));
+        assert!(!are_old(almost, almost), "still the first plans");
+        assert!(are_old(PLANS_LAST, Duration::from_millis(1)));
+        assert!(!are_old(PLANS_LAST + second, second / 2), "made anew a moment ago");
+        assert!(are_old(5 * PLANS_LAST, 3 * PLANS_LAST));
+    }
 }
