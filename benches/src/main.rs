@@ -16,6 +16,7 @@ mod measure;
 mod ordered;
 mod processor;
 mod redis;
+mod routing;
 mod shop;
 mod sink;
 mod write;
@@ -50,7 +51,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Scenario {
-    /// Requests with events, against a handler that writes its outbox by hand: W1, W2, W3; S1 on SQLite.
+    /// Requests with events, against a handler that writes its outbox by hand: W1 to W4; S1 on SQLite.
     Write,
     /// A backlog through the worker, against bare SQL: D1, D1b, D2.
     Drain,
@@ -60,6 +61,8 @@ enum Scenario {
     Backlog,
     /// One hot key: D3.
     Ordered,
+    /// Routing alone, and a worker that finds a million events: R3, R4.
+    Routing,
     /// A worker with nothing to do, and one with much: I1, M1.
     Idle,
     /// A backlog and single events through Redis, against the database alone and bare apalis-redis: R1, R2.
@@ -104,6 +107,7 @@ async fn main() -> Result<()> {
         Scenario::Latency => ("latency", latency::run(&setup).await?),
         Scenario::Backlog => ("backlog", backlog::run(&setup).await?),
         Scenario::Ordered => ("ordered", ordered::run(&setup).await?),
+        Scenario::Routing => ("routing", routing::run(&setup).await?),
         Scenario::Idle => ("idle", idle::run(&setup).await?),
         Scenario::Redis => ("redis", redis::run(&setup).await?),
         Scenario::BadDay => ("bad-day", bad_day::run(&setup).await?),

@@ -7,7 +7,7 @@ use serde_json::json;
 pub(crate) type Failure = Box<dyn Error + Send + Sync>;
 pub(crate) type Result<T, E = Failure> = std::result::Result<T, E>;
 
-/// What is asked of a figure: a ratio to the baseline of at least so much, or a value of at most so much.
+/// What is asked of a figure: a ratio to the baseline of at least so much, or a value of at most or at least so much.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Goal {
     Ratio {
@@ -15,6 +15,10 @@ pub(crate) enum Goal {
         stretch: f64,
     },
     AtMost {
+        must: f64,
+        stretch: f64,
+    },
+    AtLeast {
         must: f64,
         stretch: f64,
     },
@@ -40,6 +44,10 @@ impl Measurement {
 
     pub(crate) fn at_most(name: &'static str, what: &'static str, unit: &'static str, must: f64, stretch: f64) -> Self {
         Self { name, what, unit, goal: Goal::AtMost { must, stretch }, pairs: Vec::new() }
+    }
+
+    pub(crate) fn at_least(name: &'static str, what: &'static str, unit: &'static str, must: f64, stretch: f64) -> Self {
+        Self { name, what, unit, goal: Goal::AtLeast { must, stretch }, pairs: Vec::new() }
     }
 
     pub(crate) fn shown(name: &'static str, what: &'static str, unit: &'static str) -> Self {
@@ -75,6 +83,7 @@ impl Goal {
         let (must, stretch, met, met_stretch, sign) = match self {
             Self::Ratio { must, stretch } => (must, stretch, summary.ratio >= must, summary.ratio >= stretch, '≥'),
             Self::AtMost { must, stretch } => (must, stretch, summary.ours <= must, summary.ours <= stretch, '≤'),
+            Self::AtLeast { must, stretch } => (must, stretch, summary.ours >= must, summary.ours >= stretch, '≥'),
             Self::None => return String::new(),
         };
         let word = match (met, met_stretch) {

@@ -81,9 +81,18 @@ pub(crate) async fn create_tables(db: &DatabaseConnection, statements: &[&str]) 
     Ok(())
 }
 
-/// `POST /{n}` writes an order and n events.
+/// `POST /{n}` writes an order and n events; `POST /hot` writes an order and an event of the aggregate of all of them.
 pub(crate) fn with_layer(outbox: &Outbox) -> Router {
-    Router::new().route("/{events}", post(order_with_events)).layer(OutboxLayer::new(outbox.clone()))
+    Router::new()
+        .route("/{events}", post(order_with_events))
+        .route("/hot", post(order_of_one))
+        .layer(OutboxLayer::new(outbox.clone()))
+}
+
+async fn order_of_one(tx: Tx, events: Events) -> Result<StatusCode, Error> {
+    insert_order(&tx, Uuid::now_v7()).await?;
+    events.push(Happened::new(0, 0))?;
+    Ok(StatusCode::CREATED)
 }
 
 async fn order_with_events(tx: Tx, events: Events, Path(number): Path<usize>) -> Result<StatusCode, Error> {

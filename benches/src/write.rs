@@ -1,9 +1,9 @@
-//! The request side: W1, W2, W3 on PostgreSQL, S1 on SQLite.
+//! The request side: W1 to W4 on PostgreSQL, S1 on SQLite.
 
 use std::time::Duration;
 
 use axum::Router;
-use outbox_core::Subscription;
+use outbox_core::{Ordering, Subscription};
 use outbox_seaorm::Outbox;
 use sea_orm::{
     ConnectOptions, DatabaseConnection,
@@ -33,6 +33,8 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
     let mut w3 = Measurement::ratio("W3", "with a worker in the process ÷ without any", "requests/s", 0.95, 1.0);
     let mut w3b = Measurement::shown("W3b", "with a worker ÷ with a bare SQL consumer", "requests/s");
     let mut w3c = Measurement::shown("W3c", "with a bare SQL consumer ÷ without any", "requests/s");
+    let mut w4 = Measurement::ratio("W4", "16 clients on one aggregate ÷ on distinct ones", "requests/s", 0.9, 0.98);
+    let mut w4b = Measurement::ratio("W4b", "the same beside a worker and in a global order", "requests/s", 0.9, 0.98);
     let mut latency = Measurement::shown("W1 p99", "one event: layer ÷ by hand", "ms");
     let mut app = Measurement::shown("W1 app", "processor time of application and client: layer ÷ by hand", "µs");
     let mut db = Measurement::shown("W1 db", "processor time of the database: layer ÷ by hand", "µs");
@@ -53,6 +55,8 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
         let zero = side(setup, &template, Shop::Layer, "/0", time, Consumer::None).await?;
         let with_worker = side(setup, &template, Shop::Layer, "/1", time, Consumer::Worker).await?;
         let with_bare = side(setup, &template, Shop::Layer, "/1", time, Consumer::Bare).await?;
+        let hot = side(setup, &template, Shop::Layer, "/hot", time, Consumer::None).await?;
+        let hot_in_order = side(setup, &template, Shop::Layer, "/hot", time, Consumer::InOrder).await?;
         progress(&format!(
             "write {} of {}: by hand {:.0}/s (p50 {:.1} ms), layer {:.0}/s, ten {:.0}/s, none {:.0}/s, with worker {:.0}/s",
             round + 1,
@@ -74,12 +78,14 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
         w2b.add(ten_by_hand.load.per_second, by_hand.load.per_second);
         w3.add(with_worker.load.per_second, one.load.per_second);
         w3b.add(with_worker.load.per_second, with_bare.load.per_second);
+        w4.add(hot.load.per_second, one.load.per_second);
+        w4b.add(hot_in_order.load.per_second, with_worker.load.per_second);
         w3c.add(with_bare.load.per_second, one.load.per_second);
         let (ours, by_hand) = sqlite(time).await?;
         s1.add(ours.p99, by_hand.p99);
     }
     template.drop().await?;
-    Ok(vec![w1, least, latency, app, db, no_event, w2, w2b, w3, w3b, w3c, s1])
+    Ok(vec![w1, least, latency, app, db, no_event, w2, w2b, w3, w3b, w3c, w4, w4b, s1])
 }
 
 /// Who delivers meanwhile.
@@ -87,6 +93,8 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
 enum Consumer {
     None,
     Worker,
+    /// A worker whose subscription gets all events in one order.
+    InOrder,
     Bare,
 }
 
@@ -124,7 +132,8 @@ async fn side(
     let outbox = database.outbox().await?;
     let consumer = match consumer {
         Consumer::None => None,
-        Consumer::Worker => Some(worker(&outbox).await?),
+        Consumer::Worker => Some(worker(&outbox, Ordering::Aggregate).await?),
+        Consumer::InOrder => Some(worker(&outbox, Ordering::Global).await?),
         Consumer::Bare => Some(bare_consumer(&database).await?),
     };
     let served = Served::start(shop.router(&outbox)).await?;
@@ -141,9 +150,10 @@ async fn side(
     Ok(Side { load, cost })
 }
 
-async fn worker(outbox: &Outbox) -> Result<JoinHandle<()>> {
+async fn worker(outbox: &Outbox, ordering: Ordering) -> Result<JoinHandle<()>> {
     let handlers = outbox_apalis::Handlers::new().on(|_: Happened, _| std::future::ready(Ok(())));
-    let worker = outbox_apalis::Worker::new(outbox.clone()).handlers(Subscription::new(SUBSCRIPTION)?, handlers);
+    let subscription = Subscription::new(SUBSCRIPTION)?.ordering(ordering);
+    let worker = outbox_apalis::Worker::new(outbox.clone()).handlers(subscription, handlers);
     let worker = worker.start().await?;
     Ok(tokio::spawn(worker.run_until(std::future::pending())))
 }
