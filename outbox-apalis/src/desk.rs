@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 #[derive(Debug, Default)]
 pub(crate) struct Desk {
     state: Mutex<State>,
-    /// Lanes have come, the leases are in doubt, or the router has ended.
+    /// Lanes have come, or the router has ended.
     arrived: Notify,
 }
 
@@ -20,17 +20,7 @@ pub(crate) struct Desk {
 struct State {
     room: usize,
     leased: Vec<(ClaimedLane, Instant)>,
-    in_doubt: bool,
     has_router: bool,
-}
-
-/// What the router has left for a feed.
-#[derive(Debug, Default)]
-pub(crate) struct Left {
-    /// Leased lanes, with the moment at which they were asked for.
-    pub(crate) leased: Vec<(ClaimedLane, Instant)>,
-    /// The connection was lost: leases may be gone.
-    pub(crate) in_doubt: bool,
 }
 
 impl Desk {
@@ -56,15 +46,9 @@ impl Desk {
         self.arrived.notify_one();
     }
 
-    /// The connection to the database was lost. A crash of the server may have taken back leases that routing gave.
-    pub(crate) fn doubt(&self) {
-        self.state().in_doubt = true;
-        self.arrived.notify_one();
-    }
-
-    pub(crate) fn take(&self) -> Left {
-        let mut state = self.state();
-        Left { leased: std::mem::take(&mut state.leased), in_doubt: std::mem::take(&mut state.in_doubt) }
+    /// Leased lanes, with the moment at which they were asked for.
+    pub(crate) fn take(&self) -> Vec<(ClaimedLane, Instant)> {
+        std::mem::take(&mut self.state().leased)
     }
 
     /// Waits for something to take.

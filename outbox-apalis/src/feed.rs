@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     circuit::{Circuit, Failure, PATIENCE, Verdict},
     clock::DatabaseClock,
-    desk::{Desk, Left},
+    desk::Desk,
     destination::{AttemptResult, Destination, End, no_result},
     lane::{Lane, Running, Suspicion},
     listing::task_id,
@@ -233,9 +233,10 @@ struct Feed {
     /// Lanes that routing has leased with all that they had. Whatever a lane gets later, the feed is woken for.
     fresh: HashSet<LaneRef>,
     woken_at: Option<Instant>,
-    /// The connection to the database was lost, and with it perhaps leases: nothing begins before they are checked.
-    in_doubt: bool,
-    checking: Option<JoinHandle<(Vec<LaneRef>, Result<Vec<LaneRef>, DbErr>)>>,
+    /// How many connections had been lost when all leases were there. After another loss nothing begins before they are
+    /// checked.
+    checked_at: u64,
+    checking: Option<JoinHandle<(u64, Vec<LaneRef>, Result<Vec<LaneRef>, DbErr>)>>,
     /// When the last claim that came back full began.
     full_at: Instant,
     /// How many lanes to lease: more while they are soon done.
@@ -324,7 +325,7 @@ pub(crate) fn start(source: Source) -> Ends {
         behind: false,
         fresh: HashSet::new(),
         woken_at: None,
-        in_doubt: false,
+        checked_at: source.outbox.lost_connections(),
         checking: None,
         full_at: now,
         ahead: 0,
@@ -368,7 +369,7 @@ impl Feed {
             }
             self.settle();
             self.change();
-            self.check();
+            self.check(stopping);
             self.source.desk.set_room(if stopping { 0 } else { self.room_for_new() });
             if self.is_done() {
                 self.source.idle.cancel();
@@ -388,7 +389,7 @@ impl Feed {
                 (capacity, claimed) = finished(&mut self.claiming) => self.claimed(capacity, claimed, stopping),
                 taken = finished(&mut self.taking) => self.taken(taken, stopping),
                 () = desk.arrived() => self.routed(stopping),
-                (asked, held) = finished(&mut self.checking) => self.checked(&asked, held),
+                (losses, asked, held) = finished(&mut self.checking) => self.checked(losses, &asked, held),
                 () = arrived(self.source.transport.as_ref()), if stopping || self.takes_jobs() => {}
                 () = health_changes(self.source.transport.as_ref()), if !stopping => self.look_at = Instant::now(),
                 (reports, settled) = finished(&mut self.settling) => self.settled(reports, settled),
@@ -519,7 +520,12 @@ impl Feed {
 
     /// Nothing is begun while results cannot be stored, or leases are in doubt: it would be repeated.
     fn can_store(&self) -> bool {
-        self.settle_failures == 0 && !self.in_doubt
+        self.settle_failures == 0 && !self.is_in_doubt()
+    }
+
+    /// Whether a connection was lost, and with it perhaps leases.
+    fn is_in_doubt(&self) -> bool {
+        self.checked_at != self.source.outbox.lost_connections()
     }
 
     fn is_quiet(&self) -> bool {
@@ -711,7 +717,6 @@ impl Feed {
             Err(error) => {
                 self.claim_failures += 1;
                 let wait = outage_wait(self.claim_failures);
-                self.in_doubt = true;
                 tracing::warn!(subscription = &*self.source.name, %error, ?wait, "cannot claim deliveries, trying again");
                 self.look_at = Instant::now() + wait;
                 return;
@@ -762,9 +767,7 @@ impl Feed {
 
     /// Takes what routing has leased to this feed.
     fn routed(&mut self, stopping: bool) {
-        let Left { leased, in_doubt } = self.source.desk.take();
-        self.in_doubt |= in_doubt;
-        for (lane, asked_at) in leased {
+        for (lane, asked_at) in self.source.desk.take() {
             self.fresh.insert(lane.lane.clone());
             self.begin_lane(lane, asked_at, false);
         }
@@ -775,10 +778,12 @@ impl Feed {
 
     /// After a lost connection: which leases there still are. A crash of the server takes back what routing had leased a
     /// moment before, and another worker may have got it.
-    fn check(&mut self) {
-        if !self.in_doubt || self.checking.is_some() {
+    fn check(&mut self, stopping: bool) {
+        if !self.is_in_doubt() || self.checking.is_some() {
             return;
         }
+        self.routed(stopping);
+        let losses = self.source.outbox.lost_connections();
         let lanes: Vec<LaneRef> = self.lanes.values().map(|lane| lane.lane.clone()).collect();
         let outbox = self.source.outbox.clone();
         self.checking = Some(tokio::spawn(async move {
@@ -789,17 +794,21 @@ impl Feed {
                         failures += 1;
                         tokio::time::sleep(outage_wait(failures)).await;
                     }
-                    held => return (lanes, held),
+                    held => return (losses, lanes, held),
                 }
             }
         }));
     }
 
-    fn checked(&mut self, asked: &[LaneRef], held: Result<Vec<LaneRef>, DbErr>) {
+    fn checked(&mut self, losses: u64, asked: &[LaneRef], held: Result<Vec<LaneRef>, DbErr>) {
         // Otherwise it is asked again.
         let Ok(held) = held else { return };
         let held: HashSet<LaneRef> = held.into_iter().collect();
-        self.in_doubt = false;
+        // What came meanwhile may be from before the loss.
+        let all: HashSet<&LaneRef> = asked.iter().collect();
+        if self.lanes.values().all(|lane| all.contains(&lane.lane)) {
+            self.checked_at = losses;
+        }
         for lease in asked.iter().filter(|lease| !held.contains(lease)) {
             if self.lanes.get(&lease.key).is_some_and(|lane| lane.lane == *lease && !self.settles_now(lane)) {
                 tracing::warn!(subscription = &*self.source.name, "the lease of a lane was lost with the connection");
@@ -1248,7 +1257,6 @@ impl Feed {
             Err(error) => {
                 self.settle_failures += 1;
                 let wait = outage_wait(self.settle_failures);
-                self.in_doubt = true;
                 tracing::warn!(subscription = &*self.source.name, %error, ?wait, "cannot store results, trying again");
                 self.settle_at = Instant::now() + wait;
                 self.unstored = Some(reports);

@@ -96,7 +96,6 @@ pub(crate) async fn run(outbox: Outbox, sources: Vec<Source>, stop: Cancellation
                 waits.after(&routed, began.elapsed(), is_sqlite)
             }
             Err(error) => {
-                sources.iter().for_each(|source| source.desk.doubt());
                 let wait = waits.after_error();
                 tracing::warn!(%error, ?wait, "cannot route events, trying again");
                 wait

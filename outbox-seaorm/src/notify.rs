@@ -147,6 +147,7 @@ impl Outbox {
                     tracing::warn!("notifications do not arrive any more; the connection that listens is made anew");
                 }
                 Err(error) => {
+                    self.store().sessions().lost();
                     counter!("outbox_listener_reconnects_total").increment(1);
                     tracing::debug!(%error, "not listening for commits of other processes; polling finds them");
                     tokio::time::sleep(RECONNECT).await;
@@ -196,7 +197,10 @@ impl Outbox {
                 let ids: Vec<i32> = named.payload().split(',').filter_map(|id| id.parse().ok()).collect();
                 self.wake_here(&ids);
             }
-            None => self.wake_all_here(),
+            None => {
+                self.store().sessions().lost();
+                self.wake_all_here();
+            }
         }
     }
 

@@ -241,6 +241,14 @@ impl Outbox {
         Ok(())
     }
 
+    /// How often a connection of this outbox was found to be lost, by whatever it was used for. A crash of the server, or a
+    /// failover, takes back leases that routing gave a moment before: after each loss a worker asks which are still
+    /// [held](Self::held).
+    #[must_use]
+    pub fn lost_connections(&self) -> u64 {
+        self.store().sessions().losses()
+    }
+
     /// Sets how much one unit of work may push.
     #[must_use]
     pub fn limits(mut self, limits: Limits) -> Self {

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -53,6 +53,8 @@ pub(crate) struct Sessions {
     good_since: Mutex<Option<Instant>>,
     /// Whether the last new connection led to a standby.
     standby: AtomicBool,
+    /// How often one was found to be lost.
+    losses: AtomicU64,
     /// When a write has last failed because of the disk, if none was found to succeed since.
     disk_failed: Mutex<Option<Instant>>,
 }
@@ -81,12 +83,13 @@ impl Sessions {
             // A ping before every request would cost a round trip; one after a pause finds most dead connections.
             .before_acquire(move |connection, meta| {
                 let good = acquiring.are_good(meta.age);
+                let sessions = acquiring.clone();
                 let plans_are_old = purpose == Purpose::Worker && are_old(meta.age, meta.idle_for);
                 Box::pin(async move {
                     if good && plans_are_old {
-                        sqlx::raw_sql("discard plans").execute(connection).await?;
+                        sqlx::raw_sql("discard plans").execute(connection).await.inspect_err(|_| sessions.lost())?;
                     } else if good && meta.idle_for >= PING_AFTER {
-                        connection.ping().await?;
+                        connection.ping().await.inspect_err(|_| sessions.lost())?;
                     }
                     Ok(good)
                 })
@@ -131,11 +134,22 @@ impl Sessions {
         if !tells_of_its_session(error) {
             return;
         }
+        self.lost();
         let mut good_since = self.good_since.lock().unwrap_or_else(PoisonError::into_inner);
         if good_since.is_none_or(|since| since.elapsed() > REPLACE_EVERY) {
             *good_since = Some(Instant::now());
             tracing::debug!(%error, "all connections are replaced");
         }
+    }
+
+    /// A session is gone, and perhaps the server with it.
+    pub(crate) fn lost(&self) {
+        self.losses.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// How often that was found.
+    pub(crate) fn losses(&self) -> u64 {
+        self.losses.load(Ordering::SeqCst)
     }
 
     fn are_good(&self, age: Duration) -> bool {
