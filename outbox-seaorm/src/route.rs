@@ -401,8 +401,9 @@ impl Router {
                 return Ok(Done::FalseAlarm);
             }
             (self.size, self.rejected) = (MOST, 0);
+            self.outbox.wake(&answer.others);
             let (leased, unfinished) = self.leased(takers, &plan, events, &answer).await?;
-            self.outbox.wake(&[answer.others, unfinished].concat());
+            self.outbox.wake(&unfinished);
             return Ok(Done::Routed(Routed { events: answer.taken, leased, next }));
         }
         Ok(Done::Skipped)
