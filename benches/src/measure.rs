@@ -46,7 +46,13 @@ impl Measurement {
         Self { name, what, unit, goal: Goal::AtMost { must, stretch }, pairs: Vec::new() }
     }
 
-    pub(crate) fn at_least(name: &'static str, what: &'static str, unit: &'static str, must: f64, stretch: f64) -> Self {
+    pub(crate) fn at_least(
+        name: &'static str,
+        what: &'static str,
+        unit: &'static str,
+        must: f64,
+        stretch: f64,
+    ) -> Self {
         Self { name, what, unit, goal: Goal::AtLeast { must, stretch }, pairs: Vec::new() }
     }
 

@@ -36,7 +36,8 @@ pub(crate) async fn run(setup: &Setup) -> Result<Vec<Measurement>> {
         10_000.0,
         20_000.0,
     );
-    let mut first = Measurement::at_most("R4", "first delivery of a large backlog ÷ of a small one", "ms", 1000.0, 500.0);
+    let mut first =
+        Measurement::at_most("R4", "first delivery of a large backlog ÷ of a small one", "ms", 1000.0, 500.0);
     let mut memory = Measurement::at_most("R4 memory", "peak memory, large backlog ÷ small backlog", "MB", 64.0, 48.0);
     let events = setup.scaled(EVENTS);
     let (large, small) = (setup.scaled(BACKLOG), setup.scaled(DELIVERIES));

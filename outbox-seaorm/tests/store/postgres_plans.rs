@@ -101,7 +101,8 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
     let (list, of) = (&POSTGRES.list_events, |what: &str| format!("{what}, null, null, null, null, null, 50"));
     let rules = r#"'[{"name":"","prefix":true,"seconds":604800}]'"#;
     let (old, still_old) = (format!("{rules}, 604800, '', 1000"), format!("{rules}, '[1,2,3]'"));
-    let one_routed = format!("1, 1000, 0, '{}', 0", r#"[{"subscription":1,"key":"todo/1","token":1,"worker":"w","lease":30}]"#);
+    let one_routed =
+        format!("1, 1000, 0, '{}', 0", r#"[{"subscription":1,"key":"todo/1","token":1,"worker":"w","lease":30}]"#);
     let taken = format!("{lanes}, 30, 'w'");
     let mut wrong = Vec::new();
     for (name, sql, parameters, indexes) in [

@@ -312,9 +312,12 @@ async fn leases_that_are_gone_with_the_connection_are_not_worked_on() {
         });
         four.await.unwrap();
         let leased = "select key from outbox_lanes where leased_by is not null";
-        eventually(Duration::from_secs(10), "two lanes are leased", || async { texts(&outbox, leased).await.len() >= 2 })
+        eventually(Duration::from_secs(10), "two lanes are leased", || async {
+            texts(&outbox, leased).await.len() >= 2
+        })
+        .await;
+        eventually(Duration::from_secs(10), "the first has begun", || async { !begun.lock().unwrap().is_empty() })
             .await;
-        eventually(Duration::from_secs(10), "the first has begun", || async { !begun.lock().unwrap().is_empty() }).await;
         let first = begun.lock().unwrap()[0].clone();
         let taken_back = format!(
             "update outbox_lanes set lease_token = lease_token + 1, leased_by = 'another', due_at = now() + interval '1 hour'
@@ -325,14 +328,18 @@ async fn leases_that_are_gone_with_the_connection_are_not_worked_on() {
                     where datname = current_database() and pid <> pg_backend_pid()";
         outbox.writer().execute_unprepared(cut).await.unwrap();
         // The router finds out, and the feed asks which leases there are.
-        let late = async || outbox.transaction(Context::default(), |_, events| async move { events.push(event("e", 1)) }).await;
+        let late = async || {
+            outbox.transaction(Context::default(), |_, events| async move { events.push(event("e", 1)) }).await
+        };
         eventually(Duration::from_secs(10), "a commit after the cut", || async { late().await.is_ok() }).await;
         let routed = "select 1::text from outbox_unrouted";
         eventually(Duration::from_secs(10), "it is routed", || async { texts(&outbox, routed).await.is_empty() }).await;
         tokio::time::sleep(Duration::from_millis(300)).await;
         go_on.notify_one();
-        eventually(Duration::from_secs(20), "the others", || async { begun.lock().unwrap().iter().any(|key| key == "e") })
-            .await;
+        eventually(Duration::from_secs(20), "the others", || async {
+            begun.lock().unwrap().iter().any(|key| key == "e")
+        })
+        .await;
         tokio::time::sleep(Duration::from_millis(200)).await;
         first
     };
@@ -410,8 +417,10 @@ async fn events_from_psql_and_sqlite3_are_delivered_in_order_with_those_of_reque
                 let psql = |sql: &str| program("psql", &["-v", "ON_ERROR_STOP=1", "-d", url.as_str(), "-c", sql]);
                 psql("create table orders (id int primary key, total int)").unwrap();
                 psql(recipe).unwrap();
-                let wrote = psql("insert into orders values (7, 12)").and_then(|_| psql("update orders set total = 13"));
-                let wrote = wrote.and_then(|_| psql("select outbox_record('order.paid', 'order', '7', '{\"by\":\"hand\"}')"));
+                let wrote =
+                    psql("insert into orders values (7, 12)").and_then(|_| psql("update orders set total = 13"));
+                let wrote =
+                    wrote.and_then(|_| psql("select outbox_record('order.paid', 'order', '7', '{\"by\":\"hand\"}')"));
                 let refused = [
                     psql("select outbox_record('bad name', 'order', '7', '{}')"),
                     psql("select outbox_record('order.paid', 'order', repeat('7', 300), '{}')"),
@@ -433,7 +442,8 @@ async fn events_from_psql_and_sqlite3_are_delivered_in_order_with_those_of_reque
             }
         };
         wrote.unwrap();
-        for (refused, why) in refused.into_iter().zip(["the event type has", "the aggregate id has", "the payload has"]) {
+        for (refused, why) in refused.into_iter().zip(["the event type has", "the aggregate id has", "the payload has"])
+        {
             let error = refused.unwrap_err();
             assert!(error.contains("outbox_record: ") && error.contains(why), "{error}");
         }
@@ -458,7 +468,8 @@ fn program(name: &str, arguments: &[&str]) -> Result<String, String> {
     let run = || std::process::Command::new(name).args(arguments).output();
     let output = run().or_else(|_| {
         let package = if name == "psql" { "postgresql-client" } else { name };
-        let _ = std::process::Command::new("apt-get").args(["install", "-y", "--no-install-recommends", package]).output();
+        let _ =
+            std::process::Command::new("apt-get").args(["install", "-y", "--no-install-recommends", package]).output();
         run()
     });
     let output = output.unwrap_or_else(|error| panic!("this test needs the program {name}: {error}"));
