@@ -7,7 +7,7 @@ pub(crate) const SUBSCRIPTION: &str = "sink";
 
 const TEXT: &str = "0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijklmnopqrst";
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Happened {
     pub(crate) n: usize,
     key: String,

@@ -16,6 +16,7 @@ mod measure;
 mod ordered;
 mod processor;
 mod redis;
+mod rival;
 mod routing;
 mod shop;
 mod sink;
@@ -61,6 +62,8 @@ enum Scenario {
     Backlog,
     /// One hot key: D3.
     Ordered,
+    /// A backlog through the worker as it comes, against `graphile_worker`: P1.
+    Rival,
     /// Routing alone, and a worker that finds a million events: R3, R4.
     Routing,
     /// A worker with nothing to do, and one with much: I1, M1.
@@ -107,6 +110,7 @@ async fn main() -> Result<()> {
         Scenario::Latency => ("latency", latency::run(&setup).await?),
         Scenario::Backlog => ("backlog", backlog::run(&setup).await?),
         Scenario::Ordered => ("ordered", ordered::run(&setup).await?),
+        Scenario::Rival => ("rival", rival::run(&setup).await?),
         Scenario::Routing => ("routing", routing::run(&setup).await?),
         Scenario::Idle => ("idle", idle::run(&setup).await?),
         Scenario::Redis => ("redis", redis::run(&setup).await?),
