@@ -323,8 +323,8 @@ pub(crate) static POSTGRES: Sql = Sql {
                extract(epoch from clock_timestamp())::float8 as now, leased, others
           from answer",
 
-    // Most commits store one event, and somebody waits for it. No list has to be read, ordered or shared out, which takes
-    // half of the time of the other statement. A lane is new if it has the token that it was given here.
+    // Most commits store one event, and somebody waits for it. No list has to be read, ordered or shared out. A
+    // lane is new if it has the token that it was given here.
     route_one: "
         /* outbox:meta */ with
               limits as materialized (

@@ -647,7 +647,8 @@ impl<'a> OneLane<'a> {
         Self {
             subscription: lane.subscription,
             key: &lane.key,
-            token: fastrand::i64(0..i64::MAX),
+            // As the database draws them: there is room for all that are counted up from it.
+            token: fastrand::i64(0..4_000_000_000_000_000_000),
             worker: taker.map(|taker| taker.worker),
             lease: taker.map_or(0.0, |taker| taker.lease),
         }
