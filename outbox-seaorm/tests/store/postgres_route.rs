@@ -9,7 +9,12 @@ use outbox_core::{Context, NewEvent, StartPosition, Subscription};
 use outbox_seaorm::{Next, NextLook, Outbox, Routed, Router, Taker};
 use sea_orm::{ConnectionTrait, TransactionTrait};
 
-use super::fixture::{LONG, Store, delivered, eventually, failed, runs, todo};
+use outbox_test_servers::{Fault, Proxy};
+
+use super::{
+    database::server,
+    fixture::{LONG, SHORT, Store, delivered, eventually, failed, runs, todo},
+};
 
 async fn commit(outbox: &Outbox, event: NewEvent) {
     outbox.transaction(Context::default(), |_, events| async move { events.push(event) }).await.unwrap();
@@ -218,6 +223,65 @@ async fn a_session_that_holds_up_routing_is_ended() {
     assert!(frozen.commit().await.is_err(), "it was ended");
     assert_eq!(store.deliver_all(id).await, [1]);
     store.is_whole().await;
+}
+
+/// A router that is stopped after its first statement, after its second, and so on, while others write and route; it
+/// continues when they are done, or dies.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_router_that_is_frozen_after_any_statement_loses_nothing_and_holds_up_nobody() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    let mut places = 0;
+    for (dies, looks) in [(false, false), (false, true), (true, false), (true, true)] {
+        let mut is_frozen = true;
+        for statements in 1.. {
+            let proxy = Proxy::start(server().port()).await;
+            let other = Outbox::connect(&proxy.url(&store.place.url(), server().port()), 1).await.unwrap();
+            let mut frozen = other.router();
+            assert_eq!(route_all(&mut frozen, &[]).await.events, 0);
+            // Handed over by its own process, or found.
+            let writer = if looks { &store.outbox } else { &other };
+            for key in ["a", "b", "a"] {
+                commit(writer, todo(key)).await;
+            }
+            let answers = proxy.answers() + statements;
+            proxy.set(Fault::FreezeAfter(answers));
+            let taker = Taker { lease: SHORT, ..taker(id) };
+            let routing = tokio::spawn(async move { frozen.route(&[taker], 500).await });
+            eventually("a statement", async || (routing.is_finished() || proxy.answers() >= answers).then_some(()))
+                .await;
+            // The answer of the last statement arrives, and nothing comes after it.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            is_frozen = !routing.is_finished();
+            places += usize::from(is_frozen);
+            let began = Instant::now();
+            for key in ["a", "c"] {
+                commit(&store.outbox, todo(key)).await;
+            }
+            route_all(&mut store.outbox.router(), &[]).await;
+            assert!(began.elapsed() < Duration::from_secs(2), "{statements}: {:?}", began.elapsed());
+            proxy.set(if dies { Fault::Refuse } else { Fault::None });
+            let routed = routing.await.unwrap();
+            assert!(routed.is_ok() || dies && is_frozen, "{statements}: {routed:?}");
+            let mut positions = Vec::new();
+            eventually("all deliveries", async || {
+                positions.extend(store.deliver_all(id).await);
+                (positions.len() >= 5).then_some(())
+            })
+            .await;
+            let first = positions.iter().min().copied().unwrap();
+            let of_a: Vec<i64> =
+                positions.iter().map(|position| position - first).filter(|n| [0, 2, 3].contains(n)).collect();
+            assert_eq!(of_a, [0, 2, 3], "{statements}: {positions:?}");
+            assert_eq!(positions.len(), 5, "{statements}: {positions:?}");
+            store.is_whole().await;
+            if !is_frozen {
+                break;
+            }
+        }
+        assert!(!is_frozen);
+    }
+    assert!(places >= 8, "{places}");
 }
 
 #[tokio::test]

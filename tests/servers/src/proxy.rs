@@ -25,6 +25,9 @@ pub enum Fault {
     Refuse,
     /// Nothing is forwarded, in either direction, and nothing is closed.
     Freeze,
+    /// As `Freeze`, once the servers have sent this many answers since the start of the proxy: a client that is stopped
+    /// between two statements.
+    FreezeAfter(usize),
     /// Everything is forwarded this much later.
     Delay(Duration),
     /// A connection that sends COMMIT is closed before the server sees it.
@@ -53,13 +56,15 @@ struct Old {
     swallowed: usize,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct State {
     /// The server for new connections.
     port: AtomicU16,
     /// How many connections were made.
     made: AtomicUsize,
     cuts: AtomicUsize,
+    /// How many answers were forwarded.
+    answers: AtomicUsize,
 }
 
 /// One connection.
@@ -83,7 +88,7 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("a bound port");
         let ((fault, faults), (old, olds)) = (watch::channel(Fault::None), watch::channel(Old::default()));
-        let state = Arc::new(State { port: port.into(), made: AtomicUsize::new(0), cuts: AtomicUsize::new(0) });
+        let state = Arc::new(State { port: port.into(), ..State::default() });
         let shared = state.clone();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
@@ -145,6 +150,12 @@ impl Proxy {
         self.state.cuts.load(Ordering::SeqCst)
     }
 
+    /// How many answers of servers were forwarded.
+    #[must_use]
+    pub fn answers(&self) -> usize {
+        self.state.answers.load(Ordering::SeqCst)
+    }
+
     /// How many connections were made.
     #[must_use]
     pub fn made(&self) -> usize {
@@ -194,6 +205,8 @@ impl Connection {
             if silenced && fault == Fault::MuteAfterCommit {
                 std::future::pending().await
             }
+            // Counted first: the next request is held already when the client has the answer.
+            self.state.answers.fetch_add(1, Ordering::SeqCst);
             if silenced || to.write_all(&buffer[..n]).await.is_err() {
                 return;
             }
@@ -216,7 +229,13 @@ impl Connection {
     /// Waits as long as the fault says.
     async fn hold(&mut self) -> Fault {
         // The sender lives as long as the test.
-        let fault = self.faults.wait_for(|fault| *fault != Fault::Freeze).await.map_or(Fault::None, |fault| *fault);
+        let state = &self.state;
+        let passes = |fault: &Fault| match fault {
+            Fault::Freeze => false,
+            Fault::FreezeAfter(answers) => state.answers.load(Ordering::SeqCst) < *answers,
+            _ => true,
+        };
+        let fault = self.faults.wait_for(passes).await.map_or(Fault::None, |fault| *fault);
         if let Fault::Delay(delay) = fault {
             tokio::time::sleep(delay).await;
         }
