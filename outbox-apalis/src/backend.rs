@@ -16,8 +16,10 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::{
+    assignment::Assignment,
     destination::{AttemptResult, End},
-    feed::{self, Ends, Source},
+    feed::{self, Ends},
+    redis::Transport,
     task::DeliveryTask,
 };
 
@@ -38,7 +40,7 @@ pub struct OutboxBackend {
 enum Feed {
     /// Only lists.
     None,
-    Ready(Box<Source>),
+    Ready(Box<(Assignment, Option<Transport>)>),
     Running(Ends),
 }
 
@@ -77,14 +79,15 @@ impl OutboxBackend {
         Self { outbox, subscription: subscription.into(), feed: Feed::None }
     }
 
-    pub(crate) fn working(source: Source) -> Self {
-        let (outbox, subscription) = (source.outbox.clone(), source.name.to_string());
-        Self { outbox, subscription, feed: Feed::Ready(Box::new(source)) }
+    pub(crate) fn working(assignment: Assignment, transport: Option<Transport>) -> Self {
+        let (outbox, subscription) = (assignment.outbox.clone(), assignment.name.to_string());
+        Self { outbox, subscription, feed: Feed::Ready(Box::new((assignment, transport))) }
     }
 
     fn ends(&mut self) -> Option<&mut Ends> {
-        if let Feed::Ready(source) = &self.feed {
-            self.feed = Feed::Running(feed::start((**source).clone()));
+        if let Feed::Ready(work) = &self.feed {
+            let (assignment, transport) = (**work).clone();
+            self.feed = Feed::Running(feed::start(assignment, transport));
         }
         match &mut self.feed {
             Feed::Running(ends) => Some(ends),
@@ -242,7 +245,7 @@ mod tests {
             lane: LaneRef { subscription: 1, key: "note/a".to_owned(), token, worker: "w".to_owned() },
             subscription: "s".into(),
             number: 1,
-            log: None,
+            log: outbox_core::AttemptLog::default(),
             last: true,
             time: Duration::MAX,
             clock: DatabaseClock::new(chrono::Utc::now(), std::time::Instant::now()),

@@ -47,15 +47,14 @@
 //! # }
 //! ```
 
+mod assignment;
 mod backend;
-mod circuit;
 mod clock;
 mod dashboard;
 mod desk;
 mod destination;
 mod feed;
 mod handlers;
-mod lane;
 mod listing;
 mod metrics;
 mod options;

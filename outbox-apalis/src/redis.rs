@@ -19,7 +19,7 @@ use redis::{
 };
 use rustls::crypto::ring;
 
-use crate::feed::Source;
+use crate::assignment::Assignment;
 pub(crate) use consumer::consume;
 pub(crate) use health::{Health, watch};
 pub(crate) use job::{Job, Jobs};
@@ -116,6 +116,6 @@ pub(crate) struct Transport {
 }
 
 /// Keeps everything that Redis needs for one subscription going, until the future is dropped.
-pub(crate) async fn run(source: Source, transport: Transport) {
-    tokio::join!(relay(&source, &transport), consume(&source, &transport), sweep(&transport));
+pub(crate) async fn run(assignment: Assignment, transport: Transport) {
+    tokio::join!(relay(&assignment, &transport), consume(&assignment, &transport), sweep(&transport));
 }

@@ -10,7 +10,7 @@ use outbox_seaorm::{NextLook, Outbox, Routed, Router, Taker};
 use sea_orm::DbErr;
 use tokio_util::sync::CancellationToken;
 
-use crate::{desk::Desk, feed::Source};
+use crate::{assignment::Assignment, desk::Desk};
 
 /// How many events are routed at once at most.
 const MOST: usize = 500;
@@ -82,15 +82,15 @@ impl Waits {
 }
 
 /// Routes until it is told to stop.
-pub(crate) async fn run(outbox: Outbox, sources: Vec<Source>, stop: CancellationToken) {
-    let _closing = Closing(sources.iter().map(|source| source.desk.clone()).collect());
-    let poll = sources.iter().map(|source| source.poll).min().unwrap_or(Duration::from_secs(5));
+pub(crate) async fn run(outbox: Outbox, assignments: Vec<Assignment>, stop: CancellationToken) {
+    let _closing = Closing(assignments.iter().map(|assignment| assignment.desk.clone()).collect());
+    let poll = assignments.iter().map(|assignment| assignment.poll).min().unwrap_or(Duration::from_secs(5));
     let is_sqlite = outbox.writer().get_database_backend() == sea_orm::DbBackend::Sqlite;
     let mut router = outbox.router();
     let mut waits = Waits::new(poll);
     while !stop.is_cancelled() {
         let began = Instant::now();
-        let wait = match route(&mut router, &sources).await {
+        let wait = match route(&mut router, &assignments).await {
             Ok(routed) => {
                 counter!("outbox_events_routed_total").increment(routed.events as u64);
                 waits.after(&routed, began.elapsed(), is_sqlite)
@@ -114,17 +114,17 @@ pub(crate) async fn run(outbox: Outbox, sources: Vec<Source>, stop: Cancellation
 }
 
 /// One look. It is not cut off: nobody would know of the leases.
-async fn route(router: &mut Router, sources: &[Source]) -> Result<Routed, DbErr> {
-    let takers: Vec<Taker> = sources
+async fn route(router: &mut Router, assignments: &[Assignment]) -> Result<Routed, DbErr> {
+    let takers: Vec<Taker> = assignments
         .iter()
-        .filter_map(|source| {
-            let lanes = u32::try_from(source.desk.room()).unwrap_or(u32::MAX);
+        .filter_map(|assignment| {
+            let lanes = u32::try_from(assignment.desk.room()).unwrap_or(u32::MAX);
             let taker = Taker {
-                subscription: source.subscription.now(),
-                worker: source.worker.clone(),
+                subscription: assignment.subscription.now(),
+                worker: assignment.worker.clone(),
                 lanes,
-                run: u32::try_from(source.options.batch).unwrap_or(u32::MAX),
-                lease: source.options.lease,
+                run: u32::try_from(assignment.options.batch).unwrap_or(u32::MAX),
+                lease: assignment.options.lease,
             };
             (lanes > 0).then_some(taker)
         })
@@ -132,8 +132,10 @@ async fn route(router: &mut Router, sources: &[Source]) -> Result<Routed, DbErr>
     let asked_at = Instant::now();
     let mut routed = router.route(&takers, MOST).await?;
     for lane in routed.leased.drain(..) {
-        if let Some(source) = sources.iter().find(|source| source.subscription.now() == lane.lane.subscription) {
-            source.desk.put(lane, asked_at);
+        if let Some(assignment) =
+            assignments.iter().find(|assignment| assignment.subscription.now() == lane.lane.subscription)
+        {
+            assignment.desk.put(lane, asked_at);
         }
     }
     Ok(routed)

@@ -3,7 +3,7 @@ use std::{
     time::Duration,
 };
 
-use outbox_core::{Delivery, RecordedEvent};
+use outbox_core::{AttemptLog, Delivery, RecordedEvent};
 use outbox_seaorm::LaneRef;
 use serde::{Deserialize, Serialize};
 
@@ -25,8 +25,8 @@ pub(crate) struct Attempt {
     pub(crate) lane: LaneRef,
     pub(crate) subscription: Arc<str>,
     pub(crate) number: u32,
-    /// Failed attempts before this one: a JSON array.
-    pub(crate) log: Option<String>,
+    /// Failed attempts before this one.
+    pub(crate) log: AttemptLog,
     /// Whether the run of the lane ends with this delivery.
     pub(crate) last: bool,
     /// How long the handler or publisher may take.

@@ -19,9 +19,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Handlers, InvalidOption, OutboxBackend,
+    assignment::{Assignment, Counts, SubscriptionId, Until},
     clock::DatabaseClock,
     destination::{self, AttemptResult, Destination, End, PublisherDestination},
-    feed::{Counts, Source, SubscriptionId, Until},
     handlers::HandlersDestination,
     options::Options,
     redis::{self, Health, Jobs, Queue, RELAY_LEASES, Redis, Transport},
@@ -334,7 +334,7 @@ impl Worker {
         let (clock, health) = (DatabaseClock::new(now, asked_at), Health::new());
         let stop = CancellationToken::new();
         let counts = Arc::new(Counts::default());
-        let (mut sources, mut registrations) = (Vec::<Source>::new(), Vec::new());
+        let (mut assignments, mut registrations) = (Vec::<(Assignment, Option<Transport>)>::new(), Vec::new());
         for (subscription, destination) in self.subscriptions {
             let (concurrency, rate) = subscription.limits();
             let options = Options { concurrency: concurrency.unwrap_or(self.options.concurrency), ..self.options };
@@ -354,7 +354,7 @@ impl Worker {
             let mut registration = Registration { subscription: subscription.clone(), id: id.clone(), said_at: None };
             registration.judge(registered.kept_by.as_deref());
             registrations.push(registration);
-            sources.push(Source {
+            let assignment = Assignment {
                 outbox: store.clone(),
                 subscription: id,
                 name: subscription.name().into(),
@@ -372,14 +372,14 @@ impl Worker {
                 clock: clock.clone(),
                 idle: CancellationToken::new(),
                 desk: Arc::default(),
-                transport,
-            });
+            };
+            assignments.push((assignment, transport));
         }
         let redis = connection.map(|connection| (connection, health));
         Ok(StartedWorker {
             store,
             worker,
-            sources,
+            assignments,
             registrations,
             stop,
             counts,
@@ -396,7 +396,7 @@ pub struct StartedWorker {
     /// With connections that live on the thread.
     store: Outbox,
     worker: Arc<str>,
-    sources: Vec<Source>,
+    assignments: Vec<(Assignment, Option<Transport>)>,
     registrations: Vec<Registration>,
     stop: CancellationToken,
     counts: Arc<Counts>,
@@ -423,28 +423,30 @@ impl StartedWorker {
     }
 
     pub(crate) async fn run(self, until: Until, shutdown: impl Future<Output = ()> + Send) -> Deliveries {
-        let Self { store, worker, mut sources, registrations, stop, counts, clock, thread, redis, retention } = self;
-        sources.iter_mut().for_each(|source| source.until = until);
-        let names: Vec<String> = sources.iter().map(|source| source.name.to_string()).collect();
-        let idle: Vec<CancellationToken> = sources.iter().map(|source| source.idle.clone()).collect();
+        let Self { store, worker, mut assignments, registrations, stop, counts, clock, thread, redis, retention } =
+            self;
+        assignments.iter_mut().for_each(|(assignment, _)| assignment.until = until);
+        let names: Vec<String> = assignments.iter().map(|(assignment, _)| assignment.name.to_string()).collect();
+        let idle: Vec<CancellationToken> = assignments.iter().map(|(assignment, _)| assignment.idle.clone()).collect();
         tracing::info!(worker = &*worker, subscriptions = ?names, "worker started");
         let mut background = JoinSet::new();
         if until == Until::Stopped
             && let Some((connection, health)) = redis
         {
             background.spawn_on(redis::watch(health, connection), thread.runtime());
-            for source in &sources {
-                if let Some(transport) = source.transport.clone() {
-                    background.spawn_on(redis::run(source.clone(), transport), thread.runtime());
+            for (assignment, transport) in &assignments {
+                if let Some(transport) = transport.clone() {
+                    background.spawn_on(redis::run(assignment.clone(), transport), thread.runtime());
                 }
             }
         }
         // Drained and once, feeds route for themselves: before each claim.
         if until == Until::Stopped {
-            sources.iter().for_each(|source| source.desk.open());
-            thread.runtime().spawn(router::run(store.clone(), sources.clone(), stop.clone()));
+            let assignments: Vec<Assignment> = assignments.iter().map(|(assignment, _)| assignment.clone()).collect();
+            assignments.iter().for_each(|assignment| assignment.desk.open());
+            thread.runtime().spawn(router::run(store.clone(), assignments, stop.clone()));
         }
-        let monitor = sources.into_iter().fold(Monitor::new(), register);
+        let monitor = assignments.into_iter().fold(Monitor::new(), register);
         background.spawn_on(upkeep(store.clone(), worker.clone(), registrations, clock), thread.runtime());
         background.spawn_on(purging(store.clone(), retention), thread.runtime());
         background.spawn_on(listen(store.clone()), thread.runtime());
@@ -490,17 +492,17 @@ async fn listen(store: Outbox) {
     match never {}
 }
 
-fn register(monitor: Monitor, source: Source) -> Monitor {
+fn register(monitor: Monitor, (assignment, transport): (Assignment, Option<Transport>)) -> Monitor {
     monitor
         .should_restart(|_, error| {
             tracing::error!(%error, "a worker ended early and is started again");
             true
         })
         .register(move |_| {
-            let mut backend = OutboxBackend::working(source.clone());
+            let mut backend = OutboxBackend::working(assignment.clone(), transport.clone());
             let results = backend.results();
-            let destination = source.destination.clone();
-            WorkerBuilder::new(format!("{}/{}", source.worker, source.name))
+            let destination = assignment.destination.clone();
+            WorkerBuilder::new(format!("{}/{}", assignment.worker, assignment.name))
                 .backend(backend)
                 .enable_tracing()
                 .build(move |task: DeliveryTask| run(destination.clone(), results.clone(), task))

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use outbox_core::{Context, NewEvent, Subscription};
+use outbox_core::{AttemptLog, Context, NewEvent, Subscription};
 use outbox_seaorm::{Finished, LaneReport, Next, Outbox};
 use outbox_test_servers::Postgres;
 use sea_orm::{ConnectionTrait, DbBackend};
@@ -56,7 +56,7 @@ async fn filled(url: &str) -> (String, String) {
     let lanes = outbox.claim(id, "w", 1, 1, std::time::Duration::from_secs(60)).await.unwrap().lanes;
     let (lane, event) = (lanes[0].lane.clone(), lanes[0].run[0].clone());
     let error = Some("no such address".to_owned());
-    let log = Some(json!([{"attempt": 1, "error": "no such address", "worker": "w"}]).to_string());
+    let log = AttemptLog::parse(r#"[{"attempt": 1, "error": "no such address", "worker": "w"}]"#);
     let finished = vec![Finished { position: event.position, attempts: 1, log, error }];
     outbox.settle(&[LaneReport { lane, finished, next: Next::Yield }]).await.unwrap();
     let page = outbox.events(&Default::default(), None, 10).await.unwrap();

@@ -33,6 +33,7 @@
 //! # }
 //! ```
 
+mod attempt_log;
 mod change;
 mod clock;
 mod collector;
@@ -48,6 +49,7 @@ mod subscription;
 pub mod testing;
 mod text;
 
+pub use attempt_log::{AttemptLog, LoggedAttempt};
 pub use change::Change;
 pub use clock::{Clock, SystemClock};
 pub use collector::{Batch, Events, Limits, PushError};

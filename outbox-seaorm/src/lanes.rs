@@ -4,7 +4,7 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
-use outbox_core::RecordedEvent;
+use outbox_core::{AttemptLog, RecordedEvent};
 use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, QueryResult};
 use serde::{Deserialize, Serialize};
 
@@ -45,8 +45,8 @@ pub struct ClaimedLane {
     pub lane: LaneRef,
     /// Which attempt of the first delivery this claim is: 1 for the first.
     pub attempts: u32,
-    /// Earlier attempts of the first delivery: a JSON array.
-    pub attempt_log: Option<String>,
+    /// Earlier attempts of the first delivery.
+    pub attempt_log: AttemptLog,
     /// The events to deliver. More than one only if the first has not been tried before; none only if the first is
     /// unreadable, or for a relay.
     pub run: Vec<RecordedEvent>,
@@ -103,8 +103,8 @@ pub struct Finished {
     pub position: i64,
     /// How many attempts it took.
     pub attempts: u32,
-    /// Its failed attempts: a JSON array.
-    pub log: Option<String>,
+    /// Its failed attempts.
+    pub log: AttemptLog,
     /// Why it is a dead letter; `None` if it was delivered.
     pub error: Option<String>,
 }
@@ -120,8 +120,8 @@ pub enum Next {
     Release {
         /// The attempts of the head without this one.
         attempts: u32,
-        /// The attempts so far: a JSON array.
-        log: Option<String>,
+        /// The attempts so far.
+        log: AttemptLog,
     },
     /// The lease ends and the lane waits for an operator: its head became a dead letter that holds up what comes after it.
     Hold {
@@ -136,8 +136,8 @@ pub enum Next {
         attempts: u32,
         /// The text operators see.
         error: String,
-        /// The attempts so far: a JSON array.
-        log: Option<String>,
+        /// The attempts so far.
+        log: AttemptLog,
     },
 }
 
@@ -169,7 +169,7 @@ struct FinishedRow<'a> {
     key: &'a str,
     position: i64,
     attempts: u32,
-    log: Option<&'a str>,
+    log: Option<String>,
     error: Option<&'a str>,
 }
 
@@ -179,7 +179,7 @@ struct LeasedRow<'a> {
     lease: usize,
     position: i64,
     attempts: u32,
-    log: Option<&'a str>,
+    log: Option<String>,
     error: Option<&'a str>,
 }
 
@@ -194,7 +194,7 @@ struct LaneRow<'a> {
     attempts: u32,
     wait: f64,
     error: Option<&'a str>,
-    log: Option<&'a str>,
+    log: Option<String>,
     held_at: Option<i64>,
 }
 
@@ -204,9 +204,9 @@ impl<'a> From<&'a LaneReport> for LaneRow<'a> {
             Next::Keep => ("keep", 1, 0.0, None, None),
             Next::Yield => ("yield", 0, 0.0, None, None),
             Next::Hold { .. } => ("hold", 0, 0.0, None, None),
-            Next::Release { attempts, log } => ("release", *attempts, 0.0, None, log.as_deref()),
+            Next::Release { attempts, log } => ("release", *attempts, 0.0, None, log.to_json()),
             Next::Retry { after, attempts, error, log } => {
-                ("retry", *attempts, seconds(*after), Some(error.as_str()), log.as_deref())
+                ("retry", *attempts, seconds(*after), Some(error.as_str()), log.to_json())
             }
         };
         let held_at = if let Next::Hold { position } = report.next { Some(position) } else { None };
@@ -644,12 +644,12 @@ impl Outbox {
     /// # Cancel safety
     ///
     /// Dropping the future leaves open whether the logs are stored.
-    pub async fn note_attempts(&self, notes: &[(LaneRef, String)]) -> Result<HashSet<LaneRef>, DbErr> {
+    pub async fn note_attempts(&self, notes: &[(LaneRef, AttemptLog)]) -> Result<HashSet<LaneRef>, DbErr> {
         let notes: Vec<_> = notes
             .iter()
             .map(|(LaneRef { subscription, key, token, worker }, log)| {
                 serde_json::json!({
-                    "subscription": subscription, "key": key, "token": token, "worker": worker, "log": log,
+                    "subscription": subscription, "key": key, "token": token, "worker": worker, "log": log.to_json(),
                 })
             })
             .collect();
@@ -677,6 +677,7 @@ impl Outbox {
 
 /// A lane as the statements lease it, without what is to be delivered.
 fn leased(subscription: i32, row: &QueryResult) -> Result<ClaimedLane, DbErr> {
+    let log: Option<String> = row.try_get("", "attempt_log")?;
     Ok(ClaimedLane {
         lane: LaneRef {
             subscription,
@@ -685,7 +686,7 @@ fn leased(subscription: i32, row: &QueryResult) -> Result<ClaimedLane, DbErr> {
             worker: row.try_get("", "leased_by")?,
         },
         attempts: row.try_get::<i32>("", "attempts")?.unsigned_abs(),
-        attempt_log: row.try_get("", "attempt_log")?,
+        attempt_log: log.map_or_else(AttemptLog::default, |log| AttemptLog::parse(&log)),
         run: Vec::new(),
         unreadable: None,
     })
@@ -743,7 +744,7 @@ async fn settle_at_once(
             lease: index,
             position: delivery.position,
             attempts: delivery.attempts,
-            log: delivery.log.as_deref(),
+            log: delivery.log.to_json(),
             error: delivery.error.as_deref(),
         }));
     }
@@ -782,7 +783,7 @@ async fn settle_in_steps(
                 key: &lane.key,
                 position: delivery.position,
                 attempts: delivery.attempts,
-                log: delivery.log.as_deref(),
+                log: delivery.log.to_json(),
                 error: delivery.error.as_deref(),
             })
         })

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use outbox_core::RecordedEvent;
+use outbox_core::{AttemptLog, RecordedEvent};
 use sea_orm::{ConnectionTrait, DbErr, QueryResult, RuntimeErr, sqlx};
 use serde::Serialize;
 
@@ -479,8 +479,13 @@ impl Router {
             if run.len() < all {
                 unfinished.push(lane.subscription);
             }
-            let mut claimed =
-                ClaimedLane { lane: lease, attempts: 1, attempt_log: None, run: Vec::new(), unreadable: None };
+            let mut claimed = ClaimedLane {
+                lane: lease,
+                attempts: 1,
+                attempt_log: AttemptLog::default(),
+                run: Vec::new(),
+                unreadable: None,
+            };
             if run.iter().all(|waiting| waiting.has_payload) {
                 let first = run.first().map_or(0.0, |waiting| waiting.due);
                 claimed.run = run.into_iter().filter_map(|waiting| waiting.event.clone()).collect();

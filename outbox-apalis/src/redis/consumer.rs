@@ -4,7 +4,7 @@ use apalis::{layers::WorkerBuilderExt, prelude::WorkerBuilder};
 use apalis_core::backend::ext::BackendExt;
 
 use super::{Jobs, Transport, job::Readable};
-use crate::{feed::Source, metrics};
+use crate::{assignment::Assignment, metrics};
 
 /// How often an idle worker asks Redis: what a delivery waits there at most.
 const ASK_EVERY: Duration = Duration::from_millis(25);
@@ -18,19 +18,19 @@ const LONGEST_REBUILD: Duration = Duration::from_secs(1);
 
 /// Takes jobs out of Redis, with one apalis worker after another: whatever Redis does, a worker that ends is built
 /// again. Until the future is dropped.
-pub(crate) async fn consume(source: &Source, transport: &Transport) {
+pub(crate) async fn consume(assignment: &Assignment, transport: &Transport) {
     let mut wait = REBUILD;
     loop {
         transport.health.wait_for(true).await;
         // Never a name twice: a worker that comes back under its old name is refused.
-        let name = format!("{}-{:08x}", source.worker, fastrand::u32(..));
-        let (jobs, name_of) = (transport.jobs.clone(), source.name.clone());
+        let name = format!("{}-{:08x}", assignment.worker, fastrand::u32(..));
+        let (jobs, name_of) = (transport.jobs.clone(), assignment.name.clone());
         let worker = WorkerBuilder::new(name.as_str())
             .backend(transport.queue.storage().poll_with_interval(ASK_EVERY))
             .concurrency(HAND_OVERS)
             .build(move |job: Readable| hand_over(name_of.clone(), jobs.clone(), job));
         let started = tokio::time::Instant::now();
-        let stop = source.stop.clone();
+        let stop = assignment.stop.clone();
         // When the worker stops, what it has fetched and not handed over goes back into Redis.
         let stopping = async move {
             stop.cancelled().await;
@@ -38,12 +38,12 @@ pub(crate) async fn consume(source: &Source, transport: &Transport) {
         };
         tokio::select! {
             ended = worker.run_until(stopping) => {
-                tracing::debug!(subscription = &*source.name, ?ended, "a Redis worker ended");
+                tracing::debug!(subscription = &*assignment.name, ?ended, "a Redis worker ended");
             }
             () = transport.health.wait_for(false) => {}
         }
         transport.queue.forget(&name).await;
-        if source.stop.is_cancelled() {
+        if assignment.stop.is_cancelled() {
             return;
         }
         transport.queue.remove_evicted().await;

@@ -4,7 +4,7 @@ use outbox_seaorm::{ClaimedLane, LaneReport, Next};
 use tokio::time::sleep;
 
 use super::{Job, Transport};
-use crate::feed::Source;
+use crate::assignment::Assignment;
 
 /// A relay's lease, in leases of a worker: the job waits in Redis for that long.
 pub(crate) const RELAY_LEASES: u32 = 2;
@@ -16,21 +16,21 @@ pub(super) const BATCH: usize = 500;
 const FULL_WAIT: Duration = Duration::from_millis(10);
 
 /// Moves due lanes into Redis, until the future is dropped.
-pub(crate) async fn relay(source: &Source, transport: &Transport) {
-    let mut idle = source.poll / 8;
+pub(crate) async fn relay(assignment: &Assignment, transport: &Transport) {
+    let mut idle = assignment.poll / 8;
     loop {
         transport.health.wait_for(true).await;
-        if source.stop.is_cancelled() {
+        if assignment.stop.is_cancelled() {
             return;
         }
         // In a task of its own: a claim that was begun must end.
         let moving = tokio::spawn({
-            let (source, transport) = (source.clone(), transport.clone());
-            async move { move_batch(&source, &transport).await }
+            let (assignment, transport) = (assignment.clone(), transport.clone());
+            async move { move_batch(&assignment, &transport).await }
         });
         let wait = match moving.await {
             Ok(Moved::More) => {
-                idle = source.poll / 8;
+                idle = assignment.poll / 8;
                 continue;
             }
             Ok(Moved::Full) => {
@@ -42,12 +42,12 @@ pub(crate) async fn relay(source: &Source, transport: &Transport) {
         };
         let jitter = fastrand::f64().mul_add(0.2, 0.9);
         let wait = wait.unwrap_or(Duration::MAX).max(FULL_WAIT).min(idle.mul_f64(jitter));
-        idle = (idle * 2).min(source.poll);
+        idle = (idle * 2).min(assignment.poll);
         tokio::select! {
             () = sleep(wait) => {}
-            () = source.outbox.woken(source.subscription.now()) => idle = source.poll / 8,
+            () = assignment.outbox.woken(assignment.subscription.now()) => idle = assignment.poll / 8,
             () = transport.health.wait_for(false) => {}
-            () = source.stop.cancelled() => return,
+            () = assignment.stop.cancelled() => return,
         }
     }
 }
@@ -63,31 +63,31 @@ enum Moved {
     Failed,
 }
 
-async fn move_batch(source: &Source, transport: &Transport) -> Moved {
+async fn move_batch(assignment: &Assignment, transport: &Transport) -> Moved {
     let queue = &transport.queue;
-    let turn = format!("{}-{:08x}", source.worker, fastrand::u32(..));
+    let turn = format!("{}-{:08x}", assignment.worker, fastrand::u32(..));
     let room = match queue.begin_turn(&turn).await {
         Ok(Some(room)) => room.min(BATCH),
         Ok(None) => return Moved::Full,
         Err(error) => {
-            tracing::warn!(subscription = &*source.name, %error, "Redis does not answer the relay");
+            tracing::warn!(subscription = &*assignment.name, %error, "Redis does not answer the relay");
             transport.health.report_trouble();
             return Moved::Failed;
         }
     };
-    let moved = if room == 0 { Moved::Full } else { claim_and_push(source, transport, room).await };
+    let moved = if room == 0 { Moved::Full } else { claim_and_push(assignment, transport, room).await };
     queue.end_turn(&turn).await;
     moved
 }
 
-async fn claim_and_push(source: &Source, transport: &Transport, room: usize) -> Moved {
-    let Source { outbox, subscription, worker, options, .. } = source;
+async fn claim_and_push(assignment: &Assignment, transport: &Transport, room: usize) -> Moved {
+    let Assignment { outbox, subscription, worker, options, .. } = assignment;
     let lanes = u32::try_from(room).unwrap_or(u32::MAX);
     let lease = options.lease * RELAY_LEASES;
     let claim = match outbox.claim_for_relay(subscription.now(), worker, lanes, lease).await {
         Ok(claim) => claim,
         Err(error) => {
-            tracing::warn!(subscription = &*source.name, %error, "cannot claim deliveries for Redis, trying again");
+            tracing::warn!(subscription = &*assignment.name, %error, "cannot claim deliveries for Redis, trying again");
             return Moved::Failed;
         }
     };
@@ -98,9 +98,9 @@ async fn claim_and_push(source: &Source, transport: &Transport, room: usize) -> 
     let full = claimed.len() == room;
     let jobs = claimed.iter().map(|lane| Job { lane: lane.lane.clone(), probe }).collect();
     if let Err(error) = transport.queue.push(jobs).await {
-        tracing::warn!(subscription = &*source.name, error, "Redis did not take jobs; they are given back");
+        tracing::warn!(subscription = &*assignment.name, error, "Redis did not take jobs; they are given back");
         // Some may have arrived: their leases are over now, so nobody can take them over.
-        give_back(source, claimed, probe).await;
+        give_back(assignment, claimed, probe).await;
         transport.health.report_trouble();
         return Moved::Failed;
     }
@@ -108,17 +108,21 @@ async fn claim_and_push(source: &Source, transport: &Transport, room: usize) -> 
 }
 
 /// Ends leases of lanes that nobody has begun.
-pub(crate) async fn give_back(source: &Source, lanes: Vec<ClaimedLane>, probe: bool) {
+pub(crate) async fn give_back(assignment: &Assignment, lanes: Vec<ClaimedLane>, probe: bool) {
     let release = |lane: ClaimedLane| {
         let next = Next::Release { attempts: lane.attempts.saturating_sub(1), log: lane.attempt_log };
         LaneReport { lane: lane.lane, finished: Vec::new(), next }
     };
     let reports: Vec<LaneReport> = lanes.into_iter().map(release).collect();
     let given_back = async {
-        source.outbox.settle(&reports).await?;
-        if probe { source.outbox.open_circuit(source.subscription.now(), FULL_WAIT, false).await } else { Ok(()) }
+        assignment.outbox.settle(&reports).await?;
+        if probe {
+            assignment.outbox.open_circuit(assignment.subscription.now(), FULL_WAIT, false).await
+        } else {
+            Ok(())
+        }
     };
     if let Err(error) = given_back.await {
-        tracing::warn!(subscription = &*source.name, %error, "lanes could not be given back; their leases end by themselves");
+        tracing::warn!(subscription = &*assignment.name, %error, "lanes could not be given back; their leases end by themselves");
     }
 }

@@ -3,7 +3,7 @@
 use axum::{Router, body::Body};
 use http::{Method, Request};
 use outbox_axum::Operator;
-use outbox_core::{Context, NewEvent, Subscription};
+use outbox_core::{AttemptLog, Context, NewEvent, Subscription};
 use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
 use outbox_seaorm::{Finished, LaneReport, Next, Outbox};
 use outbox_test_servers::Postgres;
@@ -57,7 +57,7 @@ impl Api {
             for lane in outbox.claim(id, "w", 10, 10, std::time::Duration::from_secs(60)).await.unwrap().lanes {
                 let position = lane.run[0].position;
                 let error = Some("no such address".to_owned());
-                let finished = vec![Finished { position, attempts: 1, log: None, error }];
+                let finished = vec![Finished { position, attempts: 1, log: AttemptLog::default(), error }];
                 outbox.settle(&[LaneReport { lane: lane.lane, finished, next: Next::Yield }]).await.unwrap();
             }
         }

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use outbox_core::{Context, NewEvent, Subscription};
+use outbox_core::{AttemptLog, Context, LoggedAttempt, NewEvent, Subscription};
 use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
 use outbox_seaorm::{ClaimedLane, Finished, LaneReport, Next, Outbox, Settled};
 use sea_orm::{ConnectionTrait, DatabaseConnection, QueryResult, Statement, TryGetable};
@@ -265,15 +265,26 @@ pub(crate) fn delivered(lane: &ClaimedLane, n: usize, next: Next) -> LaneReport 
     let attempts = |index| if index == 0 { lane.attempts } else { 1 };
     let finished = lane.run[..n].iter().enumerate();
     let finished = finished
-        .map(|(index, event)| Finished { position: event.position, attempts: attempts(index), log: None, error: None })
+        .map(|(index, event)| Finished {
+            position: event.position,
+            attempts: attempts(index),
+            log: AttemptLog::default(),
+            error: None,
+        })
         .collect();
     LaneReport { lane: lane.lane.clone(), finished, next }
 }
 
+/// The log of a delivery that has failed once.
+pub(crate) fn attempt_log(error: &str) -> AttemptLog {
+    let mut log = AttemptLog::default();
+    log.push(LoggedAttempt { attempt: 1, counted: 1, error: error.to_owned(), ..LoggedAttempt::default() });
+    log
+}
+
 /// The report of a worker whose first delivery has failed.
 pub(crate) fn failed(lane: &ClaimedLane, after: Duration, error: &str) -> LaneReport {
-    let log = Some(json!([{"error": error}]).to_string());
-    let next = Next::Retry { after, attempts: lane.attempts, error: error.to_owned(), log };
+    let next = Next::Retry { after, attempts: lane.attempts, error: error.to_owned(), log: attempt_log(error) };
     LaneReport { lane: lane.lane.clone(), finished: Vec::new(), next }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use outbox_core::{Context, StartPosition, Subscription};
+use outbox_core::{AttemptLog, Context, StartPosition, Subscription};
 use outbox_seaorm::{CommitError, Outbox, is_transient};
 use sea_orm::{ConnectionTrait, DbErr, TransactionTrait};
 use tokio::task::JoinHandle;
@@ -54,7 +54,7 @@ async fn attempts_are_noted_without_waiting_for_a_commit() {
     let id = store.subscribe("s").await;
     store.record_todos(&["1", "2"]).await;
     let lanes: Vec<_> = store.outbox.claim(id, "w", 2, 1, LONG).await.unwrap().lanes;
-    let notes: Vec<_> = lanes.iter().map(|lane| (lane.lane.clone(), "[]".to_owned())).collect();
+    let notes: Vec<_> = lanes.iter().map(|lane| (lane.lane.clone(), AttemptLog::default())).collect();
     let refs = [lanes[0].lane.clone(), lanes[1].lane.clone()];
     let holding = store.another_process().await.begin(Context::default());
     holding.tx().execute_unprepared("select from outbox_lanes where key = 'todo/1' for update").await.unwrap();

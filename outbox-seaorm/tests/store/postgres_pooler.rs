@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use outbox_core::{Context, StartPosition, Subscription};
+use outbox_core::{AttemptLog, Context, StartPosition, Subscription};
 use outbox_seaorm::{DeliveryState, Next, Outbox, Settled, once};
 use outbox_test_servers::PgBouncer;
 use sea_orm::{ConnectionTrait, EntityTrait, Statement};
@@ -107,7 +107,7 @@ async fn every_call_works_through_a_pooler() {
     assert_eq!(lanes.len(), 2);
     let refs = [lanes[0].lane.clone(), lanes[1].lane.clone()];
     assert_eq!(outbox.held(&refs).await.unwrap().len(), 2);
-    assert_eq!(other.note_attempts(&[(refs[0].clone(), "[]".to_owned())]).await.unwrap().len(), 1);
+    assert_eq!(other.note_attempts(&[(refs[0].clone(), AttemptLog::default())]).await.unwrap().len(), 1);
     assert_eq!(outbox.settle(&[failed(&lanes[0], LONG, "no")]).await.unwrap(), [Settled::Done]);
     let unit = other.begin(Context::default());
     unit.tx().execute_unprepared("insert into notes values ('effect')").await.unwrap();

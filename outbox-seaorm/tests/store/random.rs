@@ -4,7 +4,7 @@ use std::{
 };
 
 use fastrand::Rng;
-use outbox_core::{Context, NewEvent, Ordering, Subscription};
+use outbox_core::{AttemptLog, Context, NewEvent, Ordering, Subscription};
 use outbox_seaorm::{ClaimedLane, Next, Settled};
 
 use super::fixture::{LONG, Store, delivered, todo};
@@ -46,9 +46,9 @@ async fn report(store: &Store, random: &mut Rng, lane: &mut ClaimedLane, done: &
         0 if finished < lane.run.len() => Next::Keep,
         1 if finished < lane.run.len() => {
             let after = Duration::from_millis(random.u64(..3));
-            Next::Retry { after, attempts: lane.attempts, error: "down".to_owned(), log: None }
+            Next::Retry { after, attempts: lane.attempts, error: "down".to_owned(), log: AttemptLog::default() }
         }
-        2 if finished == 0 => Next::Release { attempts: lane.attempts - 1, log: None },
+        2 if finished == 0 => Next::Release { attempts: lane.attempts - 1, log: AttemptLog::default() },
         _ => Next::Yield,
     };
     let keeps = matches!(next, Next::Keep);

@@ -1,6 +1,6 @@
 use std::time::{Duration, Instant};
 
-use outbox_core::Context;
+use outbox_core::{AttemptLog, Context};
 use outbox_seaorm::{ClaimedLane, CommitError, Finished, LaneRef, LaneReport, Next, Settled};
 use sea_orm::ConnectionTrait;
 use serde_json::{Value, json};
@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use super::{
     database,
     fixture::{
-        LONG, SHORT, Store, delivered, delivered_run, eventually, failed, hang_up_after, is_about, record, runs, todo,
+        LONG, SHORT, Store, attempt_log, delivered, delivered_run, eventually, failed, hang_up_after, is_about, record,
+        runs, todo,
     },
 };
 
@@ -21,7 +22,7 @@ async fn taken_over(store: &Store, subscription: i32) -> (ClaimedLane, ClaimedLa
 fn dead(lane: &ClaimedLane, n: usize, error: &str, next: Next) -> LaneReport {
     let mut report = delivered(lane, n, next);
     let head = report.finished.last_mut().unwrap();
-    (head.error, head.log) = (Some(error.to_owned()), Some(format!(r#"[{{"error":"{error}"}}]"#)));
+    (head.error, head.log) = (Some(error.to_owned()), attempt_log(error));
     report
 }
 
@@ -61,7 +62,7 @@ async fn a_result_that_comes_too_late_changes_nothing() {
         delivered(&lost, 1, Next::Keep),
         dead(&lost, 1, "late", Next::Yield),
         failed(&lost, LONG, "late"),
-        delivered(&lost, 0, Next::Release { attempts: 0, log: None }),
+        delivered(&lost, 0, Next::Release { attempts: 0, log: AttemptLog::default() }),
     ] {
         assert_eq!(store.outbox.settle(&[late]).await.unwrap(), [Settled::Superseded]);
         assert_eq!(tables(&store).await, before);
@@ -84,13 +85,13 @@ async fn a_token_that_came_again_for_another_worker_is_no_lease() {
         delivered(&lost, 1, Next::Keep),
         dead(&lost, 1, "late", Next::Hold { position: 1 }),
         failed(&lost, LONG, "late"),
-        delivered(&lost, 0, Next::Release { attempts: 0, log: None }),
+        delivered(&lost, 0, Next::Release { attempts: 0, log: AttemptLog::default() }),
     ] {
         assert_eq!(store.outbox.settle(&[late]).await.unwrap(), [Settled::Superseded]);
     }
     assert_eq!(store.outbox.held(lane).await.unwrap(), []);
     assert_eq!(store.outbox.renew(lane, LONG).await.unwrap(), []);
-    assert!(store.outbox.note_attempts(&[(lost.lane.clone(), "[]".to_owned())]).await.unwrap().is_empty());
+    assert!(store.outbox.note_attempts(&[(lost.lane.clone(), AttemptLog::default())]).await.unwrap().is_empty());
     assert_eq!(tables(&store).await, before);
     // A relay that has lost its claim, and another one.
     store.execute("update outbox_lanes set leased_by = 'another (relay)'").await;
@@ -142,7 +143,7 @@ async fn a_lease_that_its_holder_has_ended_takes_no_more_results() {
     for end in [0, 1, 2] {
         store.record_todos(&["a", "a"]).await;
         let lane = store.claim_one(id, LONG).await;
-        let release = Next::Release { attempts: 0, log: None };
+        let release = Next::Release { attempts: 0, log: AttemptLog::default() };
         let ends = [delivered(&lane, 1, Next::Yield), delivered(&lane, 0, release), failed(&lane, LONG, "no")];
         store.outbox.settle(&ends[end..=end]).await.unwrap();
         let before = tables(&store).await;
@@ -236,13 +237,13 @@ async fn a_failure_stores_when_the_lane_is_due_again() {
     let due = store.next_due(id).await.unwrap();
     assert!(is_about(due, LONG / 2), "{due:?}");
     let columns = format!("pending, attempts, leased_by, last_error, {}", database::json("attempt_log"));
-    let log = json!([{"error": "it's \"down\""}]);
+    let log = attempt_log("it's \"down\"");
     assert_eq!(store.arrays(&columns, "from outbox_lanes").await, [json!([2, 1, null, "it's \"down\"", log])]);
     assert!(store.claim(id).await.is_empty());
     store.time_passes().await;
     let again = store.claim_one(id, LONG).await;
     assert_eq!(again.attempts, 2);
-    assert_eq!(serde_json::from_str::<Value>(&again.attempt_log.clone().unwrap()).unwrap(), log);
+    assert_eq!(again.attempt_log, log);
     let begun = Instant::now();
     store.outbox.settle(&[failed(&again, SHORT, "down")]).await.unwrap();
     assert_eq!(store.claim_when_due(id).await[0].attempts, 3);
@@ -271,7 +272,7 @@ async fn a_failure_after_a_part_of_the_run_keeps_what_was_delivered() {
     let id = store.subscribe("s").await;
     store.record_todos(&["a", "a", "a"]).await;
     let lane = store.claim_one(id, LONG).await;
-    let next = Next::Retry { after: Duration::ZERO, attempts: 1, error: "down".to_owned(), log: None };
+    let next = Next::Retry { after: Duration::ZERO, attempts: 1, error: "down".to_owned(), log: AttemptLog::default() };
     store.outbox.settle(&[delivered(&lane, 1, next)]).await.unwrap();
     let again = store.claim_when_due(id).await.remove(0);
     assert_eq!((again.attempts, runs(std::slice::from_ref(&again))), (2, vec![("todo/a", vec![2])]));
@@ -290,12 +291,12 @@ async fn a_dead_letter_does_not_stop_its_lane() {
     rest.finished.remove(0);
     store.outbox.settle(&[rest]).await.unwrap();
     let columns = format!("subscription_id, position, key, attempts, error, {}", database::json("attempt_log"));
-    let log = json!([{"error": "no such address"}]);
+    let log = attempt_log("no such address");
     let stored = store.arrays(&columns, "from outbox_dead_letters").await;
     assert_eq!(stored, [json!([id, 1, "todo/a", 1, "no such address", log])]);
     assert_eq!(store.column::<i64>("select position from outbox_delivered").await, [2]);
     let next = store.claim_one(id, LONG).await;
-    assert_eq!((next.attempts, next.attempt_log.as_deref(), next.run[0].position), (1, None, 3));
+    assert_eq!((next.attempts, next.attempt_log.is_empty(), next.run[0].position), (1, true, 3));
     store.is_whole().await;
 }
 
@@ -305,7 +306,11 @@ async fn an_attempt_that_was_not_made_is_given_back() {
     let id = store.subscribe("s").await;
     store.record_todos(&["a", "a"]).await;
     let lane = store.claim_one(id, LONG).await;
-    store.outbox.settle(&[delivered(&lane, 0, Next::Release { attempts: 0, log: None })]).await.unwrap();
+    store
+        .outbox
+        .settle(&[delivered(&lane, 0, Next::Release { attempts: 0, log: AttemptLog::default() })])
+        .await
+        .unwrap();
     let lane = store.claim_one(id, LONG).await;
     assert_eq!((lane.attempts, lane.run.len()), (1, 2));
     store.outbox.settle(&[failed(&lane, Duration::ZERO, "down")]).await.unwrap();
@@ -341,11 +346,11 @@ async fn delivered_events_move_to_the_history_and_an_empty_lane_disappears() {
     store.record_todos(&["a", "b", "a"]).await;
     let lanes = store.claim(id).await;
     let mut report = delivered_run(&lanes[0]);
-    report.finished[0] = Finished { position: 1, attempts: 4, log: Some(r#"[{"error":"x"}]"#.to_owned()), error: None };
+    report.finished[0] = Finished { position: 1, attempts: 4, log: attempt_log("x"), error: None };
     assert_eq!(store.outbox.settle(&[report]).await.unwrap(), [Settled::Done]);
     let columns = format!("subscription_id, position, attempts, {}", database::json("attempt_log"));
     let history = store.arrays(&columns, "from outbox_delivered order by position").await;
-    assert_eq!(history, [json!([id, 1, 4, [{"error": "x"}]]), json!([id, 3, 1, null])]);
+    assert_eq!(history, [json!([id, 1, 4, attempt_log("x")]), json!([id, 3, 1, null])]);
     let (from, to) = (database::before(database::NOW, "60"), database::NOW);
     assert_eq!(store.count(&format!("outbox_delivered where delivered_at between {from} and {to}")).await, 2);
     assert_eq!(store.column::<String>("select key from outbox_lanes").await, ["todo/b"]);
@@ -386,7 +391,12 @@ async fn an_event_that_is_flushed_into_a_lane_that_waits_does_not_shorten_its_wa
     let id = store.subscribe("s").await;
     store.record_todos(&["a"]).await;
     let lane = store.claim_one(id, LONG).await;
-    let next = Next::Retry { after: LONG, attempts: 0, error: "the destination is down".to_owned(), log: None };
+    let next = Next::Retry {
+        after: LONG,
+        attempts: 0,
+        error: "the destination is down".to_owned(),
+        log: AttemptLog::default(),
+    };
     store.outbox.settle(&[delivered(&lane, 0, next)]).await.unwrap();
     store.record([todo("a").priority(100)]).await;
     assert!(store.claim(id).await.is_empty());
@@ -518,11 +528,12 @@ async fn attempts_are_noted_where_the_lease_is_held() {
     store.record_todos(&["a"]).await;
     let (lost, held) = taken_over(&store, id).await;
     let others = store.claim_one(other, LONG).await;
-    let notes = [(&lost, "[1]"), (&others, "[2]"), (&held, "[3]")];
-    let notes = notes.map(|(lane, log)| (lane.lane.clone(), log.to_owned()));
+    let notes = [(&lost, "1"), (&others, "2"), (&held, "3")];
+    let notes = notes.map(|(lane, error)| (lane.lane.clone(), attempt_log(error)));
     assert_eq!(store.outbox.note_attempts(&notes).await.unwrap(), [others.lane, held.lane].into());
-    let logs = "select cast(attempt_log as text) from outbox_lanes order by subscription_id";
-    assert_eq!(store.column::<String>(logs).await, ["[3]", "[2]"]);
+    let logs =
+        store.column::<String>("select cast(attempt_log as text) from outbox_lanes order by subscription_id").await;
+    assert_eq!(logs.iter().map(|log| AttemptLog::parse(log)).collect::<Vec<_>>(), ["3", "2"].map(attempt_log));
     assert!(store.outbox.note_attempts(&[]).await.unwrap().is_empty());
     store.is_whole().await;
 }

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::{
     database,
-    fixture::{LONG, Store, delivered, delivered_run, failed, hang_up_after, todo},
+    fixture::{LONG, Store, attempt_log, delivered, delivered_run, failed, hang_up_after, todo},
 };
 
 /// A subscription `s` with one delivery in each state and one behind a leased one, beside an empty one:
@@ -292,7 +292,7 @@ async fn every_table_can_be_read_through_its_entity() {
     unit.commit().await.unwrap();
     let lane = store.claim(id).await.remove(0);
     let mut report = delivered(&lane, 1, Next::Yield);
-    report.finished[0].log = Some(r#"[{"error":"x"}]"#.to_owned());
+    report.finished[0].log = attempt_log("x");
     store.outbox.settle(&[report]).await.unwrap();
     store.outbox.heartbeat("worker", &[&Subscription::new("s").unwrap()]).await.unwrap();
     store
@@ -319,9 +319,9 @@ async fn every_table_can_be_read_through_its_entity() {
     let lanes = entity::lanes::Entity::find().all(db).await.unwrap();
     let retried = lanes.iter().find(|lane| lane.key == "todo/retried").unwrap();
     assert_eq!((retried.attempts, retried.last_error.as_deref()), (1, Some("down")));
-    assert_eq!(retried.attempt_log, Some(json!([{"error": "down"}])));
+    assert_eq!(retried.attempt_log, Some(json!(attempt_log("down"))));
     let history = entity::delivered::Entity::find().all(db).await.unwrap();
-    assert_eq!((history.len(), &history[1].attempt_log), (2, &Some(json!([{"error": "x"}]))));
+    assert_eq!((history.len(), &history[1].attempt_log), (2, &Some(json!(attempt_log("x")))));
     let dead = entity::dead_letters::Entity::find().all(db).await.unwrap();
     assert_eq!((dead.len(), dead[0].error.as_str()), (1, "no such address"));
     let inbox = entity::inbox::Entity::find().all(db).await.unwrap();

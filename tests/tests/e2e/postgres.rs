@@ -10,7 +10,7 @@ use std::{
 };
 
 use outbox_apalis::{Effect, Handlers, Worker};
-use outbox_core::{Context, Event, NewEvent, StartPosition, Subscription};
+use outbox_core::{AttemptLog, Context, Event, NewEvent, StartPosition, Subscription};
 use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
 use outbox_seaorm::{Finished, LaneReport, Next, Outbox, Settled, TransactionError};
 use outbox_test_servers::{Fault, Postgres, Proxy};
@@ -268,7 +268,7 @@ async fn writers_and_workers_on_five_hot_keys_never_deadlock() {
                         delivered.extend(lane.run.iter().map(|event| event.position));
                         let finished = lane.run.iter().map(|event| event.position);
                         let finished = finished
-                            .map(|position| Finished { position, attempts: 1, log: None, error: None })
+                            .map(|position| Finished { position, attempts: 1, log: AttemptLog::default(), error: None })
                             .collect();
                         LaneReport { lane: lane.lane, finished, next: Next::Yield }
                     })

@@ -11,7 +11,8 @@ use std::{
 
 use outbox_apalis::Worker;
 use outbox_core::{
-    Context, Delivery, DeliveryError, NewEvent, Ordering as Order, Publisher, Subscription, testing::RecordingPublisher,
+    AttemptLog, Context, Delivery, DeliveryError, NewEvent, Ordering as Order, Publisher, Subscription,
+    testing::RecordingPublisher,
 };
 use outbox_migrations::sea_orm_migration::sea_orm::{ConnectionTrait, DbBackend, DbErr, Statement};
 use outbox_seaorm::{Finished, LaneReport, Next, Outbox, Settled};
@@ -78,8 +79,9 @@ async fn work(outbox: Outbox, id: i32, name: String, over: Arc<AtomicBool>, seen
                 seen.lock().unwrap().push((line, payload["n"].as_i64().unwrap()));
             }
             let finished = lane.run.iter().map(|event| event.position);
-            let finished =
-                finished.map(|position| Finished { position, attempts: 1, log: None, error: None }).collect();
+            let finished = finished
+                .map(|position| Finished { position, attempts: 1, log: AttemptLog::default(), error: None })
+                .collect();
             let report = [LaneReport { lane: lane.lane, finished, next: Next::Yield }];
             while outbox.settle(&report).await.unwrap() != [Settled::Done] {
                 tokio::time::sleep(Duration::from_millis(1)).await;

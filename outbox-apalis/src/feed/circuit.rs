@@ -47,13 +47,13 @@ pub(crate) struct Failure {
 
 /// Whose fault a failure is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum Blame {
     /// The destination's: it is down, and the attempt is given back.
-    Down,
+    Destination,
     /// Nobody knows, or the event's: the attempt counts.
-    Counts,
+    Unclear,
     /// The event's for certain: another attempt cannot help.
-    Final,
+    Event,
 }
 
 impl Circuit {
@@ -80,30 +80,30 @@ impl Circuit {
     /// One key that fails says nothing about the others, several in a row and nothing else in between are about the
     /// destination, whatever it answers. So a refusal is believed only if the destination has taken something else since
     /// the key was first refused.
-    pub(crate) fn failed(&mut self, key: &str, failure: Failure) -> Verdict {
+    pub(crate) fn failed(&mut self, key: &str, failure: Failure, now: Instant) -> Blame {
         let Failure { reason, outside, probe, old } = failure;
         let for_good = reason == Reason::Permanent;
         match reason {
-            Reason::Unreachable => return Verdict::Down,
+            Reason::Unreachable => return Blame::Destination,
             Reason::Unavailable => {}
-            _ if !outside && for_good => return Verdict::Final,
-            _ if !outside => return Verdict::Counts,
+            _ if !outside && for_good => return Blame::Event,
+            _ if !outside => return Blame::Unclear,
             _ => {}
         }
         if self.failing.len() < REMEMBERED || self.failing.contains_key(key) {
-            self.failing.insert(key.to_owned(), for_good.then(Instant::now));
+            self.failing.insert(key.to_owned(), for_good.then_some(now));
         }
         let says_so = reason == Reason::Unavailable && probe;
         match self.open || self.failing.len() >= FAILING_KEYS || says_so {
             // Three days are as good as for ever: what nobody will ever take must come to an end.
-            true if probe && old && reason != Reason::Unavailable => Verdict::Counts,
-            true => Verdict::Down,
+            true if probe && old && reason != Reason::Unavailable => Blame::Unclear,
+            true => Blame::Destination,
             false if for_good && self.refused.remove(key) => {
                 // No evidence against the destination.
                 self.failing.remove(key);
-                Verdict::Final
+                Blame::Event
             }
-            false => Verdict::Counts,
+            false => Blame::Unclear,
         }
     }
 
@@ -161,19 +161,19 @@ mod tests {
     }
 
     /// How these keys fare that fail one after another.
-    fn fail(circuit: &mut Circuit, keys: impl IntoIterator<Item = u32>, failure: Failure) -> Vec<Verdict> {
-        keys.into_iter().map(|key| circuit.failed(&key.to_string(), failure)).collect()
+    fn fail(circuit: &mut Circuit, keys: impl IntoIterator<Item = u32>, failure: Failure) -> Vec<Blame> {
+        keys.into_iter().map(|key| circuit.failed(&key.to_string(), failure, Instant::now())).collect()
     }
 
     #[test]
     fn five_keys_that_fail_in_a_row_are_a_destination_that_is_down() {
         for reason in [Reason::Unavailable, Reason::Failed, Reason::Permanent] {
             let mut circuit = Circuit::new();
-            assert_eq!(fail(&mut circuit, 0..4, outside(reason)), [Verdict::Counts; 4]);
-            assert_eq!(fail(&mut circuit, [0], outside(reason)), [Verdict::Counts], "the same key is no evidence");
+            assert_eq!(fail(&mut circuit, 0..4, outside(reason)), [Blame::Unclear; 4]);
+            assert_eq!(fail(&mut circuit, [0], outside(reason)), [Blame::Unclear], "the same key is no evidence");
             circuit.succeeded("x", Instant::now() - Duration::from_secs(1));
-            assert_eq!(fail(&mut circuit, 10..14, outside(reason)), [Verdict::Counts; 4]);
-            assert_eq!(fail(&mut circuit, [14], outside(reason)), [Verdict::Down]);
+            assert_eq!(fail(&mut circuit, 10..14, outside(reason)), [Blame::Unclear; 4]);
+            assert_eq!(fail(&mut circuit, [14], outside(reason)), [Blame::Destination]);
             assert!(circuit.opened(false) && !circuit.opened(false));
             assert_eq!(circuit.times_down(), 2);
         }
@@ -185,21 +185,21 @@ mod tests {
         let reasons = [Reason::Failed, Reason::Permanent, Reason::Unavailable, Reason::Permanent, Reason::Failed];
         let verdicts: Vec<_> =
             (0..).zip(reasons).flat_map(|(n, reason)| fail(&mut circuit, [n], outside(reason))).collect();
-        assert_eq!(verdicts[..4], [Verdict::Counts; 4]);
-        assert_eq!(verdicts[4], Verdict::Down);
+        assert_eq!(verdicts[..4], [Blame::Unclear; 4]);
+        assert_eq!(verdicts[4], Blame::Destination);
     }
 
     #[test]
     fn a_refusal_is_final_once_another_was_taken_since() {
         let (mut circuit, refused) = (Circuit::new(), outside(Reason::Permanent));
-        assert_eq!(fail(&mut circuit, [1, 1, 1], refused), [Verdict::Counts; 3]);
+        assert_eq!(fail(&mut circuit, [1, 1, 1], refused), [Blame::Unclear; 3]);
         // This one was under way already.
         circuit.succeeded("2", Instant::now() - Duration::from_secs(1));
-        assert_eq!(fail(&mut circuit, [1], refused), [Verdict::Counts]);
+        assert_eq!(fail(&mut circuit, [1], refused), [Blame::Unclear]);
         circuit.succeeded("2", Instant::now());
-        assert_eq!(fail(&mut circuit, [3, 1], refused), [Verdict::Counts, Verdict::Final]);
+        assert_eq!(fail(&mut circuit, [3, 1], refused), [Blame::Unclear, Blame::Event]);
         // The next event of the key is another one.
-        assert_eq!(fail(&mut circuit, [1], refused), [Verdict::Counts]);
+        assert_eq!(fail(&mut circuit, [1], refused), [Blame::Unclear]);
     }
 
     #[test]
@@ -210,7 +210,7 @@ mod tests {
         circuit.probing();
         circuit.succeeded("9", Instant::now());
         circuit.closed();
-        assert_eq!(fail(&mut circuit, 0..4, refused), [Verdict::Counts; 4]);
+        assert_eq!(fail(&mut circuit, 0..4, refused), [Blame::Unclear; 4]);
     }
 
     #[test]
@@ -222,12 +222,12 @@ mod tests {
                 assert!(circuit.opened(times > 1) && circuit.times_down() == times + 1);
                 circuit.probing();
                 let probe = Failure { probe: true, ..outside(reason) };
-                assert_eq!(fail(&mut circuit, [times % 3], probe), [Verdict::Down]);
+                assert_eq!(fail(&mut circuit, [times % 3], probe), [Blame::Destination]);
             }
             // Not for ever.
             circuit.probing();
             let old = Failure { probe: true, old: true, ..outside(reason) };
-            assert_eq!(fail(&mut circuit, [1], old), [Verdict::Counts]);
+            assert_eq!(fail(&mut circuit, [1], old), [Blame::Unclear]);
         }
     }
 
@@ -237,8 +237,8 @@ mod tests {
         circuit.seen(Some(2));
         circuit.probing();
         let probe = |reason| Failure { probe: true, ..outside(reason) };
-        assert_eq!(fail(&mut circuit, [1], probe(Reason::Failed)), [Verdict::Counts]);
-        assert_eq!(fail(&mut circuit, [1], probe(Reason::Unavailable)), [Verdict::Down]);
+        assert_eq!(fail(&mut circuit, [1], probe(Reason::Failed)), [Blame::Unclear]);
+        assert_eq!(fail(&mut circuit, [1], probe(Reason::Unavailable)), [Blame::Destination]);
     }
 
     #[test]
@@ -255,9 +255,9 @@ mod tests {
     fn a_handler_knows_what_is_about_its_event() {
         let mut circuit = Circuit::new();
         let own = |reason| Failure { outside: false, ..outside(reason) };
-        assert_eq!(fail(&mut circuit, 0..9, own(Reason::Failed)), [Verdict::Counts; 9]);
-        assert_eq!(fail(&mut circuit, 0..9, own(Reason::Permanent)), [Verdict::Final; 9]);
-        assert_eq!(fail(&mut circuit, 0..5, own(Reason::Unavailable))[4], Verdict::Down);
+        assert_eq!(fail(&mut circuit, 0..9, own(Reason::Failed)), [Blame::Unclear; 9]);
+        assert_eq!(fail(&mut circuit, 0..9, own(Reason::Permanent)), [Blame::Event; 9]);
+        assert_eq!(fail(&mut circuit, 0..5, own(Reason::Unavailable))[4], Blame::Destination);
     }
 
     #[test]

@@ -1,0 +1,95 @@
+//! What a worker serves: one subscription, by whom, to where, and within which limits.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicI32, AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use outbox_core::{AfterDeadLetter, RetryPolicy};
+use outbox_seaorm::Outbox;
+use sea_orm::DbBackend;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+
+use crate::{clock::DatabaseClock, desk::Desk, destination::Destination, options::Options};
+
+/// The id of a subscription. Another one, if it is removed and registered again while the worker runs; one that no
+/// subscription has, if it is gone.
+#[derive(Clone, Debug)]
+pub(crate) struct SubscriptionId(Arc<AtomicI32>);
+
+impl SubscriptionId {
+    pub(crate) fn new(id: i32) -> Self {
+        Self(Arc::new(AtomicI32::new(id)))
+    }
+
+    pub(crate) fn now(&self) -> i32 {
+        self.0.load(Relaxed)
+    }
+
+    /// Returns whether it was another one.
+    pub(crate) fn set(&self, id: Option<i32>) -> bool {
+        let id = id.unwrap_or(0);
+        self.0.swap(id, Relaxed) != id
+    }
+}
+
+/// A subscription as this process serves it: a plain record.
+#[derive(Clone)]
+pub(crate) struct Assignment {
+    pub(crate) outbox: Outbox,
+    pub(crate) subscription: SubscriptionId,
+    pub(crate) name: Arc<str>,
+    pub(crate) worker: Arc<str>,
+    pub(crate) retry: RetryPolicy,
+    pub(crate) destination: Arc<dyn Destination>,
+    pub(crate) after_dead_letter: AfterDeadLetter,
+    /// The shortest time between two attempts.
+    pub(crate) pace: Duration,
+    pub(crate) options: Options,
+    /// The longest wait between two looks at the database.
+    pub(crate) poll: Duration,
+    /// Cancelled when the worker is asked to stop.
+    pub(crate) stop: CancellationToken,
+    /// Where the feed runs.
+    pub(crate) runtime: Handle,
+    pub(crate) until: Until,
+    pub(crate) counts: Arc<Counts>,
+    pub(crate) clock: DatabaseClock,
+    /// Cancelled when the feed has nothing to do any more; see [`Until`].
+    pub(crate) idle: CancellationToken,
+    /// Where lanes come from that routing has leased.
+    pub(crate) desk: Arc<Desk>,
+}
+
+impl Assignment {
+    /// How long a transactional handler may take. While its transaction writes, SQLite lets no lease be renewed.
+    pub(crate) fn effect_time(&self) -> Duration {
+        match self.outbox.writer().get_database_backend() {
+            DbBackend::Sqlite => self.options.timeout().min(self.options.lease / 3),
+            _ => self.options.timeout(),
+        }
+    }
+}
+
+/// When a feed has done its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Until {
+    /// Never; it is told to stop.
+    Stopped,
+    /// When nothing is due.
+    Drained,
+    /// After what one claim has leased.
+    Once,
+}
+
+/// What became of deliveries.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) delivered: AtomicU64,
+    pub(crate) failed: AtomicU64,
+    pub(crate) dead: AtomicU64,
+}

@@ -1,0 +1,463 @@
+//! Decides what to deliver next, and what to ask of the store. It waits for nothing, knows no clock and no chance: the
+//! driver tells it what has happened and when, and does what it wants.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use chrono::{DateTime, Utc};
+use outbox_core::{AfterDeadLetter, AttemptLog, RecordedEvent, RetryPolicy};
+use outbox_seaorm::{LaneRef, LaneReport, Next};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    ahead::{Ahead, Capacity, MOST_AHEAD},
+    calls::{Answer, Call, Calls, Change, Kind},
+    circuit::Circuit,
+    leases::Leases,
+    pace::Pace,
+    reports::Reports,
+    schedule::{SOON, Schedule},
+    table::{Running, Table},
+    told::Told,
+    trial::Head,
+    unknown::Unknown,
+};
+use crate::{
+    assignment::Until,
+    destination::{AttemptResult, Destination},
+    options::Options,
+    redis::Job,
+};
+
+mod answers;
+mod ending;
+mod starting;
+
+/// How large the payloads of all leased lanes are together when nothing more is leased: each claim adds some MiB.
+const MOST_BYTES: usize = 16 << 20;
+
+/// How long after the grace a worker that stops goes on trying to store results, if its leases last that long.
+const LAST_TRIES: Duration = Duration::from_secs(10);
+
+/// What does not change while a feed runs: a plain record.
+pub(crate) struct Settings {
+    pub(crate) worker: Arc<str>,
+    pub(crate) retry: RetryPolicy,
+    pub(crate) after_dead_letter: AfterDeadLetter,
+    pub(crate) destination: Arc<dyn Destination>,
+    pub(crate) options: Options,
+    /// How long a transactional handler may take.
+    pub(crate) effect_time: Duration,
+    /// The longest wait between two looks at the database.
+    pub(crate) poll: Duration,
+    /// The shortest time between two attempts.
+    pub(crate) pace: Duration,
+    pub(crate) until: Until,
+}
+
+/// When something happens, as the driver sees it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moment {
+    pub(crate) now: Instant,
+    /// The database's time.
+    pub(crate) utc: DateTime<Utc>,
+    /// From 0 to 1, at random.
+    pub(crate) chance: f64,
+}
+
+/// An attempt that is to begin.
+#[derive(Debug)]
+pub(crate) struct Start {
+    pub(crate) event: Arc<RecordedEvent>,
+    pub(crate) lane: LaneRef,
+    pub(crate) number: u32,
+    pub(crate) log: AttemptLog,
+    /// Whether the run of the lane ends with this delivery.
+    pub(crate) last: bool,
+    /// How long the handler or publisher may take.
+    pub(crate) time: Duration,
+    pub(crate) running: Running,
+    pub(crate) cancelled: CancellationToken,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Working,
+    /// Attempts under way may go on until then.
+    Stopping(Instant),
+    /// What could not be stored is tried again until then.
+    LastTries(Instant),
+    Over,
+}
+
+/// All state of a feed. Each part has rules of its own; what concerns several of them is here.
+pub(crate) struct Core {
+    settings: Settings,
+    table: Table,
+    ahead: Ahead,
+    schedule: Schedule,
+    reports: Reports,
+    leases: Leases,
+    circuit: Circuit,
+    unknown: Unknown,
+    pace: Pace,
+    calls: Calls,
+    /// Suspects are being tried: nothing else starts until their results are stored.
+    trial: bool,
+    /// Jobs that came through Redis and could not be taken over yet.
+    arrived: Vec<Job>,
+    /// Whether lanes come through Redis at present.
+    relayed: bool,
+    phase: Phase,
+    told: Vec<Told>,
+}
+
+impl Core {
+    /// `losses` is how many connections were lost until now.
+    pub(crate) fn new(settings: Settings, losses: u64, now: Instant) -> Self {
+        let Settings { options, poll, pace, until, .. } = &settings;
+        Self {
+            table: Table::default(),
+            ahead: Ahead::new(options.batch, now),
+            schedule: Schedule::new(*poll, *until == Until::Stopped, now),
+            reports: Reports::new(settings.destination.is_outside(), now),
+            leases: Leases::new(options.lease, losses, now),
+            circuit: Circuit::new(),
+            unknown: Unknown::new(now),
+            pace: Pace::new(*pace, now),
+            calls: Calls::default(),
+            trial: false,
+            arrived: Vec::new(),
+            relayed: false,
+            phase: Phase::Working,
+            told: Vec::new(),
+            settings,
+        }
+    }
+
+    /// What there is to tell since the last time.
+    pub(crate) fn told(&mut self) -> Vec<Told> {
+        std::mem::take(&mut self.told)
+    }
+
+    // What happens
+
+    /// An attempt has ended, or was never begun.
+    pub(crate) fn ended(&mut self, result: AttemptResult, at: Moment) {
+        let AttemptResult { key, token, end, started } = result;
+        let Some(lane) = self.table.end(&key, token) else {
+            self.told.push(Told::LostLease("the result of an attempt whose lease was lost is dropped"));
+            self.told.push(Told::Superseded(1));
+            return;
+        };
+        if let Some(event) = lane.run.front().cloned() {
+            self.judge(key, &event, end, started, at);
+        }
+    }
+
+    /// The store has answered.
+    pub(crate) fn answered(&mut self, answer: Answer, at: Moment) {
+        self.calls.answered(&answer);
+        match answer {
+            Answer::Claimed { asked_at, capacity, times_down, claim } => {
+                self.claimed(asked_at, capacity, times_down, claim, at);
+            }
+            Answer::Taken { asked_at, taken } => self.taken(asked_at, taken, at),
+            Answer::Settled { reports, settled } => self.settled(reports, settled, at),
+            Answer::Noted { asked, noted } => self.noted(&asked, noted, at.now),
+            Answer::Renewed { asked_at, asked, renewed } => self.renewed(asked_at, &asked, renewed, at.now),
+            Answer::Checked { losses, asked, held } => self.checked(losses, &asked, held, at.now),
+            Answer::Changed => {}
+        }
+    }
+
+    /// Something was committed for the subscription.
+    pub(crate) fn woken(&mut self, now: Instant) {
+        self.schedule.woken(now);
+    }
+
+    /// So many connections were lost until now.
+    pub(crate) fn lost_connections(&mut self, losses: u64) {
+        self.leases.lost_connections(losses);
+    }
+
+    /// Whether Redis is up.
+    pub(crate) fn redis_is_up(&mut self, up: bool, now: Instant) {
+        let relayed = up && self.settings.until == Until::Stopped;
+        if std::mem::replace(&mut self.relayed, relayed) != relayed && self.is_working() {
+            self.schedule.look(now);
+        }
+    }
+
+    /// Jobs have come through Redis. `many` if there may be more.
+    pub(crate) fn arrived(&mut self, jobs: Vec<Job>, many: bool, now: Instant) {
+        self.arrived.extend(jobs);
+        if many && !self.arrived.is_empty() {
+            self.ahead.came_full(now, self.capacity());
+        }
+    }
+
+    /// Nothing more begins; attempts under way may go on for so long.
+    pub(crate) fn stop(&mut self, grace: Duration, now: Instant) {
+        if self.is_working() {
+            self.phase = Phase::Stopping(now + grace);
+        }
+    }
+
+    /// It is later. `worker_is_gone` if no result will come any more.
+    pub(crate) fn time_passes(&mut self, worker_is_gone: bool, at: Moment) {
+        match self.phase {
+            Phase::Stopping(end) if end <= at.now => {
+                self.phase = Phase::LastTries(at.now + self.settings.options.lease.min(LAST_TRIES));
+                self.table.cancel(None);
+                if worker_is_gone {
+                    self.table.forget_running();
+                }
+            }
+            Phase::LastTries(end) if end <= at.now => {
+                self.told.push(Told::GivenUp);
+                self.phase = Phase::Over;
+            }
+            _ => {}
+        }
+        if self.leases.guards(!self.table.is_empty(), at.now) {
+            self.guard_attempts(at);
+        }
+    }
+
+    // What it wants
+
+    /// The next call to the store.
+    pub(crate) fn next_call(&mut self, at: Moment) -> Option<Call> {
+        if !self.is_working() {
+            self.give_back_idle();
+        }
+        let (kind, call) = self.wanted(at)?;
+        self.calls.begin(kind);
+        Some(call)
+    }
+
+    fn wanted(&mut self, at: Moment) -> Option<(Kind, Call)> {
+        if self.wants_lanes() && self.schedule.look_at() <= at.now && !self.is_full_until(at.now + SOON) {
+            let lanes = self.room().min(self.ahead.most_at_once());
+            let (mark, times_down) = (self.schedule.claims(at.now), self.circuit.times_down());
+            return Some((Kind::Claim, Call::Claim { mark, lanes, times_down }));
+        }
+        // What has come to a worker that stops is taken over to be given back: only the lease in the database is true, and
+        // others need not wait for its end.
+        if !self.arrived.is_empty() && (!self.is_working() || self.takes_jobs()) && self.is_free(Kind::TakeOver) {
+            return Some((Kind::TakeOver, Call::TakeOver(std::mem::take(&mut self.arrived))));
+        }
+        if let Some(reports) = self.reports_due(at.now) {
+            return Some((Kind::Settle, Call::Settle(reports)));
+        }
+        if let Some(change) = self.calls.next_change() {
+            return Some((Kind::Change, Call::Change(change)));
+        }
+        if self.leases.are_in_doubt() && self.is_free(Kind::Check) {
+            let (losses, lanes) = (self.leases.losses(), self.table.refs());
+            return Some((Kind::Check, Call::Check { losses, lanes }));
+        }
+        if self.is_free(Kind::Renew) && !self.table.is_empty() && self.leases.renews(at.now) {
+            return Some((Kind::Renew, Call::Renew(self.table.refs())));
+        }
+        let notes = self.suspects_to_try(at.utc)?;
+        Some((Kind::Note, Call::Note(notes)))
+    }
+
+    fn reports_due(&mut self, now: Instant) -> Option<Vec<LaneReport>> {
+        let is_full = self.is_full_of_results();
+        if self.calls.is_under_way(Kind::Settle) || self.reports.due_at(is_full).is_none_or(|at| at > now) {
+            return None;
+        }
+        let reports = self.reports.take(now, is_full, |reports| self.table.gather(reports));
+        (!reports.is_empty()).then_some(reports)
+    }
+
+    /// When time alone changes what it wants.
+    pub(crate) fn next_timeout(&self, now: Instant) -> Instant {
+        let phase_ends = match self.phase {
+            Phase::Stopping(end) | Phase::LastTries(end) => Some(end),
+            Phase::Working | Phase::Over => None,
+        };
+        let look_at = self.wants_lanes().then(|| self.schedule.look_at());
+        let paced = self.pace.waits_until(now).filter(|_| self.is_working() && self.table.has_ready());
+        let settles = !self.calls.is_under_way(Kind::Settle);
+        let report_at = self.reports.due_at(self.is_full_of_results()).filter(|_| settles);
+        let others = [phase_ends, look_at, paced, report_at].into_iter().flatten();
+        others.fold(self.leases.guard_at(), Instant::min)
+    }
+
+    /// How many lanes that are new may be leased by routing: as many as would be claimed, unless there are others.
+    pub(crate) fn room_for_new(&self) -> usize {
+        let takes = self.settings.until == Until::Stopped
+            && self.is_working()
+            && !self.schedule.is_behind()
+            && !self.circuit.is_open()
+            && self.takes_lanes();
+        if takes && !self.is_full() { self.room() } else { 0 }
+    }
+
+    /// How many jobs to take from Redis; all, to give them back, once it stops.
+    pub(crate) fn room_for_jobs(&self) -> usize {
+        match self.is_working() {
+            false => usize::MAX,
+            true if self.takes_jobs() => self.room().saturating_sub(self.arrived.len()),
+            true => 0,
+        }
+    }
+
+    /// Whether jobs from Redis are of use now.
+    pub(crate) fn takes_jobs(&self) -> bool {
+        self.is_free(Kind::TakeOver)
+            && self.is_free(Kind::Change)
+            && self.can_store()
+            && self.room() > 0
+            && !self.has_suspects()
+    }
+
+    /// Whether what the feed was started for is done.
+    pub(crate) fn is_done(&self, now: Instant) -> bool {
+        let claimed_all = match self.settings.until {
+            Until::Stopped => false,
+            Until::Once => self.schedule.has_claimed(),
+            Until::Drained => self.schedule.has_claimed() && self.schedule.look_at() > now,
+        };
+        claimed_all && self.table.is_empty() && self.reports.is_empty() && self.calls.are_done()
+    }
+
+    pub(crate) fn is_working(&self) -> bool {
+        self.phase == Phase::Working
+    }
+
+    /// Whether it has stopped, and nothing is left to be stored or given back.
+    pub(crate) fn is_over(&self) -> bool {
+        let is_empty = self.table.is_empty() && self.arrived.is_empty() && self.reports.is_empty();
+        !self.is_working() && is_empty && self.calls.are_done()
+    }
+
+    /// Whether it has stopped, and has tried for long enough to store what is left.
+    pub(crate) fn has_given_up(&self) -> bool {
+        self.phase == Phase::Over
+    }
+
+    pub(crate) fn is_relayed(&self) -> bool {
+        self.relayed
+    }
+
+    // What it can do
+
+    /// How many deliveries may be under way.
+    fn concurrency(&self) -> usize {
+        self.circuit.limit(self.settings.options.concurrency)
+    }
+
+    fn capacity(&self) -> Capacity {
+        let concurrency = self.concurrency();
+        // A destination that comes back is not flooded.
+        let limited = self.settings.destination.is_outside() || concurrency < self.settings.options.concurrency;
+        Capacity { concurrency, limited }
+    }
+
+    /// How many more lanes to lease.
+    fn room(&self) -> usize {
+        self.ahead.room(self.table.len(), self.capacity())
+    }
+
+    /// Long runs fill the memory even when their lanes are few, and large payloads even when they are not long.
+    fn is_full(&self) -> bool {
+        let (waiting, bytes) = self.table.load();
+        let enough = self.table.len() >= self.concurrency() && waiting >= self.ahead.most_deliveries();
+        enough || bytes >= MOST_BYTES
+    }
+
+    /// As [`is_full`](Self::is_full); if it is, it looks again then.
+    fn is_full_until(&mut self, then: Instant) -> bool {
+        let is_full = self.is_full();
+        if is_full {
+            self.schedule.look(then);
+        }
+        is_full
+    }
+
+    /// How many deliveries a crash may repeat.
+    fn may_repeat(&self) -> usize {
+        let outside = self.settings.destination.is_outside();
+        let spare = if outside { 0 } else { MOST_AHEAD * self.settings.options.batch };
+        self.concurrency() + spare
+    }
+
+    /// Whether nothing can begin before results are stored.
+    fn is_full_of_results(&self) -> bool {
+        self.table.open() >= self.may_repeat()
+    }
+
+    fn wants_lanes(&self) -> bool {
+        self.is_working()
+            && self.is_free(Kind::Claim)
+            && !(self.schedule.has_claimed() && self.settings.until == Until::Once)
+            && self.takes_lanes()
+            && self.room() > 0
+    }
+
+    /// Whether lanes may come from the database.
+    fn takes_lanes(&self) -> bool {
+        !self.relayed && self.is_free(Kind::Change) && self.can_store() && !self.has_suspects()
+    }
+
+    fn is_free(&self, kind: Kind) -> bool {
+        !self.calls.is_under_way(kind)
+    }
+
+    /// While there are suspects nothing is claimed that a crash could take with it, or could be taken for theirs.
+    fn has_suspects(&self) -> bool {
+        self.trial || self.table.has_suspects()
+    }
+
+    /// Nothing is begun while results cannot be stored, or leases are in doubt: it would be repeated.
+    fn can_store(&self) -> bool {
+        self.reports.can_be_stored() && !self.leases.are_in_doubt()
+    }
+
+    // What ends leases
+
+    /// Reports a lane for the last time.
+    fn finish_lane(&mut self, key: &str, next: impl FnOnce(Head) -> Next) {
+        if let Some(report) = self.table.report(key, next) {
+            self.reports.push(report);
+        }
+    }
+
+    /// Gives a lane back, and takes off the attempt that was not made. After a wait, it is due again; the text says why.
+    fn give_back(&mut self, key: &str, wait: Option<(Duration, String)>) {
+        let Some(lane) = self.table.get_mut(key) else { return };
+        if std::mem::take(&mut lane.probe) {
+            // It has found out nothing: another probe does.
+            let wait = wait.as_ref().map_or(SOON, |(wait, _)| *wait);
+            self.calls.tell(Change::OpenCircuit { wait, failed: false });
+        }
+        self.finish_lane(key, |head| {
+            let (attempts, log) = (head.attempts.saturating_sub(1), head.log);
+            match wait {
+                None => Next::Release { attempts, log },
+                Some((after, error)) => Next::Retry { after, attempts, error, log },
+            }
+        });
+    }
+
+    /// Gives back what was leased and not started.
+    fn give_back_idle(&mut self) {
+        for key in self.table.stop() {
+            self.give_back(&key, None);
+        }
+    }
+
+    /// The lease of a lane was taken over: everything about it is void.
+    fn lose(&mut self, key: &str, now: Instant) {
+        if let Some(lane) = self.table.remove(key) {
+            self.schedule.look_again_for(&lane, now);
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! What the answers of the store lead to.
+
+use std::{collections::HashSet, time::Instant};
+
+use outbox_seaorm::{Claim, ClaimedLane, LaneRef, LaneReport, Next, Settled};
+use sea_orm::DbErr;
+
+use super::{Core, Moment};
+use crate::feed::{
+    calls::{Held, Taken},
+    schedule::Found,
+    table::Lane,
+    told::Told,
+};
+
+impl Core {
+    pub(super) fn claimed(
+        &mut self,
+        asked_at: Instant,
+        capacity: usize,
+        times_down: u32,
+        claim: Result<Claim, DbErr>,
+        at: Moment,
+    ) {
+        let Claim { lanes, probe, next, mark } = match claim {
+            Ok(claim) => claim,
+            Err(error) => {
+                let wait = Some(self.schedule.failed(at.now, at.chance));
+                let what = "cannot claim deliveries, trying again";
+                self.told.push(Told::CallFailed { what, error, wait });
+                return;
+            }
+        };
+        // The destination was found down while the claim was under way: what it found is old.
+        let too_late = self.circuit.is_open() && self.circuit.times_down() != times_down;
+        if probe {
+            self.circuit.probing();
+        } else if !too_late {
+            self.circuit.seen(if lanes.is_empty() { next.and_then(|next| next.circuit) } else { None });
+        }
+        let found = Found {
+            asked_at,
+            lanes: lanes.len(),
+            capacity,
+            mark,
+            next: next.and_then(|next| next.after),
+            lag: self.unknown.lag(at.now),
+        };
+        if self.schedule.claimed(found, at.now, at.chance) {
+            self.ahead.came_full(asked_at, self.capacity());
+        }
+        if too_late {
+            self.schedule.look(at.now + self.settings.retry.delay(1, at.chance));
+        }
+        for claimed in lanes {
+            self.leased(claimed, asked_at, probe, at.now);
+        }
+        if too_late {
+            self.give_back_idle();
+        }
+    }
+
+    /// Routing has leased these, asked for then.
+    pub(crate) fn routed(&mut self, lanes: Vec<(ClaimedLane, Instant)>, now: Instant) {
+        for (lane, asked_at) in lanes {
+            self.schedule.routed(lane.lane.clone());
+            self.leased(lane, asked_at, false, now);
+        }
+    }
+
+    pub(super) fn taken(&mut self, asked_at: Instant, taken: Result<Taken, DbErr>, at: Moment) {
+        let Taken { lanes, busy, void } = match taken {
+            Ok(taken) => taken,
+            Err(error) => {
+                let what = "cannot take over jobs; their leases end by themselves";
+                self.told.push(Told::CallFailed { what, error, wait: None });
+                return;
+            }
+        };
+        self.told.push(Told::VoidJobs(void));
+        self.arrived.extend(busy);
+        for (lane, probe) in lanes {
+            if probe {
+                self.circuit.probing();
+            } else {
+                self.circuit.seen(None);
+            }
+            self.leased(lane, asked_at, probe, at.now);
+        }
+    }
+
+    /// A lane was leased, asked for then.
+    fn leased(&mut self, claimed: ClaimedLane, asked_at: Instant, probe: bool, now: Instant) {
+        let (key, unreadable) = (claimed.lane.key.clone(), claimed.unreadable.clone());
+        // Only after our own lease had ended without our noticing: the old one is void.
+        self.lose(&key, now);
+        if claimed.run.len() >= self.settings.options.batch {
+            self.schedule.leased_long(claimed.lane.clone());
+        }
+        self.table.insert(Lane::new(claimed, asked_at + self.settings.options.lease, probe));
+        match unreadable {
+            None => self.table.is_ready(key),
+            Some(unreadable) => {
+                self.table.finish(&key, unreadable.position, Some(unreadable.error));
+                self.told.push(Told::Dead);
+                self.hold_if_wanted(&key, unreadable.position);
+                self.continue_with(key, now);
+            }
+        }
+    }
+
+    pub(super) fn settled(&mut self, reports: Vec<LaneReport>, settled: Result<Vec<Settled>, DbErr>, at: Moment) {
+        let settled = match settled {
+            Ok(settled) => settled,
+            Err(error) => {
+                let wait = Some(self.reports.failed(reports, at.now, at.chance));
+                self.told.push(Told::CallFailed { what: "cannot store results, trying again", error, wait });
+                return;
+            }
+        };
+        let (answered, mut busy) = (reports.len(), Vec::new());
+        for (report, settled) in reports.into_iter().zip(settled) {
+            if settled == Settled::Busy {
+                busy.push(report);
+                continue;
+            }
+            self.table.reported(&report);
+            if settled == Settled::Superseded {
+                self.superseded(&report, at.now);
+            }
+            match report.next {
+                Next::Keep => {}
+                Next::Yield => self.schedule.yielded(&report.lane, self.settings.options.lease, at.now),
+                _ => self.schedule.look_again_for(&report.lane, at.now),
+            }
+        }
+        self.reports.answered(answered, busy, at.now);
+    }
+
+    /// A report was dropped: the lease had been taken over.
+    fn superseded(&mut self, report: &LaneReport, now: Instant) {
+        self.told.push(Told::LostLease("the lease of a lane was lost; its results are dropped"));
+        let failed_attempt = usize::from(matches!(report.next, Next::Retry { .. }));
+        self.told.push(Told::Superseded(report.finished.len() + failed_attempt));
+        // Not the same lane any more if it was lost, and perhaps claimed again, since the report.
+        if self.table.held(&report.lane).is_some() {
+            self.lose(&report.lane.key, now);
+        }
+    }
+
+    pub(super) fn noted(&mut self, asked: &[LaneRef], noted: Result<Held, DbErr>, now: Instant) {
+        for lease in asked {
+            let Some(lane) = self.table.held(lease) else { continue };
+            match &noted {
+                Ok(Held { done, .. }) if done.contains(lease) => lane.head.noted = true,
+                Ok(Held { busy, .. }) if busy.contains(lease) => {}
+                Ok(_) => self.lose(&lease.key, now),
+                Err(_) => self.give_back(&lease.key, None),
+            }
+        }
+        if let Err(error) = noted {
+            self.told.push(Told::CallFailed { what: "cannot note attempts, trying again later", error, wait: None });
+        }
+    }
+
+    pub(super) fn renewed(&mut self, asked_at: Instant, asked: &[LaneRef], renewed: Result<Held, DbErr>, now: Instant) {
+        let Held { done, busy } = match renewed {
+            Ok(held) => held,
+            Err(error) => {
+                self.told.push(Told::CallFailed { what: "cannot renew leases, trying again", error, wait: None });
+                self.leases.renew_again(now);
+                return;
+            }
+        };
+        if !busy.is_empty() {
+            self.leases.renew_again(now);
+        }
+        for lease in asked {
+            if done.contains(lease) {
+                let until = asked_at + self.settings.options.lease;
+                self.table.held(lease).map(|lane| lane.leased_until = until);
+            } else if !busy.contains(lease) {
+                self.is_not_held(lease, "the lease of a lane was lost", now);
+            }
+        }
+    }
+
+    pub(super) fn checked(
+        &mut self,
+        losses: u64,
+        asked: &[LaneRef],
+        held: Result<HashSet<LaneRef>, DbErr>,
+        now: Instant,
+    ) {
+        // Otherwise it is asked again.
+        let Ok(held) = held else { return };
+        // What came meanwhile may be from before the loss.
+        let all: HashSet<&LaneRef> = asked.iter().collect();
+        if self.table.lanes().all(|lane| all.contains(&lane.lane)) {
+            self.leases.checked(losses);
+        }
+        for lease in asked.iter().filter(|lease| !held.contains(lease)) {
+            self.is_not_held(lease, "the lease of a lane was lost with the connection", now);
+        }
+    }
+
+    /// The store says that a lease is not held any more. An attempt that ends it in its own transaction has perhaps done so
+    /// just now; if the lease is lost, its commit fails.
+    fn is_not_held(&mut self, lease: &LaneRef, text: &'static str, now: Instant) {
+        let Some(lane) = self.table.held(lease) else { return };
+        let settles_now = lane.under_way().is_some_and(|event| self.settings.destination.settles(event));
+        if !settles_now {
+            self.told.push(Told::LostLease(text));
+            self.lose(&lease.key, now);
+        }
+    }
+}
