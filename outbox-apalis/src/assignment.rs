@@ -8,9 +8,7 @@ use std::{
     time::Duration,
 };
 
-use outbox_core::{AfterDeadLetter, RetryPolicy};
-use outbox_seaorm::Outbox;
-use sea_orm::DbBackend;
+use outbox_core::{AfterDeadLetter, RetryPolicy, store::Store};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
@@ -40,7 +38,7 @@ impl SubscriptionId {
 /// A subscription as this process serves it: a plain record.
 #[derive(Clone)]
 pub(crate) struct Assignment {
-    pub(crate) outbox: Outbox,
+    pub(crate) store: Arc<dyn Store>,
     pub(crate) subscription: SubscriptionId,
     pub(crate) name: Arc<str>,
     pub(crate) worker: Arc<str>,
@@ -50,6 +48,8 @@ pub(crate) struct Assignment {
     /// The shortest time between two attempts.
     pub(crate) pace: Duration,
     pub(crate) options: Options,
+    /// How long a transactional handler may take.
+    pub(crate) effect_time: Duration,
     /// The longest wait between two looks at the database.
     pub(crate) poll: Duration,
     /// Cancelled when the worker is asked to stop.
@@ -63,16 +63,6 @@ pub(crate) struct Assignment {
     pub(crate) idle: CancellationToken,
     /// Where lanes come from that routing has leased.
     pub(crate) desk: Arc<Desk>,
-}
-
-impl Assignment {
-    /// How long a transactional handler may take. While its transaction writes, SQLite lets no lease be renewed.
-    pub(crate) fn effect_time(&self) -> Duration {
-        match self.outbox.writer().get_database_backend() {
-            DbBackend::Sqlite => self.options.timeout().min(self.options.lease / 3),
-            _ => self.options.timeout(),
-        }
-    }
 }
 
 /// When a feed has done its work.

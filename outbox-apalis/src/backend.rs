@@ -79,8 +79,8 @@ impl OutboxBackend {
         Self { outbox, subscription: subscription.into(), feed: Feed::None }
     }
 
-    pub(crate) fn working(assignment: Assignment, transport: Option<Transport>) -> Self {
-        let (outbox, subscription) = (assignment.outbox.clone(), assignment.name.to_string());
+    pub(crate) fn working(outbox: Outbox, assignment: Assignment, transport: Option<Transport>) -> Self {
+        let subscription = assignment.name.to_string();
         Self { outbox, subscription, feed: Feed::Ready(Box::new((assignment, transport))) }
     }
 

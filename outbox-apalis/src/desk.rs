@@ -6,7 +6,7 @@ use std::{
     time::Instant,
 };
 
-use outbox_seaorm::ClaimedLane;
+use outbox_core::store::ClaimedLane;
 use tokio::sync::Notify;
 
 #[derive(Debug, Default)]

@@ -19,6 +19,8 @@ use redis::{
 };
 use rustls::crypto::ring;
 
+use outbox_seaorm::Outbox;
+
 use crate::assignment::Assignment;
 pub(crate) use consumer::consume;
 pub(crate) use health::{Health, watch};
@@ -116,6 +118,6 @@ pub(crate) struct Transport {
 }
 
 /// Keeps everything that Redis needs for one subscription going, until the future is dropped.
-pub(crate) async fn run(assignment: Assignment, transport: Transport) {
-    tokio::join!(relay(&assignment, &transport), consume(&assignment, &transport), sweep(&transport));
+pub(crate) async fn run(outbox: Outbox, assignment: Assignment, transport: Transport) {
+    tokio::join!(relay(&outbox, &assignment, &transport), consume(&assignment, &transport), sweep(&transport));
 }

@@ -3,8 +3,7 @@ use std::{
     time::Duration,
 };
 
-use outbox_core::{AttemptLog, Delivery, RecordedEvent};
-use outbox_seaorm::LaneRef;
+use outbox_core::{AttemptLog, Delivery, RecordedEvent, store::LaneRef};
 use serde::{Deserialize, Serialize};
 
 use crate::clock::DatabaseClock;

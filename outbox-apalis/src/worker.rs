@@ -316,10 +316,9 @@ impl Worker {
         }
         self.outbox.check_schema().await?;
         let worker: Arc<str> = worker_id().into();
-        let poll = self.options.poll.unwrap_or(match self.outbox.writer().get_database_backend() {
-            DbBackend::Sqlite => Duration::from_millis(500),
-            _ => Duration::from_secs(5),
-        });
+        let is_sqlite = self.outbox.writer().get_database_backend() == DbBackend::Sqlite;
+        let poll =
+            self.options.poll.unwrap_or(if is_sqlite { Duration::from_millis(500) } else { Duration::from_secs(5) });
         let thread = FeedThread::start()?;
         let store = {
             let _entered = thread.runtime().enter();
@@ -349,13 +348,15 @@ impl Worker {
                     jobs: Arc::new(Jobs::new(waiting)),
                 }
             });
+            // While a transactional handler's transaction writes, SQLite lets no lease be renewed.
+            let effect_time = if is_sqlite { options.timeout().min(options.lease / 3) } else { options.timeout() };
             let registered = self.outbox.register_as(&subscription, &worker).await?;
             let id = SubscriptionId::new(registered.id);
             let mut registration = Registration { subscription: subscription.clone(), id: id.clone(), said_at: None };
             registration.judge(registered.kept_by.as_deref());
             registrations.push(registration);
             let assignment = Assignment {
-                outbox: store.clone(),
+                store: Arc::new(store.clone()),
                 subscription: id,
                 name: subscription.name().into(),
                 worker: worker.clone(),
@@ -364,6 +365,7 @@ impl Worker {
                 after_dead_letter: subscription.dead_letter_policy(),
                 pace: rate.map(|rate| Duration::try_from_secs_f64(1.0 / rate).unwrap_or(LONGEST)).unwrap_or_default(),
                 options,
+                effect_time,
                 poll,
                 stop: stop.clone(),
                 runtime: thread.runtime().clone(),
@@ -436,7 +438,7 @@ impl StartedWorker {
             background.spawn_on(redis::watch(health, connection), thread.runtime());
             for (assignment, transport) in &assignments {
                 if let Some(transport) = transport.clone() {
-                    background.spawn_on(redis::run(assignment.clone(), transport), thread.runtime());
+                    background.spawn_on(redis::run(store.clone(), assignment.clone(), transport), thread.runtime());
                 }
             }
         }
@@ -446,7 +448,9 @@ impl StartedWorker {
             assignments.iter().for_each(|assignment| assignment.desk.open());
             thread.runtime().spawn(router::run(store.clone(), assignments, stop.clone()));
         }
-        let monitor = assignments.into_iter().fold(Monitor::new(), register);
+        let monitor = assignments.into_iter().fold(Monitor::new(), |monitor, (assignment, transport)| {
+            register(monitor, store.clone(), assignment, transport)
+        });
         background.spawn_on(upkeep(store.clone(), worker.clone(), registrations, clock), thread.runtime());
         background.spawn_on(purging(store.clone(), retention), thread.runtime());
         background.spawn_on(listen(store.clone()), thread.runtime());
@@ -492,14 +496,14 @@ async fn listen(store: Outbox) {
     match never {}
 }
 
-fn register(monitor: Monitor, (assignment, transport): (Assignment, Option<Transport>)) -> Monitor {
+fn register(monitor: Monitor, outbox: Outbox, assignment: Assignment, transport: Option<Transport>) -> Monitor {
     monitor
         .should_restart(|_, error| {
             tracing::error!(%error, "a worker ended early and is started again");
             true
         })
         .register(move |_| {
-            let mut backend = OutboxBackend::working(assignment.clone(), transport.clone());
+            let mut backend = OutboxBackend::working(outbox.clone(), assignment.clone(), transport.clone());
             let results = backend.results();
             let destination = assignment.destination.clone();
             WorkerBuilder::new(format!("{}/{}", assignment.worker, assignment.name))

@@ -44,6 +44,7 @@ mod name;
 mod publisher;
 mod record;
 mod retry;
+pub mod store;
 mod subscription;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -2,6 +2,10 @@
 //!
 //! With the feature `testing`, which belongs into `[dev-dependencies]`. The guide's chapter about tests uses all of it.
 
+mod model;
+
+pub use model::{FinishedDelivery, LaneState, Model};
+
 use std::{
     collections::VecDeque,
     future::poll_fn,

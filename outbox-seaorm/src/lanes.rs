@@ -4,9 +4,12 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
-use outbox_core::{AttemptLog, RecordedEvent};
+use outbox_core::{
+    AttemptLog, RecordedEvent,
+    store::{Claim, ClaimedLane, LaneRef, LaneReport, Next, NextDue, Settled, Unreadable},
+};
 use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, QueryResult};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::{
     Outbox,
@@ -25,142 +28,14 @@ const MARK_LASTS: Duration = Duration::from_secs(1);
 /// few times as much.
 const CLAIM_BYTES: usize = 8 << 20;
 
-/// A lease on a lane: the ordered queue of one key of one subscription.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct LaneRef {
-    /// The subscription.
-    pub subscription: i32,
-    /// The key.
-    pub key: String,
-    /// Fences late results: every claim of the lane gets a higher one, and a lane that is created anew starts elsewhere.
-    pub token: i64,
-    /// Who holds it. After a failover that has lost claims their tokens come again, for others.
-    pub worker: String,
-}
-
-/// A lane with the deliveries to work on, in their order.
-#[derive(Clone, Debug)]
-pub struct ClaimedLane {
-    /// The lease.
-    pub lane: LaneRef,
-    /// Which attempt of the first delivery this claim is: 1 for the first.
-    pub attempts: u32,
-    /// Earlier attempts of the first delivery.
-    pub attempt_log: AttemptLog,
-    /// The events to deliver. More than one only if the first has not been tried before; none only if the first is
-    /// unreadable, or for a relay.
-    pub run: Vec<RecordedEvent>,
-    /// What is wrong with the first event.
-    pub unreadable: Option<Unreadable>,
-}
-
-/// An event whose row cannot be read: somebody changed or deleted it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unreadable {
-    /// Its position.
-    pub position: i64,
-    /// What is wrong with it.
-    pub error: String,
-}
-
-/// What a claim has leased.
-#[derive(Clone, Debug, Default)]
-pub struct Claim {
-    /// The lanes, those that are due longest first.
-    pub lanes: Vec<ClaimedLane>,
-    /// The destination was down; this is one lane to find out whether it still is. Its end must be reported with
-    /// [`Outbox::open_circuit`] or [`Outbox::close_circuit`].
-    pub probe: bool,
-    /// When the next lane can be claimed; known at least if none was leased.
-    pub next: Option<NextDue>,
-    /// Where the next claim may go on, if as many lanes were leased as were asked for.
-    pub mark: Option<Mark>,
-}
-
 /// Where a claim has ended. PostgreSQL keeps entries of the lanes that were claimed in the index, all of them as long as
 /// anybody has an older snapshot; the next claim need not walk over them.
 #[derive(Clone, Debug)]
-pub struct Mark {
+pub(crate) struct Mark {
     due_at: DateTime<Utc>,
     key: String,
     /// When a claim last began with the lane that was due longest.
     since: Instant,
-}
-
-/// When a subscription's next lane can be claimed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NextDue {
-    /// Zero if one is due; `None` if there is none.
-    pub after: Option<Duration>,
-    /// How often in a row the destination was found down; `None` if its circuit is closed.
-    pub circuit: Option<u32>,
-}
-
-/// A delivery that is over.
-#[derive(Clone, Debug)]
-pub struct Finished {
-    /// The event's position.
-    pub position: i64,
-    /// How many attempts it took.
-    pub attempts: u32,
-    /// Its failed attempts.
-    pub log: AttemptLog,
-    /// Why it is a dead letter; `None` if it was delivered.
-    pub error: Option<String>,
-}
-
-/// What comes next in a lane.
-#[derive(Clone, Debug)]
-pub enum Next {
-    /// The lease goes on: the holder works on the next delivery of its run, as its first attempt.
-    Keep,
-    /// The lease ends; the lane is due as soon as its next delivery is.
-    Yield,
-    /// The lease ends and the attempt was not made: it is given back.
-    Release {
-        /// The attempts of the head without this one.
-        attempts: u32,
-        /// The attempts so far.
-        log: AttemptLog,
-    },
-    /// The lease ends and the lane waits for an operator: its head became a dead letter that holds up what comes after it.
-    Hold {
-        /// The position of the dead letter.
-        position: i64,
-    },
-    /// The lease ends; the head failed and is due again after a wait.
-    Retry {
-        /// How long, by the database's clock.
-        after: Duration,
-        /// The attempts of the head so far.
-        attempts: u32,
-        /// The text operators see.
-        error: String,
-        /// The attempts so far.
-        log: AttemptLog,
-    },
-}
-
-/// What happened in a lane since its claim or its last report.
-#[derive(Clone, Debug)]
-pub struct LaneReport {
-    /// The lease.
-    pub lane: LaneRef,
-    /// Deliveries that are over, in their order, from the head on.
-    pub finished: Vec<Finished>,
-    /// What comes next.
-    pub next: Next,
-}
-
-/// What became of a report.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Settled {
-    /// It is stored.
-    Done,
-    /// The lease had been taken over: the report was dropped.
-    Superseded,
-    /// A commit holds the lane at this moment. Nothing of this report was stored; give it again a moment later.
-    Busy,
 }
 
 #[derive(Serialize)]
@@ -274,13 +149,13 @@ impl Outbox {
         run: u32,
         lease: Duration,
     ) -> Result<Claim, DbErr> {
-        self.claim_after(None, subscription, worker, lanes, run, lease).await
+        self.claim_from(None, subscription, worker, lanes, run, lease).await
     }
 
-    /// As [`claim`](Self::claim), from where the claim before has ended.
+    /// As [`claim`](Self::claim), from where the last claim of this process has ended.
     ///
-    /// Lanes may come to lie behind the mark: with a commit that took long, a priority, or more deliveries than fit in a
-    /// run. They are found when nothing is left before it, and at the latest after a second: then the mark is ignored.
+    /// Lanes may come to lie behind that: with a commit that took long, a priority, or more deliveries than fit in a run.
+    /// They are found when nothing is left before it, and at the latest after a second: then it looks at all.
     ///
     /// # Errors
     ///
@@ -289,7 +164,19 @@ impl Outbox {
     /// # Cancel safety
     ///
     /// As [`claim`](Self::claim).
-    pub async fn claim_after(
+    pub async fn claim_on(
+        &self,
+        subscription: i32,
+        worker: &str,
+        lanes: u32,
+        run: u32,
+        lease: Duration,
+    ) -> Result<Claim, DbErr> {
+        let mark = self.take_mark(subscription).filter(|mark| mark.since.elapsed() < MARK_LASTS);
+        self.claim_from(mark, subscription, worker, lanes, run, lease).await
+    }
+
+    async fn claim_from(
         &self,
         mark: Option<Mark>,
         subscription: i32,
@@ -298,13 +185,12 @@ impl Outbox {
         run: u32,
         lease: Duration,
     ) -> Result<Claim, DbErr> {
-        let mark = mark.filter(|mark| mark.since.elapsed() < MARK_LASTS);
-        let claim = self
-            .claim_counting(subscription, worker, lanes, run, lease, How { mark: mark.as_ref(), ..ATTEMPT })
-            .await?;
+        let how = How { mark: mark.as_ref(), ..ATTEMPT };
+        let (mut claim, mut next) = self.claim_counting(subscription, worker, lanes, run, lease, how).await?;
         if mark.is_some() && claim.lanes.is_empty() {
-            return self.claim_counting(subscription, worker, lanes, run, lease, ATTEMPT).await;
+            (claim, next) = self.claim_counting(subscription, worker, lanes, run, lease, ATTEMPT).await?;
         }
+        self.set_mark(subscription, next);
         Ok(claim)
     }
 
@@ -326,7 +212,8 @@ impl Outbox {
         lease: Duration,
     ) -> Result<Claim, DbErr> {
         let relay = format!("{relay}{OF_RELAY}");
-        self.claim_counting(subscription, &relay, lanes, 0, lease, How { attempts: 0, ..ATTEMPT }).await
+        let how = How { attempts: 0, ..ATTEMPT };
+        Ok(self.claim_counting(subscription, &relay, lanes, 0, lease, how).await?.0)
     }
 
     async fn claim_counting(
@@ -337,31 +224,31 @@ impl Outbox {
         run: u32,
         lease: Duration,
         how: How<'_>,
-    ) -> Result<Claim, DbErr> {
+    ) -> Result<(Claim, Option<Mark>), DbErr> {
         // On SQLite a claim that finds nothing takes the write lock all the same, so it is asked first.
         let asks_first = self.backend() == DbBackend::Sqlite;
         if !asks_first {
             let (lanes, mark) = self.claim_lanes(subscription, worker, lanes, run, lease, how).await?;
             if !lanes.is_empty() {
-                return Ok(Claim { lanes, mark, ..Claim::default() });
+                return Ok((Claim { lanes, ..Claim::default() }, mark));
             }
         }
         let next = self.next_due(subscription).await?;
         let nothing = Claim { next, ..Claim::default() };
         let Some(NextDue { after: Some(Duration::ZERO), circuit }) = next else {
-            return Ok(nothing);
+            return Ok((nothing, None));
         };
         let Some(failures) = circuit else {
             if !asks_first {
-                return Ok(nothing);
+                return Ok((nothing, None));
             }
             let (lanes, _) = self.claim_lanes(subscription, worker, lanes, run, lease, how).await?;
-            return Ok(Claim { lanes, ..nothing });
+            return Ok((Claim { lanes, ..nothing }, None));
         };
         let values = [subscription.into(), seconds(lease).into()];
         if self.execute(self.store(), self.sql().take_probe, values).await? == 0 {
             // Another worker probes.
-            return Ok(Claim { next: self.next_due(subscription).await?, ..nothing });
+            return Ok((Claim { next: self.next_due(subscription).await?, ..nothing }, None));
         }
         let how = How { probe: true, ..how };
         let (lanes, _) = self.claim_lanes(subscription, worker, 1, run.min(1), lease, how).await?;
@@ -370,7 +257,7 @@ impl Outbox {
             tracing::debug!(subscription, failures, "nothing to probe the destination with");
             self.open_circuit(subscription, PROBE_AGAIN, false).await?;
         }
-        Ok(Claim { probe: !lanes.is_empty(), lanes, ..nothing })
+        Ok((Claim { probe: !lanes.is_empty(), lanes, ..nothing }, None))
     }
 
     async fn claim_lanes(

@@ -25,6 +25,7 @@ mod events;
 mod file;
 mod flush;
 mod inbox;
+mod lane_store;
 mod lanes;
 pub mod metrics;
 mod names;
@@ -57,10 +58,9 @@ pub use dead_letters::{Changed, DeadLetter, DeadLetterFilter};
 pub use deliveries::{DELIVERIES_LISTED, DamagedEvent, DeliveryRecord, DeliveryState};
 pub use events::{DeliveryDetails, EventDetails, EventFilter, EventPage};
 pub use inbox::{once, once_within};
-pub use lanes::{
-    Claim, ClaimedLane, Finished, Instance, LaneRef, LaneReport, Mark, Next, NextDue, Settled, Unreadable,
-};
+pub use lanes::Instance;
 pub use outbox::{NotReady, Outbox, SchemaError};
+pub use outbox_core::store::{Claim, ClaimedLane, Finished, LaneRef, LaneReport, Next, NextDue, Settled, Unreadable};
 pub use replay::Replay;
 pub use retention::{Purged, Retention};
 pub use route::{NextLook, Routed, Router, Taker};

@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 use crate::{
     calls::Calls,
     connect::{Pools, STORE_CONNECTIONS},
+    lanes::Mark,
     names::Names,
     notify::Notifier,
     pooler::Connections,
@@ -53,6 +54,7 @@ struct Inner {
     wakes: Mutex<HashMap<i32, Arc<Notify>>>,
     /// How large the payloads of a subscription are, in bytes, as the last claim found it.
     sizes: Mutex<HashMap<i32, usize>>,
+    marks: Mutex<HashMap<i32, Mark>>,
     /// The connections of workers in this process.
     workers: Mutex<Vec<Weak<Calls>>>,
     /// Events on their way to the router of this process.
@@ -158,6 +160,7 @@ impl Outbox {
             known: RwLock::default(),
             wakes: Mutex::default(),
             sizes: Mutex::default(),
+            marks: Mutex::default(),
             workers: Mutex::default(),
             handed: Handed::default(),
         };
@@ -410,6 +413,19 @@ impl Outbox {
     fn wake_of(&self, subscription: i32) -> Arc<Notify> {
         let mut wakes = self.inner.wakes.lock().unwrap_or_else(PoisonError::into_inner);
         wakes.entry(subscription).or_default().clone()
+    }
+
+    /// Where the last claim of this process has ended.
+    pub(crate) fn take_mark(&self, subscription: i32) -> Option<Mark> {
+        self.inner.marks.lock().unwrap_or_else(PoisonError::into_inner).remove(&subscription)
+    }
+
+    pub(crate) fn set_mark(&self, subscription: i32, mark: Option<Mark>) {
+        let mut marks = self.inner.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        match mark {
+            Some(mark) => marks.insert(subscription, mark),
+            None => marks.remove(&subscription),
+        };
     }
 
     pub(crate) fn claimed_size(&self, subscription: i32) -> Option<usize> {

@@ -7,12 +7,14 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
-use outbox_core::{AfterDeadLetter, AttemptLog, RecordedEvent, RetryPolicy};
-use outbox_seaorm::{LaneRef, LaneReport, Next};
+use outbox_core::{
+    AfterDeadLetter, AttemptLog, RecordedEvent, RetryPolicy,
+    store::{CircuitState, LaneRef, LaneReport, Next},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ahead::{Ahead, Capacity, MOST_AHEAD},
+    ahead::Ahead,
     calls::{Answer, Call, Calls, Change, Kind},
     circuit::Circuit,
     leases::Leases,
@@ -33,10 +35,8 @@ use crate::{
 
 mod answers;
 mod ending;
+mod room;
 mod starting;
-
-/// How large the payloads of all leased lanes are together when nothing more is leased: each claim adds some MiB.
-const MOST_BYTES: usize = 16 << 20;
 
 /// How long after the grace a worker that stops goes on trying to store results, if its leases last that long.
 const LAST_TRIES: Duration = Duration::from_secs(10);
@@ -242,8 +242,8 @@ impl Core {
     fn wanted(&mut self, at: Moment) -> Option<(Kind, Call)> {
         if self.wants_lanes() && self.schedule.look_at() <= at.now && !self.is_full_until(at.now + SOON) {
             let lanes = self.room().min(self.ahead.most_at_once());
-            let (mark, times_down) = (self.schedule.claims(at.now), self.circuit.times_down());
-            return Some((Kind::Claim, Call::Claim { mark, lanes, times_down }));
+            let (all, times_down) = (self.schedule.claims(at.now), self.circuit.times_down());
+            return Some((Kind::Claim, Call::Claim { lanes, all, times_down }));
         }
         // What has come to a worker that stops is taken over to be given back: only the lease in the database is true, and
         // others need not wait for its end.
@@ -290,34 +290,6 @@ impl Core {
         others.fold(self.leases.guard_at(), Instant::min)
     }
 
-    /// How many lanes that are new may be leased by routing: as many as would be claimed, unless there are others.
-    pub(crate) fn room_for_new(&self) -> usize {
-        let takes = self.settings.until == Until::Stopped
-            && self.is_working()
-            && !self.schedule.is_behind()
-            && !self.circuit.is_open()
-            && self.takes_lanes();
-        if takes && !self.is_full() { self.room() } else { 0 }
-    }
-
-    /// How many jobs to take from Redis; all, to give them back, once it stops.
-    pub(crate) fn room_for_jobs(&self) -> usize {
-        match self.is_working() {
-            false => usize::MAX,
-            true if self.takes_jobs() => self.room().saturating_sub(self.arrived.len()),
-            true => 0,
-        }
-    }
-
-    /// Whether jobs from Redis are of use now.
-    pub(crate) fn takes_jobs(&self) -> bool {
-        self.is_free(Kind::TakeOver)
-            && self.is_free(Kind::Change)
-            && self.can_store()
-            && self.room() > 0
-            && !self.has_suspects()
-    }
-
     /// Whether what the feed was started for is done.
     pub(crate) fn is_done(&self, now: Instant) -> bool {
         let claimed_all = match self.settings.until {
@@ -347,80 +319,6 @@ impl Core {
         self.relayed
     }
 
-    // What it can do
-
-    /// How many deliveries may be under way.
-    fn concurrency(&self) -> usize {
-        self.circuit.limit(self.settings.options.concurrency)
-    }
-
-    fn capacity(&self) -> Capacity {
-        let concurrency = self.concurrency();
-        // A destination that comes back is not flooded.
-        let limited = self.settings.destination.is_outside() || concurrency < self.settings.options.concurrency;
-        Capacity { concurrency, limited }
-    }
-
-    /// How many more lanes to lease.
-    fn room(&self) -> usize {
-        self.ahead.room(self.table.len(), self.capacity())
-    }
-
-    /// Long runs fill the memory even when their lanes are few, and large payloads even when they are not long.
-    fn is_full(&self) -> bool {
-        let (waiting, bytes) = self.table.load();
-        let enough = self.table.len() >= self.concurrency() && waiting >= self.ahead.most_deliveries();
-        enough || bytes >= MOST_BYTES
-    }
-
-    /// As [`is_full`](Self::is_full); if it is, it looks again then.
-    fn is_full_until(&mut self, then: Instant) -> bool {
-        let is_full = self.is_full();
-        if is_full {
-            self.schedule.look(then);
-        }
-        is_full
-    }
-
-    /// How many deliveries a crash may repeat.
-    fn may_repeat(&self) -> usize {
-        let outside = self.settings.destination.is_outside();
-        let spare = if outside { 0 } else { MOST_AHEAD * self.settings.options.batch };
-        self.concurrency() + spare
-    }
-
-    /// Whether nothing can begin before results are stored.
-    fn is_full_of_results(&self) -> bool {
-        self.table.open() >= self.may_repeat()
-    }
-
-    fn wants_lanes(&self) -> bool {
-        self.is_working()
-            && self.is_free(Kind::Claim)
-            && !(self.schedule.has_claimed() && self.settings.until == Until::Once)
-            && self.takes_lanes()
-            && self.room() > 0
-    }
-
-    /// Whether lanes may come from the database.
-    fn takes_lanes(&self) -> bool {
-        !self.relayed && self.is_free(Kind::Change) && self.can_store() && !self.has_suspects()
-    }
-
-    fn is_free(&self, kind: Kind) -> bool {
-        !self.calls.is_under_way(kind)
-    }
-
-    /// While there are suspects nothing is claimed that a crash could take with it, or could be taken for theirs.
-    fn has_suspects(&self) -> bool {
-        self.trial || self.table.has_suspects()
-    }
-
-    /// Nothing is begun while results cannot be stored, or leases are in doubt: it would be repeated.
-    fn can_store(&self) -> bool {
-        self.reports.can_be_stored() && !self.leases.are_in_doubt()
-    }
-
     // What ends leases
 
     /// Reports a lane for the last time.
@@ -436,7 +334,7 @@ impl Core {
         if std::mem::take(&mut lane.probe) {
             // It has found out nothing: another probe does.
             let wait = wait.as_ref().map_or(SOON, |(wait, _)| *wait);
-            self.calls.tell(Change::OpenCircuit { wait, failed: false });
+            self.calls.tell(Change::Circuit(CircuitState::Open { wait, failed: false }));
         }
         self.finish_lane(key, |head| {
             let (attempts, log) = (head.attempts.saturating_sub(1), head.log);

@@ -42,8 +42,8 @@ pub(super) async fn run(
     tasks: mpsc::Sender<Task<DeliveryTask>>,
     mut results: mpsc::UnboundedReceiver<AttemptResult>,
 ) {
-    let core = Core::new(settings(&assignment), assignment.outbox.lost_connections(), Instant::now());
-    let (outbox, subscription) = (assignment.outbox.clone(), assignment.subscription.clone());
+    let core = Core::new(settings(&assignment), assignment.store.lost_connections(), Instant::now());
+    let (store, subscription) = (assignment.store.clone(), assignment.subscription.clone());
     let (stop, desk, redis) = (assignment.stop.clone(), assignment.desk.clone(), transport.clone());
     let (handed_out, grace) = (tasks.clone(), assignment.options.grace);
     let mut driver = Driver { assignment, transport, core, tasks, calls: FuturesUnordered::new(), full: false };
@@ -65,7 +65,7 @@ pub(super) async fn run(
             () = desk.arrived() => {}
             () = arrived(redis.as_ref()), if !working || driver.core.takes_jobs() => {}
             () = health_changes(redis.as_ref()), if working => {}
-            () = outbox.woken(subscription.now()), if working && !driver.core.is_relayed() => {
+            () = store.woken(subscription.now()), if working && !driver.core.is_relayed() => {
                 driver.core.woken(Instant::now());
             }
             _ = handed_out.reserve(), if driver.full => {}
@@ -83,7 +83,7 @@ fn settings(assignment: &Assignment) -> Settings {
         after_dead_letter: assignment.after_dead_letter,
         destination: assignment.destination.clone(),
         options: assignment.options,
-        effect_time: assignment.effect_time(),
+        effect_time: assignment.effect_time,
         poll: assignment.poll,
         pace: assignment.pace,
         until: assignment.until,
@@ -98,7 +98,7 @@ impl Driver {
     /// Tells the core what can be seen at any time, and does what it wants.
     fn act(&mut self) {
         let at = self.moment();
-        self.core.lost_connections(self.assignment.outbox.lost_connections());
+        self.core.lost_connections(self.assignment.store.lost_connections());
         self.core.time_passes(self.tasks.is_closed(), at);
         self.core.routed(self.assignment.desk.take(), at.now);
         self.take_jobs(at);

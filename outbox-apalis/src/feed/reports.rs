@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use outbox_seaorm::LaneReport;
+use outbox_core::store::LaneReport;
 
 use super::outage_wait;
 
@@ -128,7 +128,7 @@ impl Reports {
 
 #[cfg(test)]
 mod tests {
-    use outbox_seaorm::{LaneRef, Next};
+    use outbox_core::store::{LaneRef, Next};
 
     use super::*;
 

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use outbox_seaorm::{LaneRef, Mark};
+use outbox_core::store::LaneRef;
 
 use super::outage_wait;
 
@@ -35,10 +35,8 @@ pub(crate) struct Schedule {
     loaded: bool,
     /// Whether it came back full: there are more, which come before what is routed now.
     behind: bool,
-    /// Where the next claim goes on.
-    mark: Option<Mark>,
-    /// When a lane was last over that may lie behind the mark.
-    returned_at: Instant,
+    /// Whether a lane is over that may lie behind what the last claim has passed.
+    all: bool,
     /// Leased lanes that may have more deliveries than their run.
     long: HashSet<LaneRef>,
     /// Lanes that routing has leased with all that they had. Whatever a lane gets later, the feed is woken for.
@@ -48,11 +46,9 @@ pub(crate) struct Schedule {
 /// What a claim has found.
 #[derive(Debug)]
 pub(crate) struct Found {
-    pub(crate) asked_at: Instant,
     /// How many lanes, of how many that could have been leased.
     pub(crate) lanes: usize,
     pub(crate) capacity: usize,
-    pub(crate) mark: Option<Mark>,
     /// When the next one is due, if that is known.
     pub(crate) next: Option<Duration>,
     /// How much later than others to look for it.
@@ -72,8 +68,7 @@ impl Schedule {
             woken_at: None,
             loaded: false,
             behind: false,
-            mark: None,
-            returned_at: now,
+            all: false,
             long: HashSet::new(),
             fresh: HashSet::new(),
         }
@@ -109,12 +104,12 @@ impl Schedule {
         self.idle_wait = self.poll / 8;
     }
 
-    /// A claim begins; it goes on from the mark.
-    pub(crate) fn claims(&mut self, now: Instant) -> Option<Mark> {
+    /// A claim begins. Returns whether it is to look at all lanes.
+    pub(crate) fn claims(&mut self, now: Instant) -> bool {
         // A wake-up while the claim is under way brings the next look forward again.
         self.claimed_at = now;
         self.look_at = now + self.poll;
-        self.mark.take()
+        std::mem::take(&mut self.all)
     }
 
     /// The claim has failed. Returns how long to wait.
@@ -129,7 +124,6 @@ impl Schedule {
     pub(crate) fn claimed(&mut self, found: Found, now: Instant, chance: f64) -> bool {
         self.failures = 0;
         self.claimed_once = true;
-        self.mark = found.mark.filter(|_| self.returned_at < found.asked_at);
         self.loaded = found.lanes >= LOADED;
         self.behind = found.lanes >= found.capacity;
         if found.lanes == found.capacity {
@@ -167,13 +161,11 @@ impl Schedule {
         }
     }
 
-    /// A lease is over. The lane may be due already, and lie behind the mark: it is as old as its next delivery.
+    /// A lease is over. The lane may be due already, and lie behind what was passed: it is as old as its next delivery.
     pub(crate) fn look_again_for(&mut self, lane: &LaneRef, now: Instant) {
         self.fresh.remove(lane);
         self.look_at = now;
-        if self.long.remove(lane) {
-            (self.mark, self.returned_at) = (None, now);
-        }
+        self.all |= self.long.remove(lane);
     }
 }
 
@@ -183,8 +175,8 @@ mod tests {
 
     const POLL: Duration = Duration::from_secs(8);
 
-    fn found(lanes: usize, next: Option<Duration>, asked_at: Instant) -> Found {
-        Found { asked_at, lanes, capacity: 10, mark: None, next, lag: Duration::ZERO }
+    fn found(lanes: usize, next: Option<Duration>) -> Found {
+        Found { lanes, capacity: 10, next, lag: Duration::ZERO }
     }
 
     fn lane() -> LaneRef {
@@ -198,7 +190,7 @@ mod tests {
         let mut waits = Vec::new();
         for _ in 0..5 {
             schedule.claims(now);
-            assert!(!schedule.claimed(found(0, None, now), now, 0.5));
+            assert!(!schedule.claimed(found(0, None), now, 0.5));
             waits.push((schedule.look_at() - now).as_secs());
         }
         assert_eq!(waits, [1, 2, 4, 8, 8]);
@@ -213,7 +205,7 @@ mod tests {
         let mut schedule = Schedule::new(POLL, true, now);
         let mut look = |next, lag| {
             schedule.claims(now);
-            schedule.claimed(Found { lag, ..found(0, Some(next), now) }, now, 0.5);
+            schedule.claimed(Found { lag, ..found(0, Some(next)) }, now, 0.5);
             schedule.look_at() - now
         };
         let (ms, zero) = (Duration::from_millis(1), Duration::ZERO);
@@ -227,10 +219,10 @@ mod tests {
         let now = Instant::now();
         let mut schedule = Schedule::new(POLL, true, now);
         schedule.claims(now);
-        assert!(schedule.claimed(found(10, None, now), now, 0.5));
+        assert!(schedule.claimed(found(10, None), now, 0.5));
         assert!(schedule.is_behind() && schedule.look_at() == now);
         schedule.claims(now);
-        assert!(!schedule.claimed(found(3, None, now), now, 0.5));
+        assert!(!schedule.claimed(found(3, None), now, 0.5));
         assert!(!schedule.is_behind() && schedule.look_at() == now + SOON);
     }
 
@@ -240,7 +232,7 @@ mod tests {
         let looks_after = |coalesces, lanes| {
             let mut schedule = Schedule::new(POLL, coalesces, now);
             schedule.claims(now);
-            schedule.claimed(found(lanes, None, now), now, 0.5);
+            schedule.claimed(found(lanes, None), now, 0.5);
             schedule.woken(now);
             schedule.look_at() - now
         };
@@ -256,7 +248,7 @@ mod tests {
         schedule.claims(now);
         schedule.woken(now);
         let look_at = schedule.look_at();
-        schedule.claimed(found(0, None, now), now, 0.5);
+        schedule.claimed(found(0, None), now, 0.5);
         assert_eq!(schedule.look_at(), look_at);
     }
 

@@ -9,8 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use outbox_core::RecordedEvent;
-use outbox_seaorm::{ClaimedLane, Finished, LaneRef, LaneReport, Next};
+use outbox_core::{
+    RecordedEvent,
+    store::{ClaimedLane, Finished, LaneRef, LaneReport, Next},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::trial::Head;

@@ -5,8 +5,7 @@ use std::{
     time::Duration,
 };
 
-use outbox_core::{DeliveryError, RecordedEvent};
-use sea_orm::DbErr;
+use outbox_core::{DeliveryError, RecordedEvent, store::StoreError};
 
 use crate::{
     assignment::Assignment,
@@ -52,7 +51,7 @@ pub(crate) enum Told {
     /// A call to the store has failed.
     CallFailed {
         what: &'static str,
-        error: DbErr,
+        error: StoreError,
         wait: Option<Duration>,
     },
     GivenUp,

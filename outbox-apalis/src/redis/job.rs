@@ -4,7 +4,7 @@ use std::{
 };
 
 use apalis_core::backend::codec::Codec;
-use outbox_seaorm::LaneRef;
+use outbox_core::store::LaneRef;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, Semaphore};
 

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use outbox_seaorm::{ClaimedLane, LaneReport, Next};
+use outbox_seaorm::{ClaimedLane, LaneReport, Next, Outbox};
 use tokio::time::sleep;
 
 use super::{Job, Transport};
@@ -16,7 +16,7 @@ pub(super) const BATCH: usize = 500;
 const FULL_WAIT: Duration = Duration::from_millis(10);
 
 /// Moves due lanes into Redis, until the future is dropped.
-pub(crate) async fn relay(assignment: &Assignment, transport: &Transport) {
+pub(crate) async fn relay(outbox: &Outbox, assignment: &Assignment, transport: &Transport) {
     let mut idle = assignment.poll / 8;
     loop {
         transport.health.wait_for(true).await;
@@ -25,8 +25,8 @@ pub(crate) async fn relay(assignment: &Assignment, transport: &Transport) {
         }
         // In a task of its own: a claim that was begun must end.
         let moving = tokio::spawn({
-            let (assignment, transport) = (assignment.clone(), transport.clone());
-            async move { move_batch(&assignment, &transport).await }
+            let (outbox, assignment, transport) = (outbox.clone(), assignment.clone(), transport.clone());
+            async move { move_batch(&outbox, &assignment, &transport).await }
         });
         let wait = match moving.await {
             Ok(Moved::More) => {
@@ -45,7 +45,7 @@ pub(crate) async fn relay(assignment: &Assignment, transport: &Transport) {
         idle = (idle * 2).min(assignment.poll);
         tokio::select! {
             () = sleep(wait) => {}
-            () = assignment.outbox.woken(assignment.subscription.now()) => idle = assignment.poll / 8,
+            () = outbox.woken(assignment.subscription.now()) => idle = assignment.poll / 8,
             () = transport.health.wait_for(false) => {}
             () = assignment.stop.cancelled() => return,
         }
@@ -63,7 +63,7 @@ enum Moved {
     Failed,
 }
 
-async fn move_batch(assignment: &Assignment, transport: &Transport) -> Moved {
+async fn move_batch(outbox: &Outbox, assignment: &Assignment, transport: &Transport) -> Moved {
     let queue = &transport.queue;
     let turn = format!("{}-{:08x}", assignment.worker, fastrand::u32(..));
     let room = match queue.begin_turn(&turn).await {
@@ -75,13 +75,13 @@ async fn move_batch(assignment: &Assignment, transport: &Transport) -> Moved {
             return Moved::Failed;
         }
     };
-    let moved = if room == 0 { Moved::Full } else { claim_and_push(assignment, transport, room).await };
+    let moved = if room == 0 { Moved::Full } else { claim_and_push(outbox, assignment, transport, room).await };
     queue.end_turn(&turn).await;
     moved
 }
 
-async fn claim_and_push(assignment: &Assignment, transport: &Transport, room: usize) -> Moved {
-    let Assignment { outbox, subscription, worker, options, .. } = assignment;
+async fn claim_and_push(outbox: &Outbox, assignment: &Assignment, transport: &Transport, room: usize) -> Moved {
+    let Assignment { subscription, worker, options, .. } = assignment;
     let lanes = u32::try_from(room).unwrap_or(u32::MAX);
     let lease = options.lease * RELAY_LEASES;
     let claim = match outbox.claim_for_relay(subscription.now(), worker, lanes, lease).await {
@@ -100,7 +100,7 @@ async fn claim_and_push(assignment: &Assignment, transport: &Transport, room: us
     if let Err(error) = transport.queue.push(jobs).await {
         tracing::warn!(subscription = &*assignment.name, error, "Redis did not take jobs; they are given back");
         // Some may have arrived: their leases are over now, so nobody can take them over.
-        give_back(assignment, claimed, probe).await;
+        give_back(outbox, assignment, claimed, probe).await;
         transport.health.report_trouble();
         return Moved::Failed;
     }
@@ -108,19 +108,15 @@ async fn claim_and_push(assignment: &Assignment, transport: &Transport, room: us
 }
 
 /// Ends leases of lanes that nobody has begun.
-pub(crate) async fn give_back(assignment: &Assignment, lanes: Vec<ClaimedLane>, probe: bool) {
+async fn give_back(outbox: &Outbox, assignment: &Assignment, lanes: Vec<ClaimedLane>, probe: bool) {
     let release = |lane: ClaimedLane| {
         let next = Next::Release { attempts: lane.attempts.saturating_sub(1), log: lane.attempt_log };
         LaneReport { lane: lane.lane, finished: Vec::new(), next }
     };
     let reports: Vec<LaneReport> = lanes.into_iter().map(release).collect();
     let given_back = async {
-        assignment.outbox.settle(&reports).await?;
-        if probe {
-            assignment.outbox.open_circuit(assignment.subscription.now(), FULL_WAIT, false).await
-        } else {
-            Ok(())
-        }
+        outbox.settle(&reports).await?;
+        if probe { outbox.open_circuit(assignment.subscription.now(), FULL_WAIT, false).await } else { Ok(()) }
     };
     if let Err(error) = given_back.await {
         tracing::warn!(subscription = &*assignment.name, %error, "lanes could not be given back; their leases end by themselves");

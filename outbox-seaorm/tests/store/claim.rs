@@ -314,7 +314,7 @@ async fn what_comes_to_lie_behind_a_mark_is_claimed_while_a_backlog_goes_on() {
     let begun = Instant::now();
     while !expected.is_empty() {
         tokio::time::sleep(Duration::from_millis(20)).await;
-        claim = store.outbox.claim_after(claim.mark, id, "worker", 5, 1, LONG).await.unwrap();
+        claim = store.outbox.claim_on(id, "worker", 5, 1, LONG).await.unwrap();
         assert_eq!(claim.lanes.len(), LANES, "the backlog is over and {expected:?} were not claimed");
         expected.retain(|key| claim.lanes.iter().all(|lane| lane.lane.key != *key));
     }
@@ -330,25 +330,23 @@ async fn claims_that_go_on_after_a_mark_leave_nothing_out() {
     let due_at = database::time("'2026-01-01T00:00:00.000Z'");
     // All of them at the same time.
     store.execute(&format!("update outbox_lanes set due_at = {due_at}")).await;
-    let (mut mark, mut keys) = (None, Vec::new());
+    let mut keys = Vec::new();
     loop {
-        let claim = store.outbox.claim_after(mark, id, "worker", 7, 1, LONG).await.unwrap();
+        let claim = store.outbox.claim_on(id, "worker", 7, 1, LONG).await.unwrap();
         let is_full = claim.lanes.len() == 7;
         keys.extend(claim.lanes.into_iter().map(|lane| lane.lane.key));
         if !is_full {
-            assert!(claim.mark.is_none());
             break;
         }
-        mark = claim.mark;
     }
     assert_eq!(keys.len(), 100);
     keys.sort();
     keys.dedup();
     assert_eq!(keys.len(), 100);
     store.record_todos(&["a", "b"]).await;
-    let claim = store.outbox.claim(id, "worker", 1, 1, LONG).await.unwrap();
+    store.outbox.claim(id, "worker", 1, 1, LONG).await.unwrap();
     store.execute(&format!("update outbox_lanes set due_at = {due_at} where key = 'todo/b'")).await;
-    let rest = store.outbox.claim_after(claim.mark, id, "worker", 1, 1, LONG).await.unwrap();
+    let rest = store.outbox.claim_on(id, "worker", 1, 1, LONG).await.unwrap();
     assert_eq!(runs(&rest.lanes), [("todo/b", vec![102])], "there is nothing but behind the mark");
     store.is_whole().await;
 }

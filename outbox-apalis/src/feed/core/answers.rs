@@ -2,16 +2,10 @@
 
 use std::{collections::HashSet, time::Instant};
 
-use outbox_seaorm::{Claim, ClaimedLane, LaneRef, LaneReport, Next, Settled};
-use sea_orm::DbErr;
+use outbox_core::store::{Claim, ClaimedLane, LaneRef, LaneReport, LeaseState, Next, Settled, StoreError};
 
 use super::{Core, Moment};
-use crate::feed::{
-    calls::{Held, Taken},
-    schedule::Found,
-    table::Lane,
-    told::Told,
-};
+use crate::feed::{calls::Taken, schedule::Found, table::Lane, told::Told};
 
 impl Core {
     pub(super) fn claimed(
@@ -19,10 +13,10 @@ impl Core {
         asked_at: Instant,
         capacity: usize,
         times_down: u32,
-        claim: Result<Claim, DbErr>,
+        claim: Result<Claim, StoreError>,
         at: Moment,
     ) {
-        let Claim { lanes, probe, next, mark } = match claim {
+        let Claim { lanes, probe, next } = match claim {
             Ok(claim) => claim,
             Err(error) => {
                 let wait = Some(self.schedule.failed(at.now, at.chance));
@@ -39,10 +33,8 @@ impl Core {
             self.circuit.seen(if lanes.is_empty() { next.and_then(|next| next.circuit) } else { None });
         }
         let found = Found {
-            asked_at,
             lanes: lanes.len(),
             capacity,
-            mark,
             next: next.and_then(|next| next.after),
             lag: self.unknown.lag(at.now),
         };
@@ -68,7 +60,7 @@ impl Core {
         }
     }
 
-    pub(super) fn taken(&mut self, asked_at: Instant, taken: Result<Taken, DbErr>, at: Moment) {
+    pub(super) fn taken(&mut self, asked_at: Instant, taken: Result<Taken, StoreError>, at: Moment) {
         let Taken { lanes, busy, void } = match taken {
             Ok(taken) => taken,
             Err(error) => {
@@ -109,7 +101,7 @@ impl Core {
         }
     }
 
-    pub(super) fn settled(&mut self, reports: Vec<LaneReport>, settled: Result<Vec<Settled>, DbErr>, at: Moment) {
+    pub(super) fn settled(&mut self, reports: Vec<LaneReport>, settled: Result<Vec<Settled>, StoreError>, at: Moment) {
         let settled = match settled {
             Ok(settled) => settled,
             Err(error) => {
@@ -148,39 +140,58 @@ impl Core {
         }
     }
 
-    pub(super) fn noted(&mut self, asked: &[LaneRef], noted: Result<Held, DbErr>, now: Instant) {
-        for lease in asked {
-            let Some(lane) = self.table.held(lease) else { continue };
-            match &noted {
-                Ok(Held { done, .. }) if done.contains(lease) => lane.head.noted = true,
-                Ok(Held { busy, .. }) if busy.contains(lease) => {}
-                Ok(_) => self.lose(&lease.key, now),
-                Err(_) => self.give_back(&lease.key, None),
+    pub(super) fn noted(&mut self, asked: &[LaneRef], noted: Result<Vec<LeaseState>, StoreError>, now: Instant) {
+        let states = match noted {
+            Ok(states) => states,
+            Err(error) => {
+                for lease in asked {
+                    if self.table.held(lease).is_some() {
+                        self.give_back(&lease.key, None);
+                    }
+                }
+                self.told.push(Told::CallFailed {
+                    what: "cannot note attempts, trying again later",
+                    error,
+                    wait: None,
+                });
+                return;
             }
-        }
-        if let Err(error) = noted {
-            self.told.push(Told::CallFailed { what: "cannot note attempts, trying again later", error, wait: None });
+        };
+        for (lease, state) in asked.iter().zip(states) {
+            let Some(lane) = self.table.held(lease) else { continue };
+            match state {
+                LeaseState::Done => lane.head.noted = true,
+                LeaseState::Busy => {}
+                LeaseState::Lost => self.lose(&lease.key, now),
+            }
         }
     }
 
-    pub(super) fn renewed(&mut self, asked_at: Instant, asked: &[LaneRef], renewed: Result<Held, DbErr>, now: Instant) {
-        let Held { done, busy } = match renewed {
-            Ok(held) => held,
+    pub(super) fn renewed(
+        &mut self,
+        asked_at: Instant,
+        asked: &[LaneRef],
+        renewed: Result<Vec<LeaseState>, StoreError>,
+        now: Instant,
+    ) {
+        let states = match renewed {
+            Ok(states) => states,
             Err(error) => {
                 self.told.push(Told::CallFailed { what: "cannot renew leases, trying again", error, wait: None });
                 self.leases.renew_again(now);
                 return;
             }
         };
-        if !busy.is_empty() {
-            self.leases.renew_again(now);
-        }
-        for lease in asked {
-            if done.contains(lease) {
-                let until = asked_at + self.settings.options.lease;
-                self.table.held(lease).map(|lane| lane.leased_until = until);
-            } else if !busy.contains(lease) {
-                self.is_not_held(lease, "the lease of a lane was lost", now);
+        let leased_until = asked_at + self.settings.options.lease;
+        for (lease, state) in asked.iter().zip(states) {
+            match state {
+                LeaseState::Done => {
+                    if let Some(lane) = self.table.held(lease) {
+                        lane.leased_until = leased_until;
+                    }
+                }
+                LeaseState::Busy => self.leases.renew_again(now),
+                LeaseState::Lost => self.is_not_held(lease, "the lease of a lane was lost", now),
             }
         }
     }
@@ -189,7 +200,7 @@ impl Core {
         &mut self,
         losses: u64,
         asked: &[LaneRef],
-        held: Result<HashSet<LaneRef>, DbErr>,
+        held: Result<Vec<bool>, StoreError>,
         now: Instant,
     ) {
         // Otherwise it is asked again.
@@ -199,8 +210,10 @@ impl Core {
         if self.table.lanes().all(|lane| all.contains(&lane.lane)) {
             self.leases.checked(losses);
         }
-        for lease in asked.iter().filter(|lease| !held.contains(lease)) {
-            self.is_not_held(lease, "the lease of a lane was lost with the connection", now);
+        for (lease, held) in asked.iter().zip(held) {
+            if !held {
+                self.is_not_held(lease, "the lease of a lane was lost with the connection", now);
+            }
         }
     }
 

@@ -5,8 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use outbox_core::{AfterDeadLetter, DeliveryError, Outcome, Reason, RecordedEvent};
-use outbox_seaorm::Next;
+use outbox_core::{
+    AfterDeadLetter, DeliveryError, Outcome, Reason, RecordedEvent,
+    store::{CircuitState, Next},
+};
 
 use super::{Core, Moment};
 use crate::{
@@ -157,7 +159,7 @@ impl Core {
         if self.takes_probe(key) {
             self.told.push(Told::IsBack);
             self.circuit.closed();
-            self.calls.tell(Change::CloseCircuit);
+            self.calls.tell(Change::Circuit(CircuitState::Closed));
             self.schedule.look(now);
         } else {
             self.circuit.succeeded(key, begun);
@@ -195,7 +197,7 @@ impl Core {
     fn open_circuit(&mut self, error: DeliveryError, wait: Duration, probe: bool, now: Instant) {
         if self.circuit.opened(probe) {
             self.told.push(Told::IsDown { error, wait });
-            self.calls.tell(Change::OpenCircuit { wait, failed: true });
+            self.calls.tell(Change::Circuit(CircuitState::Open { wait, failed: true }));
             self.schedule.look(now + wait);
             self.give_back_idle();
         }

@@ -3,8 +3,10 @@
 use std::collections::VecDeque;
 
 use chrono::{DateTime, Utc};
-use outbox_core::AttemptLog;
-use outbox_seaorm::{LaneRef, Next};
+use outbox_core::{
+    AttemptLog,
+    store::{LaneRef, Next},
+};
 
 use super::{Core, Moment, Start};
 use crate::feed::{

@@ -1,0 +1,117 @@
+//! How much there is room for.
+
+use std::time::Instant;
+
+use super::Core;
+use crate::{
+    assignment::Until,
+    feed::{
+        ahead::{Capacity, MOST_AHEAD},
+        calls::Kind,
+    },
+};
+
+/// How large the payloads of all leased lanes are together when nothing more is leased: each claim adds some MiB.
+const MOST_BYTES: usize = 16 << 20;
+
+impl Core {
+    /// How many lanes that are new may be leased by routing: as many as would be claimed, unless there are others.
+    pub(crate) fn room_for_new(&self) -> usize {
+        let takes = self.settings.until == Until::Stopped
+            && self.is_working()
+            && !self.schedule.is_behind()
+            && !self.circuit.is_open()
+            && self.takes_lanes();
+        if takes && !self.is_full() { self.room() } else { 0 }
+    }
+
+    /// How many jobs to take from Redis; all, to give them back, once it stops.
+    pub(crate) fn room_for_jobs(&self) -> usize {
+        match self.is_working() {
+            false => usize::MAX,
+            true if self.takes_jobs() => self.room().saturating_sub(self.arrived.len()),
+            true => 0,
+        }
+    }
+
+    /// Whether jobs from Redis are of use now.
+    pub(crate) fn takes_jobs(&self) -> bool {
+        self.is_free(Kind::TakeOver)
+            && self.is_free(Kind::Change)
+            && self.can_store()
+            && self.room() > 0
+            && !self.has_suspects()
+    }
+
+    /// How many deliveries may be under way.
+    pub(super) fn concurrency(&self) -> usize {
+        self.circuit.limit(self.settings.options.concurrency)
+    }
+
+    pub(super) fn capacity(&self) -> Capacity {
+        let concurrency = self.concurrency();
+        // A destination that comes back is not flooded.
+        let limited = self.settings.destination.is_outside() || concurrency < self.settings.options.concurrency;
+        Capacity { concurrency, limited }
+    }
+
+    /// How many more lanes to lease.
+    pub(super) fn room(&self) -> usize {
+        self.ahead.room(self.table.len(), self.capacity())
+    }
+
+    /// Long runs fill the memory even when their lanes are few, and large payloads even when they are not long.
+    fn is_full(&self) -> bool {
+        let (waiting, bytes) = self.table.load();
+        let enough = self.table.len() >= self.concurrency() && waiting >= self.ahead.most_deliveries();
+        enough || bytes >= MOST_BYTES
+    }
+
+    /// As [`is_full`](Self::is_full); if it is, it looks again then.
+    pub(super) fn is_full_until(&mut self, then: Instant) -> bool {
+        let is_full = self.is_full();
+        if is_full {
+            self.schedule.look(then);
+        }
+        is_full
+    }
+
+    /// How many deliveries a crash may repeat.
+    pub(super) fn may_repeat(&self) -> usize {
+        let outside = self.settings.destination.is_outside();
+        let spare = if outside { 0 } else { MOST_AHEAD * self.settings.options.batch };
+        self.concurrency() + spare
+    }
+
+    /// Whether nothing can begin before results are stored.
+    pub(super) fn is_full_of_results(&self) -> bool {
+        self.table.open() >= self.may_repeat()
+    }
+
+    pub(super) fn wants_lanes(&self) -> bool {
+        self.is_working()
+            && self.is_free(Kind::Claim)
+            && !(self.schedule.has_claimed() && self.settings.until == Until::Once)
+            && self.takes_lanes()
+            && self.room() > 0
+    }
+
+    /// Whether lanes may come from the database.
+    pub(super) fn takes_lanes(&self) -> bool {
+        !self.relayed && self.is_free(Kind::Change) && self.can_store() && !self.has_suspects()
+    }
+
+    pub(super) fn is_free(&self, kind: Kind) -> bool {
+        !self.calls.is_under_way(kind)
+    }
+
+    /// While there are suspects nothing is claimed that a crash could take with it, or could be taken for theirs.
+    pub(super) fn has_suspects(&self) -> bool {
+        self.trial || self.table.has_suspects()
+    }
+
+    /// Nothing is begun while results cannot be stored, or leases are in doubt: it would be repeated.
+    pub(super) fn can_store(&self) -> bool {
+        self.reports.can_be_stored() && !self.leases.are_in_doubt()
+    }
+}

@@ -1,0 +1,102 @@
+//! The database as the [`Store`] of workers.
+
+use std::{collections::HashSet, time::Duration};
+
+use async_trait::async_trait;
+use outbox_core::{
+    AttemptLog,
+    store::{
+        CircuitState, Claim, ClaimedLane, LaneRef, LaneReport, LeaseState, Settled, Store, StoreError, TakenOver,
+        Wanted,
+    },
+};
+use sea_orm::DbErr;
+
+use crate::Outbox;
+
+#[async_trait]
+impl Store for Outbox {
+    async fn claim(&self, wanted: Wanted<'_>) -> Result<Claim, StoreError> {
+        let Wanted { subscription, worker, lanes, run, lease, all, route } = wanted;
+        if route {
+            self.route_waiting().await.map_err(failed)?;
+        }
+        let claim = match all {
+            true => self.claim(subscription, worker, lanes, run, lease).await,
+            false => self.claim_on(subscription, worker, lanes, run, lease).await,
+        };
+        claim.map_err(failed)
+    }
+
+    async fn take_over(&self, wanted: Wanted<'_>, lanes: &[LaneRef]) -> Result<TakenOver, StoreError> {
+        let Wanted { subscription, worker, run, lease, .. } = wanted;
+        let taken = self.take_over(subscription, worker, lanes, run, lease).await.map_err(failed)?;
+        let keys: HashSet<&str> = taken.iter().map(|ClaimedLane { lane, .. }| lane.key.as_str()).collect();
+        let is_left = |lane: &&LaneRef| lane.subscription == subscription && !keys.contains(lane.key.as_str());
+        let others: Vec<LaneRef> = lanes.iter().filter(is_left).cloned().collect();
+        let busy = if others.is_empty() { Vec::new() } else { self.relayed(&others).await.map_err(failed)? };
+        Ok(TakenOver { lanes: taken, busy })
+    }
+
+    async fn settle(&self, reports: &[LaneReport]) -> Result<Vec<Settled>, StoreError> {
+        self.settle(reports).await.map_err(failed)
+    }
+
+    async fn renew(&self, lanes: &[LaneRef], lease: Duration) -> Result<Vec<LeaseState>, StoreError> {
+        let done = self.renew(lanes, lease).await.map_err(failed)?.into_iter().collect();
+        self.states(lanes.iter(), &done).await.map_err(failed)
+    }
+
+    async fn note(&self, notes: &[(LaneRef, AttemptLog)]) -> Result<Vec<LeaseState>, StoreError> {
+        let done = self.note_attempts(notes).await.map_err(failed)?;
+        self.states(notes.iter().map(|(lane, _)| lane), &done).await.map_err(failed)
+    }
+
+    async fn held(&self, lanes: &[LaneRef]) -> Result<Vec<bool>, StoreError> {
+        let held: HashSet<LaneRef> = self.held(lanes).await.map_err(failed)?.into_iter().collect();
+        Ok(lanes.iter().map(|lane| held.contains(lane)).collect())
+    }
+
+    async fn set_circuit(&self, subscription: i32, circuit: CircuitState) -> Result<(), StoreError> {
+        let set = match circuit {
+            CircuitState::Closed => self.close_circuit(subscription).await,
+            CircuitState::Open { wait, failed } => self.open_circuit(subscription, wait, failed).await,
+        };
+        set.map_err(failed)
+    }
+
+    async fn pause(&self, subscription: &str) -> Result<(), StoreError> {
+        self.pause(subscription).await.map(|_| ()).map_err(failed)
+    }
+
+    async fn woken(&self, subscription: i32) {
+        self.woken(subscription).await;
+    }
+
+    fn lost_connections(&self) -> u64 {
+        self.lost_connections()
+    }
+}
+
+impl Outbox {
+    /// What has become of leases, of which those in `done` are held and done.
+    async fn states(
+        &self,
+        lanes: impl Iterator<Item = &LaneRef> + Clone,
+        done: &HashSet<LaneRef>,
+    ) -> Result<Vec<LeaseState>, DbErr> {
+        let others: Vec<LaneRef> = lanes.clone().filter(|lane| !done.contains(lane)).cloned().collect();
+        let held = if others.is_empty() { Vec::new() } else { self.held(&others).await? };
+        let held: HashSet<LaneRef> = held.into_iter().collect();
+        let state = |lane| match lane {
+            lane if done.contains(lane) => LeaseState::Done,
+            lane if held.contains(lane) => LeaseState::Busy,
+            _ => LeaseState::Lost,
+        };
+        Ok(lanes.map(state).collect())
+    }
+}
+
+fn failed(error: DbErr) -> StoreError {
+    StoreError::new(error)
+}
