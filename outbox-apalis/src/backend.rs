@@ -151,7 +151,7 @@ fn give_back(ends: &Ends, task: Task<DeliveryTask>) {
     if let Some(attempt) = task.args.attempt {
         let result = AttemptResult {
             key: attempt.lane.key,
-            token: attempt.lane.token,
+            attempt: attempt.id,
             end: End::Cancelled,
             started: std::time::Instant::now(),
         };
@@ -234,7 +234,7 @@ mod tests {
     use super::*;
     use crate::{clock::DatabaseClock, task::Attempt};
 
-    fn task(token: i64) -> Task<DeliveryTask> {
+    fn task(id: u64) -> Task<DeliveryTask> {
         let event: RecordedEvent = serde_json::from_value(serde_json::json!({
             "position": 1, "id": Uuid::nil(), "event_type": "note.noted", "schema_version": 1, "aggregate_type": "note",
             "aggregate_id": "a", "payload": {}, "occurred_at": "2026-11-21T00:00:00Z",
@@ -242,7 +242,8 @@ mod tests {
         }))
         .unwrap();
         let attempt = Attempt {
-            lane: LaneRef { subscription: 1, key: "note/a".to_owned(), token, worker: "w".to_owned() },
+            id,
+            lane: LaneRef { subscription: 1, key: "note/a".to_owned(), token: 1, worker: "w".to_owned() },
             subscription: "s".into(),
             number: 1,
             log: outbox_core::AttemptLog::default(),
@@ -260,12 +261,12 @@ mod tests {
         let (tasks, tasks_end) = mpsc::channel(2);
         let (results, mut results_end) = mpsc::unbounded_channel();
         let stopped = tokio::spawn(async move {
-            for token in [1, 2] {
+            for id in [1, 2] {
                 // By now the backend waits.
                 tokio::task::yield_now().await;
-                tasks.send(task(token)).await.unwrap();
+                tasks.send(task(id)).await.unwrap();
                 let result: AttemptResult = results_end.recv().await.unwrap();
-                assert!(matches!(result.end, End::Cancelled) && result.token == token);
+                assert!(matches!(result.end, End::Cancelled) && result.attempt == id);
             }
         });
         let ends = Ends { tasks: tasks_end, results, stop: CancellationToken::new(), stopped };

@@ -66,7 +66,7 @@ impl<P: Publisher> Destination for PublisherDestination<P> {
 #[derive(Debug)]
 pub(crate) struct AttemptResult {
     pub(crate) key: String,
-    pub(crate) token: i64,
+    pub(crate) attempt: u64,
     pub(crate) end: End,
     pub(crate) started: Instant,
 }

@@ -22,6 +22,8 @@ mod leases;
 mod pace;
 mod reports;
 mod schedule;
+#[cfg(test)]
+mod simulation;
 mod table;
 mod told;
 mod trial;

@@ -21,6 +21,8 @@ pub struct DeliveryTask {
 /// What the attempt needs besides the event; a task that is only listed has none.
 #[derive(Clone, Debug)]
 pub(crate) struct Attempt {
+    /// Another one for each attempt in this process. Tokens may come again after a crash of the database server.
+    pub(crate) id: u64,
     pub(crate) lane: LaneRef,
     pub(crate) subscription: Arc<str>,
     pub(crate) number: u32,

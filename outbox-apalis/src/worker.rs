@@ -521,7 +521,7 @@ async fn run(
     task: DeliveryTask,
 ) -> Result<(), AttemptFailed> {
     let Some(attempt) = &task.attempt else { return Ok(()) };
-    let (key, token, started) = (attempt.lane.key.clone(), attempt.lane.token, Instant::now());
+    let (key, attempt, started) = (attempt.lane.key.clone(), attempt.id, Instant::now());
     let end = destination::attempt(destination, task).await;
     let failed = match &end {
         End::Outcome(Outcome::Retry(error) | Outcome::Permanent(error)) => {
@@ -530,7 +530,7 @@ async fn run(
         _ => Ok(()),
     };
     // The feed ends only after all its tasks.
-    let _ = results.send(AttemptResult { key, token, end, started });
+    let _ = results.send(AttemptResult { key, attempt, end, started });
     failed
 }
 

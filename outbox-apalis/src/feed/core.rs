@@ -142,12 +142,19 @@ impl Core {
         std::mem::take(&mut self.told)
     }
 
+    /// Checks what has to be true at any time; `under_way` is how many results are being stored.
+    #[cfg(test)]
+    pub(crate) fn check(&self, under_way: usize) {
+        self.table.check(self.reports.results() + under_way);
+        assert!(self.table.running() <= self.settings.options.concurrency, "too many attempts at once");
+    }
+
     // What happens
 
     /// An attempt has ended, or was never begun.
     pub(crate) fn ended(&mut self, result: AttemptResult, at: Moment) {
-        let AttemptResult { key, token, end, started } = result;
-        let Some(lane) = self.table.end(&key, token) else {
+        let AttemptResult { key, attempt, end, started } = result;
+        let Some(lane) = self.table.end(&key, attempt) else {
             self.told.push(Told::LostLease("the result of an attempt whose lease was lost is dropped"));
             self.told.push(Told::Superseded(1));
             return;

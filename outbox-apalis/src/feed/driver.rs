@@ -136,6 +136,7 @@ impl Driver {
         let Start { event, lane, number, log, last, time, running, cancelled } = start;
         let name = &self.assignment.name;
         let attempt = Attempt {
+            id: running.id(),
             lane,
             subscription: name.clone(),
             number,

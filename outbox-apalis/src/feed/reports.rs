@@ -46,6 +46,13 @@ impl Reports {
         }
     }
 
+    /// How many results wait to be stored, without those of lanes whose run goes on.
+    #[cfg(test)]
+    pub(crate) fn results(&self) -> usize {
+        let reports = self.over.iter().chain(self.unstored.iter().flatten());
+        reports.map(|report| report.finished.len()).sum()
+    }
+
     /// Whether nothing waits to be stored.
     pub(crate) fn is_empty(&self) -> bool {
         self.unstored.is_none() && self.over.is_empty() && self.waiting_since.is_none()

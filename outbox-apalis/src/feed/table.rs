@@ -1,7 +1,7 @@
 //! The lanes that are leased, and what is under way in them.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -44,6 +44,7 @@ pub(crate) struct Lane {
 /// An attempt that was handed to the worker.
 #[derive(Clone, Debug)]
 pub(crate) struct Running {
+    id: u64,
     handed_out: Instant,
     time: Duration,
     /// Set when the attempt begins.
@@ -51,8 +52,9 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    pub(crate) fn new(now: Instant, time: Duration) -> Self {
-        Self { handed_out: now, time, begun: Arc::default() }
+    /// Another number for each attempt.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     pub(crate) fn begun(&self) -> &Arc<AtomicBool> {
@@ -107,9 +109,12 @@ impl Lane {
 /// All lanes that a feed has leased. What it counts, only it changes.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
-    lanes: HashMap<String, Lane>,
+    /// In the order of their keys: what happens depends on nothing else.
+    lanes: BTreeMap<String, Lane>,
     /// Keys whose next delivery can start. One that was lost and claimed again may stand here twice.
     ready: VecDeque<String>,
+    /// How many attempts were handed out.
+    attempts: u64,
     /// Deliveries under way.
     running: usize,
     /// Deliveries that are over and not stored.
@@ -216,19 +221,22 @@ impl Table {
         self.ready.iter().filter_map(|key| self.lanes.get(key))
     }
 
-    /// An attempt of the head is handed out.
-    pub(crate) fn begin(&mut self, key: &str, running: Running) {
+    /// An attempt of the head is handed out, which may take so long.
+    pub(crate) fn begin(&mut self, key: &str, time: Duration, now: Instant) -> Running {
+        self.attempts += 1;
+        let running = Running { id: self.attempts, handed_out: now, time, begun: Arc::default() };
         if let Some(lane) = self.lanes.get_mut(key) {
-            lane.turn.get_or_insert(running.handed_out);
-            lane.running = Some(running);
+            lane.turn.get_or_insert(now);
+            lane.running = Some(running.clone());
             self.running += 1;
         }
+        running
     }
 
-    /// The attempt of this lease has ended; `None` if none is under way.
-    pub(crate) fn end(&mut self, key: &str, token: i64) -> Option<&mut Lane> {
-        let lane = self.lanes.get_mut(key).filter(|lane| lane.lane.token == token)?;
-        lane.running.take()?;
+    /// This attempt has ended; `None` if it is not under way any more.
+    pub(crate) fn end(&mut self, key: &str, attempt: u64) -> Option<&mut Lane> {
+        let lane = self.lanes.get_mut(key)?;
+        lane.running.take_if(|running| running.id == attempt)?;
         self.running -= 1;
         Some(lane)
     }
@@ -332,6 +340,21 @@ impl Table {
     pub(crate) fn forget_running(&mut self) {
         self.lanes.values_mut().for_each(|lane| lane.running = None);
         self.running = 0;
+    }
+
+    /// Counts anew, and compares.
+    #[cfg(test)]
+    pub(crate) fn check(&self, reported: usize) {
+        let sum = |of: &dyn Fn(&Lane) -> usize| self.lanes.values().map(of).sum::<usize>();
+        assert_eq!(self.running, sum(&|lane| usize::from(lane.is_running())), "running");
+        assert_eq!(self.unstored, sum(&|lane| lane.finished.len()) + reported, "unstored");
+        assert_eq!(self.load(), (sum(&|lane| lane.load().0), sum(&|lane| lane.load().1)), "load");
+        assert_eq!(self.suspects, sum(&|lane| usize::from(lane.head.suspicion.is_some())), "suspects");
+        for (key, lane) in &self.lanes {
+            assert_eq!(*key, lane.lane.key);
+            let waits = self.ready.contains(key);
+            assert!(waits || lane.is_running(), "{key} is leased, and nothing will come of it");
+        }
     }
 
     /// Whether a head may have killed its worker.

@@ -86,8 +86,8 @@ pub struct LaneState {
     pub attempts: u32,
     /// Who holds it.
     pub leased_by: Option<String>,
-    /// Whether it waits for an operator.
-    pub is_held: bool,
+    /// The dead letter that it waits behind for an operator.
+    pub held_at: Option<i64>,
     /// The failed attempts of the head.
     pub log: AttemptLog,
     /// What operators see.
@@ -175,7 +175,9 @@ impl Model {
         }
         let next = self.next_due(now, wanted.subscription);
         let nothing = Claim { next, ..Claim::default() };
-        let (Some(NextDue { after: Some(Duration::ZERO), .. }), Some(_)) = (next, circuit_until) else { return nothing };
+        let (Some(NextDue { after: Some(Duration::ZERO), .. }), Some(_)) = (next, circuit_until) else {
+            return nothing;
+        };
         if let Some(subscription) = self.subscriptions.get_mut(&wanted.subscription) {
             (subscription.circuit_until, subscription.failures) = (Some(later(now, wanted.lease)), failures);
         }
@@ -259,7 +261,9 @@ impl Model {
         let mut taken = TakenOver::default();
         for lane in lanes.iter().filter(|lane| lane.subscription == wanted.subscription) {
             let row = self.lanes.get_mut(&(lane.subscription, lane.key.clone()));
-            let Some(row) = row.filter(|row| row.is_leased_as(lane) && lane.worker.ends_with(OF_RELAY)) else { continue };
+            let Some(row) = row.filter(|row| row.is_leased_as(lane) && lane.worker.ends_with(OF_RELAY)) else {
+                continue;
+            };
             row.lease(wanted.worker, 1, later(now, wanted.lease));
             let claimed = self.with_run(now, lane.subscription, &lane.key, wanted.run, 1);
             taken.lanes.extend(claimed.map(|(_, lane)| lane));
@@ -294,12 +298,8 @@ impl Model {
         for Finished { position, attempts, log, error } in finished {
             let Some(index) = row.queue.iter().position(|queued| queued.event.position == *position) else { continue };
             row.queue.remove(index);
-            let finished = FinishedDelivery {
-                key: lane.key.clone(),
-                attempts: *attempts,
-                log: log.clone(),
-                error: error.clone(),
-            };
+            let finished =
+                FinishedDelivery { key: lane.key.clone(), attempts: *attempts, log: log.clone(), error: error.clone() };
             self.finished.insert((lane.subscription, *position), finished);
         }
     }
@@ -403,7 +403,7 @@ impl Model {
                 queue: row.queue.iter().map(|queued| queued.event.position).collect(),
                 attempts: row.attempts,
                 leased_by: row.leased_by.clone(),
-                is_held: row.held_at.is_some(),
+                held_at: row.held_at,
                 log: row.log.clone(),
                 last_error: row.last_error.clone(),
             };

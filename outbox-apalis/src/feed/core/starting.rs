@@ -11,7 +11,7 @@ use outbox_core::{
 use super::{Core, Moment, Start};
 use crate::feed::{
     calls::Kind,
-    table::{Lane, Running},
+    table::Lane,
     told::Told,
     trial::{self, Suspicion},
 };
@@ -82,21 +82,12 @@ impl Core {
             return Turn::Waits;
         }
         let time = if settles { self.settings.effect_time } else { options.timeout() };
-        let running = Running::new(at.now, time);
-        let start = Start {
-            lane: lane.lane.clone(),
-            number: lane.head.attempts,
-            log: lane.head.log.clone(),
-            last: lane.run.len() == 1,
-            time,
-            running: running.clone(),
-            cancelled: lane.cancelled.child_token(),
-            event: event.clone(),
-        };
-        self.table.begin(key, running);
+        let (lease, number, log) = (lane.lane.clone(), lane.head.attempts, lane.head.log.clone());
+        let (last, cancelled) = (lane.run.len() == 1, lane.cancelled.child_token());
+        let running = self.table.begin(key, time, at.now);
         self.pace.begun(at.now);
-        self.told.push(Told::Attempted(event));
-        Turn::Starts(start)
+        self.told.push(Told::Attempted(event.clone()));
+        Turn::Starts(Start { event, lane: lease, number, log, last, time, running, cancelled })
     }
 
     /// The attempt before this one was the last, and it was alone when its worker was killed.
