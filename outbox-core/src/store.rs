@@ -88,6 +88,9 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// Waits until there may be something new for a subscription. It may miss something: look from time to time.
     async fn woken(&self, subscription: i32);
 
+    /// Waits until a subscription was paused, resumed or removed. It may miss something too.
+    async fn state_changed(&self, subscription: i32);
+
     /// How many connections were lost until now, and with each perhaps leases: see [`held`](Self::held).
     fn lost_connections(&self) -> u64;
 }
@@ -122,7 +125,7 @@ pub struct Wanted<'a> {
     pub subscription: i32,
     /// Who leases.
     pub worker: &'a str,
-    /// How many lanes at most.
+    /// How many lanes at most; none to be told [when the next is due](Claim::next).
     pub lanes: u32,
     /// How many deliveries of each at most.
     pub run: u32,
@@ -215,7 +218,8 @@ pub struct Claim {
     /// The destination was down; this is one lane to find out whether it still is. Its end must be reported with
     /// [`Store::set_circuit`].
     pub probe: bool,
-    /// When the next lane can be claimed; known at least if none was leased.
+    /// When the next lane can be claimed; known if none was leased, unless nothing is leased of the subscription: it is
+    /// paused, removed, or still being filled.
     pub next: Option<NextDue>,
 }
 

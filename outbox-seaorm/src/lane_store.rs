@@ -73,6 +73,10 @@ impl Store for Outbox {
         self.woken(subscription).await;
     }
 
+    async fn state_changed(&self, subscription: i32) {
+        self.state_changed(subscription).await;
+    }
+
     fn lost_connections(&self) -> u64 {
         self.lost_connections()
     }

@@ -132,7 +132,8 @@ impl Outbox {
     ///
     /// The attempt of each first delivery is counted here, so one that kills its worker is counted too. A lane whose
     /// first delivery was tried before comes with that one alone. While the subscription's circuit is open nothing is
-    /// leased; when its time has come one caller gets one lane, as a [probe](Claim::probe).
+    /// leased; when its time has come one caller gets one lane, as a [probe](Claim::probe). Asked for no lanes, it only says
+    /// when the next is due.
     ///
     /// # Errors
     ///
@@ -226,7 +227,7 @@ impl Outbox {
         how: How<'_>,
     ) -> Result<(Claim, Option<Mark>), DbErr> {
         // On SQLite a claim that finds nothing takes the write lock all the same, so it is asked first.
-        let asks_first = self.backend() == DbBackend::Sqlite;
+        let asks_first = self.backend() == DbBackend::Sqlite || lanes == 0;
         if !asks_first {
             let (lanes, mark) = self.claim_lanes(subscription, worker, lanes, run, lease, how).await?;
             if !lanes.is_empty() {
@@ -235,7 +236,7 @@ impl Outbox {
         }
         let next = self.next_due(subscription).await?;
         let nothing = Claim { next, ..Claim::default() };
-        let Some(NextDue { after: Some(Duration::ZERO), circuit }) = next else {
+        let Some(NextDue { after: Some(Duration::ZERO), circuit }) = next.filter(|_| lanes > 0) else {
             return Ok((nothing, None));
         };
         let Some(failures) = circuit else {

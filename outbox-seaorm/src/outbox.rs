@@ -377,6 +377,21 @@ impl Outbox {
         self.wake_of(subscription).notified().await;
     }
 
+    /// Waits until a subscription was paused, resumed or removed. As with [`woken`](Self::woken) nothing is lost, except
+    /// what another process does while notifications of it do not arrive.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: a wake-up that was not returned is returned by the next call.
+    pub async fn state_changed(&self, subscription: i32) {
+        self.wake_of(-subscription).notified().await;
+    }
+
+    /// Lets all workers know that a subscription was paused, resumed or removed: by its id, and for that by its negative.
+    pub(crate) fn wake_about_state(&self, subscription: i32) {
+        self.wake(&[subscription, -subscription]);
+    }
+
     /// Wakes the workers of this process, and lets those of other processes know.
     pub(crate) fn wake(&self, subscriptions: &[i32]) {
         self.wake_here(subscriptions);

@@ -467,7 +467,7 @@ impl Outbox {
             self.audit(&tx, by, action, name, &serde_json::json!({ "changed": u8::from(changed) })).await?;
         }
         tx.commit().await?;
-        self.wake(&[row.try_get("", "id")?]);
+        self.wake_about_state(row.try_get("", "id")?);
         Ok(Some(changed))
     }
 
@@ -559,9 +559,11 @@ impl Outbox {
         if let Some(by) = by {
             self.audit(&tx, by, "remove", name, &serde_json::json!({})).await?;
         }
-        self.execute(&tx, self.sql().remove, [row.try_get::<i32>("", "id")?.into()]).await?;
+        let id: i32 = row.try_get("", "id")?;
+        self.execute(&tx, self.sql().remove, [id.into()]).await?;
         self.execute(&tx, self.sql().bump_generation, []).await?;
         tx.commit().await?;
+        self.wake_about_state(id);
         Ok(true)
     }
 

@@ -185,6 +185,11 @@ impl Core {
         self.schedule.woken(now);
     }
 
+    /// The subscription was paused, resumed or removed.
+    pub(crate) fn state_changed(&mut self, now: Instant) {
+        self.schedule.state_changed(now);
+    }
+
     /// So many connections were lost until now.
     pub(crate) fn lost_connections(&mut self, losses: u64) {
         self.leases.lost_connections(losses);
@@ -238,7 +243,8 @@ impl Core {
 
     /// The next call to the store.
     pub(crate) fn next_call(&mut self, at: Moment) -> Option<Call> {
-        if !self.is_working() {
+        // Only attempts under way go on.
+        if !self.serves() {
             self.give_back_idle();
         }
         let (kind, call) = self.wanted(at)?;
@@ -251,6 +257,11 @@ impl Core {
             let lanes = self.room().min(self.ahead.most_at_once());
             let (all, times_down) = (self.schedule.claims(at.now), self.circuit.times_down());
             return Some((Kind::Claim, Call::Claim { lanes, all, times_down }));
+        }
+        if self.asks_at(at.now).is_some_and(|ask_at| ask_at <= at.now) {
+            self.schedule.asked(at.now);
+            let times_down = self.circuit.times_down();
+            return Some((Kind::Claim, Call::Claim { lanes: 0, all: false, times_down }));
         }
         // What has come to a worker that stops is taken over to be given back: only the lease in the database is true, and
         // others need not wait for its end.
@@ -293,7 +304,7 @@ impl Core {
         let paced = self.pace.waits_until(now).filter(|_| self.is_working() && self.table.has_ready());
         let settles = !self.calls.is_under_way(Kind::Settle);
         let report_at = self.reports.due_at(self.is_full_of_results()).filter(|_| settles);
-        let others = [phase_ends, look_at, paced, report_at].into_iter().flatten();
+        let others = [phase_ends, look_at, self.asks_at(now), paced, report_at].into_iter().flatten();
         others.fold(self.leases.guard_at(), Instant::min)
     }
 
@@ -305,6 +316,11 @@ impl Core {
             Until::Drained => self.schedule.has_claimed() && self.schedule.look_at() > now,
         };
         claimed_all && self.table.is_empty() && self.reports.is_empty() && self.calls.are_done()
+    }
+
+    /// Whether attempts may begin: it works, and its subscription is not paused.
+    fn serves(&self) -> bool {
+        self.is_working() && self.schedule.is_served()
     }
 
     pub(crate) fn is_working(&self) -> bool {

@@ -68,6 +68,7 @@ pub(super) async fn run(
             () = store.woken(subscription.now()), if working && !driver.core.is_relayed() => {
                 driver.core.woken(Instant::now());
             }
+            () = store.state_changed(subscription.now()), if working => driver.core.state_changed(Instant::now()),
             _ = handed_out.reserve(), if driver.full => {}
             () = stop.cancelled(), if working => driver.core.stop(grace, Instant::now()),
             () = handed_out.closed(), if working => driver.core.stop(Duration::ZERO, Instant::now()),

@@ -31,6 +31,10 @@ pub(crate) struct Schedule {
     idle_wait: Duration,
     failures: u32,
     woken_at: Option<Instant>,
+    /// Whether something has changed about the subscription itself since the last claim.
+    asks: bool,
+    /// Whether it is served, as the last claim has said: not while it is paused or removed.
+    served: bool,
     /// Whether the last claim found many.
     loaded: bool,
     /// Whether it came back full: there are more, which come before what is routed now.
@@ -66,6 +70,8 @@ impl Schedule {
             idle_wait: poll / 8,
             failures: 0,
             woken_at: None,
+            asks: false,
+            served: true,
             loaded: false,
             behind: false,
             all: false,
@@ -104,10 +110,40 @@ impl Schedule {
         self.idle_wait = self.poll / 8;
     }
 
+    /// The subscription was paused, resumed or removed.
+    pub(crate) fn state_changed(&mut self, now: Instant) {
+        self.asks = true;
+        self.look_at = now;
+    }
+
+    /// When to ask for the state of the subscription. `claims` if the next look is a claim, which tells it too.
+    pub(crate) fn asks_at(&self, claims: bool, now: Instant) -> Option<Instant> {
+        match self.asks {
+            true => Some(now),
+            false if claims => None,
+            false => Some(self.claimed_at + self.poll),
+        }
+    }
+
+    /// Only that is asked.
+    pub(crate) fn asked(&mut self, now: Instant) {
+        (self.claimed_at, self.asks) = (now, false);
+    }
+
+    /// Whether anything of the subscription may begin.
+    pub(crate) fn is_served(&self) -> bool {
+        self.served
+    }
+
+    /// The store has said so.
+    pub(crate) fn set_served(&mut self, served: bool) {
+        self.served = served;
+    }
+
     /// A claim begins. Returns whether it is to look at all lanes.
     pub(crate) fn claims(&mut self, now: Instant) -> bool {
         // A wake-up while the claim is under way brings the next look forward again.
-        self.claimed_at = now;
+        self.asked(now);
         self.look_at = now + self.poll;
         std::mem::take(&mut self.all)
     }

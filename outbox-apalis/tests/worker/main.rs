@@ -13,6 +13,7 @@ mod lease;
 mod once;
 mod order;
 mod outage;
+mod pause;
 mod registration;
 mod retention;
 mod share;

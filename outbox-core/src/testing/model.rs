@@ -167,7 +167,7 @@ impl Model {
             return Claim::default();
         };
         let (circuit_until, failures) = (subscription.circuit_until, subscription.failures);
-        if circuit_until.is_none() {
+        if circuit_until.is_none() && wanted.lanes > 0 {
             let lanes = self.claim_lanes(now, wanted);
             if !lanes.is_empty() {
                 return Claim { lanes, ..Claim::default() };
@@ -175,6 +175,9 @@ impl Model {
         }
         let next = self.next_due(now, wanted.subscription);
         let nothing = Claim { next, ..Claim::default() };
+        if wanted.lanes == 0 {
+            return nothing;
+        }
         let (Some(NextDue { after: Some(Duration::ZERO), .. }), Some(_)) = (next, circuit_until) else {
             return nothing;
         };

@@ -25,6 +25,10 @@ impl Core {
                 return;
             }
         };
+        self.schedule.set_served(!lanes.is_empty() || next.is_some());
+        if capacity == 0 {
+            return;
+        }
         // The destination was found down while the claim was under way: what it found is old.
         let too_late = self.circuit.is_open() && self.circuit.times_down() != times_down;
         if probe {

@@ -18,7 +18,7 @@ impl Core {
     /// How many lanes that are new may be leased by routing: as many as would be claimed, unless there are others.
     pub(crate) fn room_for_new(&self) -> usize {
         let takes = self.settings.until == Until::Stopped
-            && self.is_working()
+            && self.serves()
             && !self.schedule.is_behind()
             && !self.circuit.is_open()
             && self.takes_lanes();
@@ -94,6 +94,12 @@ impl Core {
             && !(self.schedule.has_claimed() && self.settings.until == Until::Once)
             && self.takes_lanes()
             && self.room() > 0
+    }
+
+    /// When to ask whether the subscription is still to be served: while lanes are leased, a claim may not be due for long.
+    pub(super) fn asks_at(&self, now: Instant) -> Option<Instant> {
+        let asks = self.is_working() && self.is_free(Kind::Claim) && !self.table.is_empty();
+        if asks { self.schedule.asks_at(self.wants_lanes(), now) } else { None }
     }
 
     /// Whether lanes may come from the database.

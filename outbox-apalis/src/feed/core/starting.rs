@@ -44,7 +44,7 @@ impl Core {
 
     /// Whether an attempt may begin now.
     pub(crate) fn may_start(&self, at: Moment) -> bool {
-        self.is_working()
+        self.serves()
             && self.table.has_ready()
             && self.free() > 0
             && self.can_store()
@@ -118,7 +118,7 @@ impl Core {
 
     /// Everything else is done: the next suspects are noted, and then tried.
     pub(super) fn suspects_to_try(&mut self, now: DateTime<Utc>) -> Option<Vec<(LaneRef, AttemptLog)>> {
-        if self.trial || !self.is_working() || !self.can_store() || !self.has_stored_all() {
+        if self.trial || !self.serves() || !self.can_store() || !self.has_stored_all() {
             return None;
         }
         let suspects: Option<Vec<(Suspicion, &Lane)>> =

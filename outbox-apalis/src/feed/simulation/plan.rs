@@ -68,7 +68,12 @@ impl Plan {
         let end = lease * rng.u32(2..8);
         let at = |rng: &mut Rng| end.mul_f64(rng.f64());
         let keys = rng.u32(1..12);
-        let commits = (0..rng.usize(1..60)).map(|_| at(&mut rng)).collect();
+        // Some at any time, and many together.
+        let bursts: Vec<Duration> = (0..3).map(|_| at(&mut rng)).collect();
+        let together = rng.u8(..10);
+        let mut commit = |_| if rng.u8(..10) < together { bursts[rng.usize(..3)] } else { at(&mut rng) };
+        let commits = (0..60).map(&mut commit).collect::<Vec<_>>();
+        let commits = commits[..rng.usize(1..60)].to_vec();
         let bad_days = rng.usize(..BAD_DAYS);
         let bad_days = (0..bad_days).map(|_| (at(&mut rng), BadDay::random(&mut rng, lease))).collect();
         let quiet = rng.u8(..3) == 0;
@@ -96,7 +101,7 @@ impl Plan {
             bad_days,
             lost: if quiet { 0 } else { rng.u32(..30) },
             late: if quiet { 0 } else { rng.u32(..60) },
-            busy: if quiet { 0 } else { rng.u32(..100) },
+            busy: if rng.bool() { 0 } else { rng.u32(..100) },
             end,
         }
     }
@@ -106,6 +111,12 @@ impl Plan {
     /// Whether nothing goes wrong but what events do.
     pub(super) fn is_calm(&self) -> bool {
         self.bad_days.is_empty() && self.lost == 0 && self.late == 0 && !self.poison
+    }
+
+    /// Whether workers and store always reach each other.
+    pub(super) fn is_connected(&self) -> bool {
+        let parts = |day: &BadDay| matches!(day, BadDay::Freeze(_) | BadDay::Away(_) | BadDay::Crash);
+        self.lost == 0 && self.late == 0 && !self.bad_days.iter().any(|(_, day)| parts(day))
     }
 
     /// Whether the server crashes on one of the days.

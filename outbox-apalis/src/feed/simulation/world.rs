@@ -9,7 +9,7 @@ use std::{
 use chrono::{DateTime, TimeDelta, Utc};
 use fastrand::Rng;
 use outbox_core::{
-    DeliveryError, Outcome,
+    AfterDeadLetter, DeliveryError, Outcome,
     store::{Finished, LaneRef, LaneReport, LeaseState, Next, Settled, StoreError, Wanted},
     testing::{FinishedDelivery, Model},
 };
@@ -86,6 +86,8 @@ pub(super) struct World {
     /// The ids that the processes know their subscription by.
     known: Vec<i32>,
     effects: Effects,
+    /// Since when the subscription is paused, and whether the workers have been told.
+    paused: Option<(Instant, bool)>,
     away_until: Instant,
     down_until: Instant,
     /// All workers stop for good.
@@ -112,6 +114,7 @@ impl World {
             processes: (0..plan.workers).map(|_| None).collect(),
             known: vec![1; plan.workers],
             effects: Effects::default(),
+            paused: None,
             away_until: start,
             down_until: start,
             is_ending: false,
@@ -186,6 +189,7 @@ impl World {
         (self.plan.lost, self.plan.late, self.plan.busy) = (0, 0, 0);
         (self.away_until, self.down_until) = (self.now, self.now);
         self.model.set_paused(self.subscription, false);
+        self.paused = None;
         self.known.fill(self.subscription);
         for place in 0..self.processes.len() {
             if let Some(process) = &mut self.processes[place] {
@@ -247,6 +251,7 @@ impl World {
             Event::Bad(day) => self.bad_day(day),
             Event::Better(Better::Resume) => {
                 self.model.set_paused(self.subscription, false);
+                self.paused = None;
                 self.wake_all();
             }
             Event::Better(Better::Beat(id)) => self.known.fill(id),
@@ -318,6 +323,24 @@ impl World {
         true
     }
 
+    fn tell_state(&mut self) {
+        for place in 0..self.processes.len() {
+            let now = self.now;
+            if let Some(process) = self.processes[place].as_mut().filter(|process| process.core.is_working()) {
+                process.core.state_changed(now);
+                self.act(place);
+            }
+        }
+    }
+
+    /// Nothing begins while the subscription is paused, once the workers can know.
+    fn check_pause(&self) {
+        if let Some((since, told)) = self.paused.filter(|_| self.plan.is_connected()) {
+            let known = since + if told { 10 * MS } else { self.plan.options.lease + 10 * MS };
+            assert!(self.now <= known, "an attempt begins, and the subscription is paused");
+        }
+    }
+
     fn wake_all(&mut self) {
         for place in 0..self.processes.len() {
             let now = self.now;
@@ -358,7 +381,12 @@ impl World {
             BadDay::Down(time) => self.down_until = self.now + time,
             BadDay::Pause(time) => {
                 self.model.set_paused(self.subscription, true);
+                let told = self.rng.bool();
+                self.paused = Some((self.now, told));
                 self.schedule(self.now + time, 0, Event::Better(Better::Resume));
+                if told {
+                    self.tell_state();
+                }
             }
             BadDay::Restart => {
                 let (now, grace) = (self.now, self.plan.options.grace);
@@ -373,6 +401,8 @@ impl World {
                 self.model.subscribe(self.subscription, NAME);
                 self.effects.remove_all();
                 self.unwritten = None;
+                self.paused = None;
+                self.tell_state();
                 self.schedule(self.now + lease / 4, 0, Event::Better(Better::Beat(self.subscription)));
             }
             BadDay::LetGo => self.model.let_go(self.utc(), self.subscription),
@@ -398,6 +428,7 @@ impl World {
         process.core.lost_connections(process.losses);
         process.core.time_passes(false, at);
         for start in process.core.start(process.room(&self.plan), at) {
+            self.check_pause();
             self.count += 1;
             let (id, time) = (self.count, start.time);
             let (position, lease) = (start.event.position, self.plan.options.lease);
@@ -436,7 +467,7 @@ impl World {
                 self.model.lanes(self.subscription).all(|(_, lane)| lane.leased_by.as_deref() != Some(name));
             // What blocks its thread in a transaction may commit at any time: only the end of its lease fences it.
             let blocks = process.attempts.iter().any(|attempt| matches!(attempt.behaviour, Behaviour::Blocks(_)));
-            let excused = blocks || process.losses > 0 || process.core.has_given_up();
+            let excused = blocks || process.losses > 0 || process.core.has_given_up() && !self.plan.is_connected();
             assert!(leaves_none || excused, "{name} has ended, and not its leases");
             self.schedule(self.now, process.generation + 1, Event::Starts(place));
             return;
@@ -525,15 +556,21 @@ impl World {
                 Answer::Claimed { asked_at, capacity: lanes, times_down, claim }
             }
             Call::Settle(reports) => {
+                reports.iter().for_each(|report| self.check_hold(report));
                 let settled = Ok(self.settle(&reports));
                 Answer::Settled { reports, settled }
             }
             Call::Note(notes) => {
-                let states = self.model.note(&notes);
-                Answer::Noted { asked: notes.into_iter().map(|(lane, _)| lane).collect(), noted: Ok(states) }
+                let asked: Vec<LaneRef> = notes.iter().map(|(lane, _)| lane.clone()).collect();
+                let noted = Ok(self.unless_busy(&asked, |model, free| {
+                    let notes: Vec<_> = notes.iter().filter(|(lane, _)| free.contains(lane)).cloned().collect();
+                    model.note(&notes)
+                }));
+                Answer::Noted { asked, noted }
             }
             Call::Renew(asked) => {
-                let renewed = Ok(self.renew(&asked));
+                let lease = self.plan.options.lease;
+                let renewed = Ok(self.unless_busy(&asked, |model, free| model.renew(utc, free, lease)));
                 Answer::Renewed { asked_at, asked, renewed }
             }
             Call::Check { losses, lanes } => {
@@ -551,6 +588,14 @@ impl World {
         }
     }
 
+    /// If that is wanted, a dead letter holds its key up.
+    fn check_hold(&self, report: &LaneReport) {
+        let dies = report.finished.iter().any(|delivery| delivery.error.is_some());
+        let holds = matches!(report.next, Next::Hold { .. });
+        let wants = self.plan.after_dead_letter == AfterDeadLetter::Hold;
+        assert!(!dies || holds == wants, "a dead letter, and its key goes on: {report:?}");
+    }
+
     /// Of some lanes nothing can be stored at this moment.
     fn settle(&mut self, reports: &[LaneReport]) -> Vec<Settled> {
         let utc = self.utc();
@@ -565,12 +610,15 @@ impl World {
         reports.iter().map(answer).map(|settled| settled.unwrap_or(Settled::Busy)).collect()
     }
 
-    fn renew(&mut self, lanes: &[LaneRef]) -> Vec<LeaseState> {
-        let (utc, lease) = (self.utc(), self.plan.options.lease);
+    /// Does something with leases, except those whose lanes a commit has at this moment.
+    fn unless_busy(
+        &mut self,
+        lanes: &[LaneRef],
+        change: impl FnOnce(&mut Model, &[LaneRef]) -> Vec<LeaseState>,
+    ) -> Vec<LeaseState> {
         let busy: Vec<bool> = lanes.iter().map(|_| self.chance(self.plan.busy)).collect();
-        let free: Vec<LaneRef> =
-            lanes.iter().zip(&busy).filter(|(_, busy)| !**busy).map(|(lane, _)| lane.clone()).collect();
-        let mut states = self.model.renew(utc, &free, lease).into_iter();
+        let free = lanes.iter().zip(&busy).filter(|(_, busy)| !**busy).map(|(lane, _)| lane.clone());
+        let mut states = change(&mut self.model, &free.collect::<Vec<_>>()).into_iter();
         let held = self.model.held(lanes);
         let state = |(busy, held): (&bool, &bool)| match (busy, held) {
             (false, _) => states.next().unwrap_or(LeaseState::Lost),
