@@ -32,7 +32,8 @@ use crate::{
 /// it.
 #[derive(Debug)]
 pub struct OutboxBackend {
-    pub(crate) outbox: Outbox,
+    /// What is listed. A worker without a database lists nothing.
+    outbox: Option<Outbox>,
     pub(crate) subscription: String,
     feed: Feed,
 }
@@ -67,6 +68,9 @@ pub enum BackendError {
     /// What feeds the worker ended early; the worker is started again.
     #[error("what feeds the worker ended early")]
     FeedEnded,
+    /// The worker has no database.
+    #[error("the store of this worker lists nothing")]
+    NoListing,
     /// The id is not one of a delivery.
     #[error("the id of a delivery is SUBSCRIPTION:EVENT_ID")]
     UnknownId,
@@ -76,12 +80,16 @@ impl OutboxBackend {
     /// Lists the deliveries of a subscription; yields no tasks.
     #[must_use]
     pub fn listing(outbox: Outbox, subscription: impl Into<String>) -> Self {
-        Self { outbox, subscription: subscription.into(), feed: Feed::None }
+        Self { outbox: Some(outbox), subscription: subscription.into(), feed: Feed::None }
     }
 
-    pub(crate) fn working(outbox: Outbox, assignment: Assignment, transport: Option<Transport>) -> Self {
+    pub(crate) fn working(outbox: Option<Outbox>, assignment: Assignment, transport: Option<Transport>) -> Self {
         let subscription = assignment.name.to_string();
         Self { outbox, subscription, feed: Feed::Ready(Box::new((assignment, transport))) }
+    }
+
+    pub(crate) fn outbox(&self) -> Result<&Outbox, BackendError> {
+        self.outbox.as_ref().ok_or(BackendError::NoListing)
     }
 
     fn ends(&mut self) -> Option<&mut Ends> {
@@ -273,7 +281,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
         let outbox = Outbox::connect(&url, 1).await.unwrap();
-        let mut backend = OutboxBackend { outbox, subscription: "s".to_owned(), feed: Feed::Running(ends) };
+        let mut backend =
+            OutboxBackend { outbox: Some(outbox), subscription: "s".to_owned(), feed: Feed::Running(ends) };
         let worker = WorkerContext::new("w");
         let closed = poll_fn(|cx| Backend::poll_close(&mut backend, cx, &worker));
         tokio::time::timeout(Duration::from_secs(5), closed).await.unwrap().unwrap();

@@ -21,6 +21,11 @@ pub(crate) trait Destination: Send + Sync {
     /// Whether it is outside of this process, where everything may fail at once without any event being to blame.
     fn is_outside(&self) -> bool;
 
+    /// Whether it writes into the database of the store.
+    fn needs_database(&self) -> bool {
+        false
+    }
+
     fn deliver<'a>(&'a self, event: &'a Arc<RecordedEvent>, attempt: &'a Attempt) -> BoxFuture<'a, End>;
 }
 

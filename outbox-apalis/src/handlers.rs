@@ -212,18 +212,19 @@ impl Effect {
 }
 
 pub(crate) struct HandlersDestination {
-    pub(crate) outbox: Outbox,
+    /// Without one there are no transactional handlers.
+    pub(crate) outbox: Option<Outbox>,
     pub(crate) handlers: Handlers,
 }
 
 impl HandlersDestination {
-    async fn effect(&self, handler: &TxHandler, event: &Arc<RecordedEvent>, attempt: &Attempt) -> End {
-        let unit = self.outbox.begin(caused_by(event));
+    async fn effect(&self, outbox: &Outbox, handler: &TxHandler, event: &Arc<RecordedEvent>, attempt: &Attempt) -> End {
+        let unit = outbox.begin(caused_by(event));
         if let Err(error) = unit.tx().begin_now().await {
             return End::Unavailable(DeliveryError::retry(format!("the transaction could not begin: {error}")));
         }
         // A handler may panic because of its database as well.
-        let writing = AssertUnwindSafe(self.write(&unit, handler, event, attempt)).catch_unwind();
+        let writing = AssertUnwindSafe(write(outbox, &unit, handler, event, attempt)).catch_unwind();
         let written = match tokio::time::timeout(attempt.time, writing).await {
             Ok(Ok(written)) => written,
             Ok(Err(panic)) => Err(DeliveryError::retry(panic_message(&*panic))),
@@ -250,21 +251,21 @@ impl HandlersDestination {
             Err(error) => End::Outcome(Err(error.into()).into()),
         }
     }
+}
 
-    async fn write(
-        &self,
-        unit: &UnitOfWork,
-        handler: &TxHandler,
-        event: &Arc<RecordedEvent>,
-        attempt: &Attempt,
-    ) -> Result<(), DeliveryError> {
-        let tx = unit.tx();
-        if !once_within(&self.outbox, &tx, &attempt.subscription, event.id, attempt.time).await? {
-            return Ok(());
-        }
-        let effect = Effect { tx, events: unit.events(), delivery: attempt.delivery(event) };
-        handler(event.clone(), effect).await
+async fn write(
+    outbox: &Outbox,
+    unit: &UnitOfWork,
+    handler: &TxHandler,
+    event: &Arc<RecordedEvent>,
+    attempt: &Attempt,
+) -> Result<(), DeliveryError> {
+    let tx = unit.tx();
+    if !once_within(outbox, &tx, &attempt.subscription, event.id, attempt.time).await? {
+        return Ok(());
     }
+    let effect = Effect { tx, events: unit.events(), delivery: attempt.delivery(event) };
+    handler(event.clone(), effect).await
 }
 
 /// Events that a handler pushes belong to the same story.
@@ -293,6 +294,10 @@ impl Destination for HandlersDestination {
         false
     }
 
+    fn needs_database(&self) -> bool {
+        !self.handlers.transactional.is_empty()
+    }
+
     fn deliver<'a>(&'a self, event: &'a Arc<RecordedEvent>, attempt: &'a Attempt) -> BoxFuture<'a, End> {
         Box::pin(async move {
             let Some(version) = self.handlers.handled_version(event) else { return End::Unknown };
@@ -303,8 +308,8 @@ impl Destination for HandlersDestination {
             let key = (event.event_type.as_str(), version);
             if let Some(handler) = self.handlers.plain.get(&key) {
                 End::Outcome(handler(event.clone(), attempt.delivery(event)).await.into())
-            } else if let Some(handler) = self.handlers.transactional.get(&key) {
-                self.effect(handler, event, attempt).await
+            } else if let (Some(handler), Some(outbox)) = (self.handlers.transactional.get(&key), &self.outbox) {
+                self.effect(outbox, handler, event, attempt).await
             } else {
                 End::Unknown
             }

@@ -86,12 +86,12 @@ impl OutboxBackend {
                 state => state,
             },
         };
-        let records = self.outbox.deliveries(subscription, state, offset, limit).await?;
+        let records = self.outbox()?.deliveries(subscription, state, offset, limit).await?;
         Ok(records.into_iter().map(task).collect())
     }
 
     async fn running(&self, subscription: Option<&str>) -> Result<Vec<RunningWorker>, BackendError> {
-        let workers = self.outbox.workers().await?;
+        let workers = self.outbox()?.workers().await?;
         Ok(workers.iter().flat_map(|worker| queues_of(worker, subscription)).collect())
     }
 }
@@ -126,7 +126,7 @@ impl FetchById for OutboxBackend {
     async fn fetch_by_id(&mut self, id: &TaskId) -> Result<Option<Task<DeliveryTask>>, BackendError> {
         // An id of another form names nothing that there is.
         let Ok(event) = self.event_id(&id.to_string()) else { return Ok(None) };
-        Ok(self.outbox.delivery(&self.subscription, event).await?.map(task))
+        Ok(self.outbox()?.delivery(&self.subscription, event).await?.map(task))
     }
 }
 
@@ -142,10 +142,10 @@ impl ListWorkers for OutboxBackend {
 
 impl ListQueues for OutboxBackend {
     async fn list_queues(&self) -> Result<Vec<QueueInfo>, BackendError> {
-        let status = self.outbox.status().await?;
+        let status = self.outbox()?.status().await?;
         let mut queues = Vec::with_capacity(status.subscriptions.len());
         for subscription in &status.subscriptions {
-            let activity = self.outbox.activity(&subscription.name).await?;
+            let activity = self.outbox()?.activity(&subscription.name).await?;
             let workers = status.workers.iter().filter(|worker| worker.subscriptions.contains(&subscription.name));
             queues.push(QueueInfo {
                 name: subscription.name.clone(),
@@ -160,11 +160,11 @@ impl ListQueues for OutboxBackend {
 
 impl Metrics for OutboxBackend {
     async fn global(&self) -> Result<Vec<Statistic>, BackendError> {
-        Ok(statistics(&self.outbox.status().await?.subscriptions))
+        Ok(statistics(&self.outbox()?.status().await?.subscriptions))
     }
 
     async fn fetch_by_queue(&self) -> Result<Vec<Statistic>, BackendError> {
-        let mut subscriptions = self.outbox.status().await?.subscriptions;
+        let mut subscriptions = self.outbox()?.status().await?.subscriptions;
         subscriptions.retain(|subscription| subscription.name == self.subscription);
         Ok(statistics(&subscriptions))
     }

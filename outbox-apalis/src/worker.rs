@@ -1,61 +1,46 @@
-use std::{
-    collections::HashSet,
-    convert::Infallible,
-    future::Future,
-    sync::{Arc, atomic::Ordering::Relaxed},
-    time::{Duration, Instant},
-};
+use std::{future::Future, sync::Arc, time::Duration};
 
-use ::redis::aio::ConnectionManager;
-use apalis::{
-    layers::WorkerBuilderExt,
-    prelude::{Monitor, WorkerBuilder},
+use outbox_core::{
+    Publisher, Subscription,
+    store::{Store, StoreError},
 };
-use outbox_core::{Outcome, Publisher, Subscription};
-use outbox_seaorm::{Instance, Outbox, Purged, RegisterError, Retention, SchemaError};
-use sea_orm::DbBackend;
-use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
+use outbox_seaorm::{Outbox, RegisterError, Retention, SchemaError};
 
 use crate::{
-    Handlers, InvalidOption, OutboxBackend,
-    assignment::{Assignment, Counts, SubscriptionId, Until},
-    clock::DatabaseClock,
-    destination::{self, AttemptResult, Destination, End, PublisherDestination},
+    Handlers, InvalidOption,
+    assignment::Until,
+    destination::{Destination, PublisherDestination},
     handlers::HandlersDestination,
     options::Options,
-    redis::{self, Health, Jobs, Queue, RELAY_LEASES, Redis, Transport},
-    router,
-    task::DeliveryTask,
-    thread::FeedThread,
+    redis::Redis,
 };
 
-/// How often a worker shows that it is alive.
-const HEARTBEAT: Duration = Duration::from_secs(5);
+mod start;
+mod started;
+mod upkeep;
+
+pub use started::StartedWorker;
 
 /// The longest lease, poll interval and grace.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
-
-/// How often what is old is taken away.
-const SHORTEST_PURGE: Duration = Duration::from_secs(1);
-const LONGEST_PURGE: Duration = Duration::from_secs(60);
-
-/// How often the log says again what is wrong with a subscription.
-const SAY_AGAIN: Duration = Duration::from_secs(60);
-
-/// When a worker that was killed disappears from the dashboards.
-const FORGET_AFTER: Duration = Duration::from_secs(3600);
 
 /// Delivers the events of an outbox: one apalis worker for each subscription, in this process.
 ///
 /// Start any number of processes with the same subscriptions: they share the work. A process that dies is replaced
 /// when its leases end.
 pub struct Worker {
-    outbox: Outbox,
+    place: Place,
     options: Options,
     subscriptions: Vec<(Subscription, Arc<dyn Destination>)>,
     redis: Option<Redis>,
     retention: Retention,
+}
+
+/// Where deliveries are stored.
+enum Place {
+    Database(Outbox),
+    /// Another store: only deliveries are its affair.
+    Other(Arc<dyn Store>),
 }
 
 impl std::fmt::Debug for Worker {
@@ -87,6 +72,12 @@ pub enum StartError {
     /// The database did not answer.
     #[error("the database did not answer")]
     Database(#[from] sea_orm::DbErr),
+    /// The store did not take a subscription.
+    #[error("the store did not take a subscription")]
+    Store(#[from] StoreError),
+    /// Something needs a database, and the worker has another store.
+    #[error("{0} needs a database; build the worker with `Worker::new`")]
+    NeedsDatabase(&'static str),
     /// The connection to Redis could not be set up; a server that is away is no error.
     #[error("the connection to Redis could not be set up")]
     Redis(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -107,8 +98,32 @@ impl Worker {
     /// Starts without subscriptions.
     #[must_use]
     pub fn new(outbox: Outbox) -> Self {
+        Self::at(Place::Database(outbox))
+    }
+
+    /// Delivers from a store that is no database: for tests, with
+    /// [`MemoryStore`](../outbox_core/testing/struct.MemoryStore.html).
+    ///
+    /// ```no_run
+    /// use outbox_apalis::{Handlers, Worker};
+    /// # use outbox_core::{Delivery, DeliveryError, Event, Subscription, store::Store};
+    /// # async fn example<E: Event>(store: impl Store) -> Result<(), Box<dyn std::error::Error>> {
+    /// let handlers = Handlers::new().on(|event: E, delivery: Delivery| async move { Ok(()) });
+    /// let done = Worker::with_store(store).handlers(Subscription::new("mails")?, handlers).drain().await?;
+    /// assert_eq!(done.dead, 0);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// Transactional handlers and Redis need a database: with them it does not start.
+    #[must_use]
+    pub fn with_store(store: impl Store) -> Self {
+        Self::at(Place::Other(Arc::new(store)))
+    }
+
+    fn at(place: Place) -> Self {
         Self {
-            outbox,
+            place,
             options: Options::DEFAULT,
             subscriptions: Vec::new(),
             redis: None,
@@ -119,7 +134,10 @@ impl Worker {
     /// Adds a subscription whose events go to typed functions in this process.
     #[must_use]
     pub fn handlers(mut self, subscription: Subscription, handlers: Handlers) -> Self {
-        let outbox = self.outbox.clone();
+        let outbox = match &self.place {
+            Place::Database(outbox) => Some(outbox.clone()),
+            Place::Other(_) => None,
+        };
         self.subscriptions.push((subscription, Arc::new(HandlersDestination { outbox, handlers })));
         self
     }
@@ -300,357 +318,6 @@ impl Worker {
     pub async fn drain(self) -> Result<Deliveries, StartError> {
         Ok(self.start().await?.run(Until::Drained, std::future::pending()).await)
     }
-
-    /// Registers the subscriptions, so that the events of every commit from now on are theirs, without delivering yet.
-    ///
-    /// # Errors
-    ///
-    /// [`StartError`].
-    pub async fn start(self) -> Result<StartedWorker, StartError> {
-        if self.subscriptions.is_empty() {
-            return Err(StartError::Empty);
-        }
-        let mut names = HashSet::new();
-        if let Some((twice, _)) = self.subscriptions.iter().find(|(each, _)| !names.insert(each.name())) {
-            return Err(StartError::Twice(twice.name().to_owned()));
-        }
-        self.outbox.check_schema().await?;
-        let worker: Arc<str> = worker_id().into();
-        let is_sqlite = self.outbox.writer().get_database_backend() == DbBackend::Sqlite;
-        let poll =
-            self.options.poll.unwrap_or(if is_sqlite { Duration::from_millis(500) } else { Duration::from_secs(5) });
-        let thread = FeedThread::start()?;
-        let store = {
-            let _entered = thread.runtime().enter();
-            self.outbox.with_own_store(self.options.call_limit())
-        };
-        let connection = {
-            let _entered = thread.runtime().enter();
-            self.redis.as_ref().map(Redis::connection).transpose().map_err(|error| StartError::Redis(error.into()))?
-        };
-        let asked_at = Instant::now();
-        let Instance { name: instance, now, .. } = self.outbox.instance().await?;
-        let (clock, health) = (DatabaseClock::new(now, asked_at), Health::new());
-        let stop = CancellationToken::new();
-        let counts = Arc::new(Counts::default());
-        let (mut assignments, mut registrations) = (Vec::<(Assignment, Option<Transport>)>::new(), Vec::new());
-        for (subscription, destination) in self.subscriptions {
-            let (concurrency, rate) = subscription.limits();
-            let options = Options { concurrency: concurrency.unwrap_or(self.options.concurrency), ..self.options };
-            let transport = self.redis.as_ref().zip(connection.clone()).map(|(redis, connection)| {
-                let (name, limit) = (subscription.name(), redis.jobs_limit());
-                // Handlers in this process may be quick; what is outside leaves jobs to other workers.
-                let waiting = if destination.is_outside() { 0 } else { options.batch }.max(options.concurrency);
-                let (batch, lease) = (waiting.min(100), options.lease * RELAY_LEASES);
-                Transport {
-                    health: health.clone(),
-                    queue: Queue::new(connection, &instance, name, limit, batch, lease),
-                    jobs: Arc::new(Jobs::new(waiting)),
-                }
-            });
-            // While a transactional handler's transaction writes, SQLite lets no lease be renewed.
-            let effect_time = if is_sqlite { options.timeout().min(options.lease / 3) } else { options.timeout() };
-            let registered = self.outbox.register_as(&subscription, &worker).await?;
-            let id = SubscriptionId::new(registered.id);
-            let mut registration = Registration { subscription: subscription.clone(), id: id.clone(), said_at: None };
-            registration.judge(registered.kept_by.as_deref());
-            registrations.push(registration);
-            let assignment = Assignment {
-                store: Arc::new(store.clone()),
-                subscription: id,
-                name: subscription.name().into(),
-                worker: worker.clone(),
-                retry: subscription.retry_policy().unwrap_or_default(),
-                destination,
-                after_dead_letter: subscription.dead_letter_policy(),
-                pace: rate.map(|rate| Duration::try_from_secs_f64(1.0 / rate).unwrap_or(LONGEST)).unwrap_or_default(),
-                options,
-                effect_time,
-                poll,
-                stop: stop.clone(),
-                runtime: thread.runtime().clone(),
-                until: Until::Stopped,
-                counts: counts.clone(),
-                clock: clock.clone(),
-                idle: CancellationToken::new(),
-                desk: Arc::default(),
-            };
-            assignments.push((assignment, transport));
-        }
-        let redis = connection.map(|connection| (connection, health));
-        Ok(StartedWorker {
-            store,
-            worker,
-            assignments,
-            registrations,
-            stop,
-            counts,
-            clock,
-            thread,
-            redis,
-            retention: self.retention,
-        })
-    }
-}
-
-/// A worker whose subscriptions are registered.
-pub struct StartedWorker {
-    /// With connections that live on the thread.
-    store: Outbox,
-    worker: Arc<str>,
-    assignments: Vec<(Assignment, Option<Transport>)>,
-    registrations: Vec<Registration>,
-    stop: CancellationToken,
-    counts: Arc<Counts>,
-    clock: DatabaseClock,
-    thread: FeedThread,
-    redis: Option<(ConnectionManager, Health)>,
-    retention: Retention,
-}
-
-impl std::fmt::Debug for StartedWorker {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("StartedWorker").field("id", &self.worker).finish_non_exhaustive()
-    }
-}
-
-impl StartedWorker {
-    /// Delivers until `shutdown` completes; see [`Worker::run_until`].
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future is a crash: what is under way is delivered again after its lease.
-    pub async fn run_until(self, shutdown: impl Future<Output = ()> + Send) {
-        self.run(Until::Stopped, shutdown).await;
-    }
-
-    pub(crate) async fn run(self, until: Until, shutdown: impl Future<Output = ()> + Send) -> Deliveries {
-        let Self { store, worker, mut assignments, registrations, stop, counts, clock, thread, redis, retention } =
-            self;
-        assignments.iter_mut().for_each(|(assignment, _)| assignment.until = until);
-        let names: Vec<String> = assignments.iter().map(|(assignment, _)| assignment.name.to_string()).collect();
-        let idle: Vec<CancellationToken> = assignments.iter().map(|(assignment, _)| assignment.idle.clone()).collect();
-        tracing::info!(worker = &*worker, subscriptions = ?names, "worker started");
-        let mut background = JoinSet::new();
-        if until == Until::Stopped
-            && let Some((connection, health)) = redis
-        {
-            background.spawn_on(redis::watch(health, connection), thread.runtime());
-            for (assignment, transport) in &assignments {
-                if let Some(transport) = transport.clone() {
-                    background.spawn_on(redis::run(store.clone(), assignment.clone(), transport), thread.runtime());
-                }
-            }
-        }
-        // Drained and once, feeds route for themselves: before each claim.
-        if until == Until::Stopped {
-            let assignments: Vec<Assignment> = assignments.iter().map(|(assignment, _)| assignment.clone()).collect();
-            assignments.iter().for_each(|assignment| assignment.desk.open());
-            thread.runtime().spawn(router::run(store.clone(), assignments, stop.clone()));
-        }
-        let monitor = assignments.into_iter().fold(Monitor::new(), |monitor, (assignment, transport)| {
-            register(monitor, store.clone(), assignment, transport)
-        });
-        background.spawn_on(upkeep(store.clone(), worker.clone(), registrations, clock), thread.runtime());
-        background.spawn_on(purging(store.clone(), retention), thread.runtime());
-        background.spawn_on(listen(store.clone()), thread.runtime());
-        // Feeds stop before apalis does: only they know what is under way and how long it may go on.
-        let signal = async {
-            tokio::select! {
-                () = shutdown => {}
-                () = all(&idle) => {}
-            }
-            tracing::info!(worker = &*worker, "worker is stopping");
-            stop.cancel();
-            Ok(())
-        };
-        if let Err(error) = monitor.run_with_signal(signal).await {
-            tracing::error!(%error, "a worker did not end cleanly");
-        }
-        background.shutdown().await;
-        let id = worker.clone();
-        let last = thread.runtime().spawn(async move {
-            if let Err(error) = store.forget_worker(&id).await {
-                tracing::debug!(%error, "the heartbeat was not taken back");
-            }
-        });
-        // An error means that the thread has ended, and everything on it.
-        let _ = last.await;
-        tracing::info!(worker = &*worker, "worker stopped");
-        Deliveries {
-            delivered: counts.delivered.load(Relaxed),
-            failed: counts.failed.load(Relaxed),
-            dead: counts.dead.load(Relaxed),
-        }
-    }
-}
-
-async fn all(tokens: &[CancellationToken]) {
-    for token in tokens {
-        token.cancelled().await;
-    }
-}
-
-async fn listen(store: Outbox) {
-    let never: Infallible = store.listen().await;
-    match never {}
-}
-
-fn register(monitor: Monitor, outbox: Outbox, assignment: Assignment, transport: Option<Transport>) -> Monitor {
-    monitor
-        .should_restart(|_, error| {
-            tracing::error!(%error, "a worker ended early and is started again");
-            true
-        })
-        .register(move |_| {
-            let mut backend = OutboxBackend::working(outbox.clone(), assignment.clone(), transport.clone());
-            let results = backend.results();
-            let destination = assignment.destination.clone();
-            WorkerBuilder::new(format!("{}/{}", assignment.worker, assignment.name))
-                .backend(backend)
-                .enable_tracing()
-                .build(move |task: DeliveryTask| run(destination.clone(), results.clone(), task))
-        })
-}
-
-/// One apalis task: one attempt, whose end goes to the feed. An error is what apalis' layers see of a failure; nothing
-/// is tried again here.
-async fn run(
-    destination: Arc<dyn Destination>,
-    results: tokio::sync::mpsc::UnboundedSender<AttemptResult>,
-    task: DeliveryTask,
-) -> Result<(), AttemptFailed> {
-    let Some(attempt) = &task.attempt else { return Ok(()) };
-    let (key, attempt, started) = (attempt.lane.key.clone(), attempt.id, Instant::now());
-    let end = destination::attempt(destination, task).await;
-    let failed = match &end {
-        End::Outcome(Outcome::Retry(error) | Outcome::Permanent(error)) => {
-            Err(AttemptFailed(error.message().to_owned()))
-        }
-        _ => Ok(()),
-    };
-    // The feed ends only after all its tasks.
-    let _ = results.send(AttemptResult { key, attempt, end, started });
-    failed
-}
-
-/// The error text of an attempt, for apalis.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct AttemptFailed(String);
-
-/// Shows that the worker is alive, and mends what only time can tell.
-async fn upkeep(outbox: Outbox, worker: Arc<str>, mut registrations: Vec<Registration>, clock: DatabaseClock) {
-    let mut interval = tokio::time::interval(HEARTBEAT);
-    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        interval.tick().await;
-        if let Err(error) = beat(&outbox, &worker, &mut registrations, &clock).await {
-            let error: &dyn std::error::Error = &error;
-            tracing::debug!(error, "heartbeat failed");
-        }
-    }
-}
-
-async fn beat(
-    outbox: &Outbox,
-    worker: &str,
-    registrations: &mut [Registration],
-    clock: &DatabaseClock,
-) -> Result<(), StartError> {
-    let subscriptions: Vec<&Subscription> = registrations.iter().map(|each| &each.subscription).collect();
-    let asked_at = Instant::now();
-    clock.set(outbox.heartbeat(worker, &subscriptions).await?, asked_at);
-    outbox.forget_workers(FORGET_AFTER).await?;
-    let stored = outbox.registered(&subscriptions).await?;
-    for (registration, stored) in registrations.iter_mut().zip(stored) {
-        registration.look_after(outbox, worker, stored).await?;
-    }
-    outbox.sweep_removed().await?;
-    Ok(())
-}
-
-/// A subscription as this worker registered it. Others may change it, remove it, and register it again.
-struct Registration {
-    subscription: Subscription,
-    id: SubscriptionId,
-    /// When the log last had it that something is wrong.
-    said_at: Option<Instant>,
-}
-
-impl Registration {
-    /// `stored` is the id, and whether it is defined as here.
-    async fn look_after(
-        &mut self,
-        outbox: &Outbox,
-        worker: &str,
-        stored: Option<(i32, bool)>,
-    ) -> Result<(), RegisterError> {
-        let name = self.subscription.name();
-        let changed = self.id.set(stored.map(|(id, _)| id));
-        match stored {
-            // Who removed it did not want it back; and what was pushed since then would be missing in it.
-            None => self.say(|name| {
-                tracing::error!(
-                    subscription = name,
-                    "the subscription was removed, nothing is delivered; start this worker again to register it anew, or \
-                     without it"
-                );
-            }),
-            Some(_) if changed => {
-                tracing::warn!(subscription = name, "the subscription was registered anew; this worker goes on with it");
-            }
-            Some((_, true)) => self.said_at = None,
-            Some((_, false)) => {
-                let registered = outbox.register_as(&self.subscription, worker).await?;
-                self.judge(registered.kept_by.as_deref());
-            }
-        }
-        Ok(())
-    }
-
-    /// Says so if another definition stays.
-    fn judge(&mut self, kept_by: Option<&str>) {
-        match kept_by {
-            None => self.said_at = None,
-            Some(other) => self.say(|name| {
-                tracing::warn!(
-                    subscription = name,
-                    other,
-                    "this worker has an older definition of the subscription than another that is alive; the newer one \
-                     counts until its last worker ends"
-                );
-            }),
-        }
-    }
-
-    fn say(&mut self, say: impl FnOnce(&str)) {
-        if self.said_at.is_none_or(|at| at.elapsed() >= SAY_AGAIN) {
-            self.said_at = Some(Instant::now());
-            say(self.subscription.name());
-        }
-    }
-}
-
-/// Takes away what is older than the retention, again and again.
-async fn purging(outbox: Outbox, retention: Retention) {
-    let interval = (retention.shortest() / 10).clamp(SHORTEST_PURGE, LONGEST_PURGE);
-    loop {
-        // Workers that start together do not purge together.
-        tokio::time::sleep(interval.mul_f64(fastrand::f64().mul_add(0.2, 0.9))).await;
-        match outbox.purge(&retention).await {
-            Ok(purged) if purged != Purged::default() => tracing::debug!(?purged, "took away what is old"),
-            Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "cannot take away what is old, trying again later"),
-        }
-    }
-}
-
-/// Host, process and a random part: a restarted process never takes the name of the one before.
-fn worker_id() -> String {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
-    let host = host.as_deref().map(str::trim).filter(|host| !host.is_empty()).unwrap_or("host").to_owned();
-    format!("{host}-{}-{:06x}", std::process::id(), fastrand::u32(..0x100_0000))
 }
 
 #[cfg(test)]
@@ -658,11 +325,11 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
     use futures_util::future::BoxFuture;
-    use outbox_core::{Context, NewEvent, PushError, RecordedEvent};
+    use outbox_core::{Context, NewEvent, Outcome, PushError, RecordedEvent};
     use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
 
     use super::*;
-    use crate::task::Attempt;
+    use crate::{destination::End, task::Attempt};
 
     struct Migrator;
 

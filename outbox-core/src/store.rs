@@ -8,7 +8,7 @@ use std::{error::Error, fmt, time::Duration};
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::{AttemptLog, RecordedEvent};
+use crate::{AttemptLog, RecordedEvent, Subscription};
 
 /// What a worker needs of a store.
 ///
@@ -25,6 +25,13 @@ use crate::{AttemptLog, RecordedEvent};
 /// Dropping a future of any of them leaves open whether it has done its work. Run each in a task of its own.
 #[async_trait]
 pub trait Store: fmt::Debug + Send + Sync + 'static {
+    /// Adds a subscription, or gives it this definition, and returns its id.
+    ///
+    /// # Errors
+    ///
+    /// If the store fails, or refuses the definition.
+    async fn register(&self, subscription: &Subscription) -> Result<i32, StoreError>;
+
     /// Leases lanes that are due, those that are due longest first.
     ///
     /// The attempt of each first delivery is counted here, so one that kills its worker is counted too. While the

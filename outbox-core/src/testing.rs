@@ -1,9 +1,12 @@
-//! For tests of applications: a publisher that remembers what it was given, and a clock that stands still.
+//! For tests of applications: a publisher that remembers what it was given, a clock that stands still, and a store in
+//! memory.
 //!
 //! With the feature `testing`, which belongs into `[dev-dependencies]`. The guide's chapter about tests uses all of it.
 
+mod memory;
 mod model;
 
+pub use memory::MemoryStore;
 pub use model::{FinishedDelivery, LaneState, Model};
 
 use std::{

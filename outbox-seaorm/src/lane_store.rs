@@ -4,7 +4,7 @@ use std::{collections::HashSet, time::Duration};
 
 use async_trait::async_trait;
 use outbox_core::{
-    AttemptLog,
+    AttemptLog, Subscription,
     store::{
         CircuitState, Claim, ClaimedLane, LaneRef, LaneReport, LeaseState, Settled, Store, StoreError, TakenOver,
         Wanted,
@@ -16,6 +16,10 @@ use crate::Outbox;
 
 #[async_trait]
 impl Store for Outbox {
+    async fn register(&self, subscription: &Subscription) -> Result<i32, StoreError> {
+        self.register(subscription).await.map_err(StoreError::new)
+    }
+
     async fn claim(&self, wanted: Wanted<'_>) -> Result<Claim, StoreError> {
         let Wanted { subscription, worker, lanes, run, lease, all, route } = wanted;
         if route {

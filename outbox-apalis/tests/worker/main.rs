@@ -10,6 +10,7 @@ mod fixture;
 mod idle;
 mod isolation;
 mod lease;
+mod memory;
 mod once;
 mod order;
 mod outage;

@@ -108,9 +108,10 @@ impl Plan {
 }
 
 impl Plan {
-    /// Whether nothing goes wrong but what events do.
+    /// Whether nothing goes wrong but what events do, and nothing is done but what costs no attempt.
     pub(super) fn is_calm(&self) -> bool {
-        self.bad_days.is_empty() && self.lost == 0 && self.late == 0 && !self.poison
+        let calm = |day: &BadDay| matches!(day, BadDay::Pause(_) | BadDay::LetGo);
+        self.bad_days.iter().all(|(_, day)| calm(day)) && self.lost == 0 && self.late == 0 && !self.poison
     }
 
     /// Whether workers and store always reach each other.
