@@ -392,6 +392,12 @@ impl Model {
         self.lanes.retain(|_, lane| !lane.queue.is_empty() || lane.held_at.is_some() || lane.leased_by.is_some());
     }
 
+    /// Discards the dead letters of a subscription, as an operator does; the keys that they hold up go on.
+    pub fn discard_dead_letters(&mut self, now: DateTime<Utc>, subscription: i32) {
+        self.finished.retain(|(id, _), finished| *id != subscription || finished.error.is_none());
+        self.let_go(now, subscription);
+    }
+
     /// What is over, of a subscription, by position.
     pub fn finished(&self, subscription: i32) -> impl Iterator<Item = (i64, &FinishedDelivery)> {
         let of = self.finished.range((subscription, i64::MIN)..=(subscription, i64::MAX));

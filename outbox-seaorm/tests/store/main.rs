@@ -19,6 +19,7 @@ mod sqlite {
     mod damage;
     mod fixture;
     mod flush;
+    mod model;
     mod nested;
     mod operate;
     mod random;
@@ -49,6 +50,7 @@ mod postgres {
     mod damage;
     mod fixture;
     mod flush;
+    mod model;
     mod nested;
     mod operate;
     mod random;
@@ -112,6 +114,7 @@ mod hostile {
     mod damage;
     mod fixture;
     mod flush;
+    mod model;
     mod nested;
     mod operate;
     mod random;

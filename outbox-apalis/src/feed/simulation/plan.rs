@@ -101,7 +101,7 @@ impl Plan {
             bad_days,
             lost: if quiet { 0 } else { rng.u32(..30) },
             late: if quiet { 0 } else { rng.u32(..60) },
-            busy: if rng.bool() { 0 } else { rng.u32(..100) },
+            busy: if rng.bool() { 0 } else { rng.u32(..300) },
             end,
         }
     }

@@ -249,6 +249,7 @@ impl World {
             Event::Commit => self.commit(false),
             Event::Bad(day) => self.bad_day(day),
             Event::Better(Better::Resume) => {
+                self.check_leases_while_paused();
                 self.model.set_paused(self.subscription, false);
                 self.paused = None;
                 self.wake_all();

@@ -5,6 +5,7 @@ use chrono::TimeDelta;
 use super::{Better, Event, World, network::wanted};
 use crate::feed::simulation::{
     plan::{BadDay, MS},
+    process::Process,
     world::NAME,
 };
 
@@ -54,6 +55,20 @@ impl World {
                 process.core.state_changed(now);
                 self.act(place);
             }
+        }
+    }
+
+    /// Only attempts under way keep their leases while the subscription is paused.
+    pub(super) fn check_leases_while_paused(&self) {
+        let known = self.paused.filter(|(since, _)| self.now > *since + self.plan.options.lease + 50 * MS);
+        if known.is_none() || !self.plan.is_connected() {
+            return;
+        }
+        for (key, lane) in self.model.lanes(self.subscription) {
+            let holder =
+                self.processes.iter().flatten().find(|process| lane.leased_by.as_deref() == Some(&*process.name));
+            let works = |process: &Process| process.attempts.iter().any(|attempt| attempt.start.lane.key == key);
+            assert!(holder.is_none_or(works), "{key} is leased by {:?}, and paused", lane.leased_by);
         }
     }
 
