@@ -5,8 +5,6 @@
 //! task for each subscription owns both, so nothing here is locked. All of them run on a thread of their own
 //! (`thread.rs`), so a handler that blocks its thread does not stop the renewal of leases.
 
-use std::time::Duration;
-
 use apalis_core::task::Task;
 use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -19,6 +17,7 @@ mod circuit;
 mod core;
 mod driver;
 mod leases;
+mod outage;
 mod pace;
 mod reports;
 mod schedule;
@@ -32,9 +31,6 @@ mod verdict;
 
 /// How many tasks wait for the worker at most: enough to keep its threads busy.
 const MOST_WAITING: usize = 32;
-
-/// The longest wait between two tries while the database is out of reach.
-const LONGEST_OUTAGE_WAIT: Duration = Duration::from_secs(5);
 
 /// The worker's side of a feed.
 pub(crate) struct Ends {
@@ -53,22 +49,4 @@ pub(crate) fn start(assignment: Assignment, transport: Option<Transport>) -> End
     let (stop, runtime) = (assignment.stop.clone(), assignment.runtime.clone());
     let stopped = runtime.spawn(driver::run(assignment, transport, tasks, results_end));
     Ends { tasks: tasks_end, results, stop, stopped }
-}
-
-/// How long to wait after so many failures in a row.
-fn outage_wait(failures: u32, chance: f64) -> Duration {
-    let wait = Duration::from_millis(100) * 2_u32.pow(failures.min(10));
-    wait.min(LONGEST_OUTAGE_WAIT).mul_f64(chance.mul_add(0.5, 0.5))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_outage_is_asked_about_less_and_less_often() {
-        let waits: Vec<u128> = (1..8).map(|failures| outage_wait(failures, 1.0).as_millis()).collect();
-        assert_eq!(waits, [200, 400, 800, 1600, 3200, 5000, 5000]);
-        assert_eq!(outage_wait(1, 0.0), Duration::from_millis(100));
-    }
 }

@@ -14,7 +14,7 @@ use outbox_core::{
     },
 };
 
-use super::{outage_wait, reports::BUSY_WAIT};
+use super::{outage::outage_wait, reports::BUSY_WAIT};
 use crate::{
     assignment::{Assignment, Until},
     redis::Job,

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use outbox_core::store::LaneReport;
 
-use super::outage_wait;
+use super::outage::outage_wait;
 
 /// How long results of handlers in this process wait for the end of their lane's run.
 const RUN_ON: Duration = Duration::from_millis(50);

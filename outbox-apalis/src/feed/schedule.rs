@@ -7,7 +7,7 @@ use std::{
 
 use outbox_core::store::LaneRef;
 
-use super::outage_wait;
+use super::outage::outage_wait;
 
 /// The shortest wait between two looks that nothing has brought forward.
 pub(crate) const SOON: Duration = Duration::from_millis(10);

@@ -11,6 +11,7 @@ use outbox_core::{
     testing::Model,
 };
 use outbox_seaorm::{By, ClaimedLane, DeadLetterFilter, Finished, LaneRef, LaneReport, Next};
+use sea_orm::DbBackend;
 
 use super::{
     database,
@@ -330,7 +331,9 @@ impl Drop for Repeat {
 async fn the_database_and_the_model_of_a_store_are_the_same() {
     let seed = std::env::var("OUTBOX_SEED").ok().and_then(|seed| seed.parse().ok());
     let is_long = std::env::var_os("OUTBOX_LONG_TESTS").is_some_and(|value| value == "1");
-    let seeds = seed.map_or(0..if is_long { 400 } else { 4 }, |seed: u64| seed..seed + 1);
+    // SQLite is quick.
+    let usual = if database::BACKEND == DbBackend::Sqlite { 20 } else { 3 };
+    let seeds = seed.map_or(0..if is_long { 100 * usual } else { usual }, |seed: u64| seed..seed + 1);
     for seed in seeds {
         let mut both = Both::new(seed).await;
         let mut repeat = Repeat(seed, 0);

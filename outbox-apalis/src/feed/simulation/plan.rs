@@ -75,7 +75,12 @@ impl Plan {
         let commits = (0..60).map(&mut commit).collect::<Vec<_>>();
         let commits = commits[..rng.usize(1..60)].to_vec();
         let bad_days = rng.usize(..BAD_DAYS);
-        let bad_days = (0..bad_days).map(|_| (at(&mut rng), BadDay::random(&mut rng, lease))).collect();
+        // Half of them in the middle of much work.
+        let day = |rng: &mut Rng| match rng.bool() {
+            true => at(rng),
+            false => (bursts[rng.usize(..3)] + MS * rng.u32(1..100)).min(end),
+        };
+        let bad_days = (0..bad_days).map(|_| (day(&mut rng), BadDay::random(&mut rng, lease))).collect();
         let quiet = rng.u8(..3) == 0;
         Self {
             seed,
