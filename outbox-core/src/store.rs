@@ -1,7 +1,7 @@
 //! Between a worker and the place where deliveries are stored.
 //!
 //! A [`Store`] leases lanes, the ordered queues of keys, to workers, and stores what becomes of their deliveries. The
-//! database is one; [`MemoryStore`](crate::testing::MemoryStore) is another, for tests.
+//! database is one; `MemoryStore`, with the feature `testing`, is another.
 
 use std::{error::Error, fmt, time::Duration};
 

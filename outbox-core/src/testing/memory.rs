@@ -85,8 +85,12 @@ impl MemoryStore {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a subscription, or gives it another definition, and returns its id. It gets what is committed from now on.
-    pub fn register(&self, subscription: &Subscription) -> i32 {
+    /// Adds a subscription, or gives it another definition. It gets what is committed from now on.
+    pub fn register(&self, subscription: &Subscription) {
+        self.add(subscription);
+    }
+
+    fn add(&self, subscription: &Subscription) -> i32 {
         let mut state = self.state();
         if let Some((id, known)) = state.subscriptions.iter_mut().find(|(_, each)| each.name() == subscription.name()) {
             *known = subscription.clone();
@@ -100,7 +104,7 @@ impl MemoryStore {
 
     /// Stores what was pushed, as a commit does, and closes the collector.
     pub fn commit(&self, events: &Events) {
-        let Batch { events, context, .. } = events.close();
+        let Batch { events, context } = events.close();
         let mut state = self.state();
         let now = Utc::now();
         for event in events {
@@ -120,23 +124,22 @@ impl MemoryStore {
         }
     }
 
-    /// Pauses a subscription. False if there is none of this name.
-    pub fn pause(&self, subscription: &str) -> bool {
-        self.set_paused(subscription, true)
+    /// Pauses a subscription, if there is one of this name.
+    pub fn pause(&self, subscription: &str) {
+        self.set_paused(subscription, true);
     }
 
-    /// Goes on with a subscription. False if there is none of this name.
-    pub fn resume(&self, subscription: &str) -> bool {
-        self.set_paused(subscription, false)
+    /// Goes on with a subscription, if there is one of this name.
+    pub fn resume(&self, subscription: &str) {
+        self.set_paused(subscription, false);
     }
 
-    fn set_paused(&self, subscription: &str, is_paused: bool) -> bool {
+    fn set_paused(&self, subscription: &str, is_paused: bool) {
         let mut state = self.state();
-        let Some(id) = state.id(subscription) else { return false };
+        let Some(id) = state.id(subscription) else { return };
         state.model.set_paused(id, is_paused);
         state.wake(id);
         state.wake(-id);
-        true
     }
 
     /// How many deliveries of a subscription wait or are under way.
@@ -173,7 +176,7 @@ impl MemoryStore {
 #[async_trait]
 impl Store for MemoryStore {
     async fn register(&self, subscription: &Subscription) -> Result<i32, StoreError> {
-        Ok(self.register(subscription))
+        Ok(self.add(subscription))
     }
 
     async fn claim(&self, wanted: Wanted<'_>) -> Result<Claim, StoreError> {

@@ -83,11 +83,10 @@ impl World {
     pub(super) fn wake_all(&mut self) {
         for place in 0..self.processes.len() {
             let now = self.now;
-            if let Some(process) = &mut self.processes[place] {
-                if process.frozen_until <= now && process.core.is_working() {
-                    process.core.woken(now);
-                    self.act(place);
-                }
+            let process = self.processes[place].as_mut().filter(|process| process.frozen_until <= now);
+            if let Some(process) = process.filter(|process| process.core.is_working()) {
+                process.core.woken(now);
+                self.act(place);
             }
         }
     }
