@@ -35,6 +35,7 @@ struct Waits {
     idle: Duration,
     soon: Duration,
     outage: Duration,
+    longest_outage: Duration,
 }
 
 /// When the next look begins.
@@ -48,7 +49,7 @@ enum Wait {
 
 impl Waits {
     fn new(poll: Duration) -> Self {
-        Self { poll, idle: poll / 4, soon: SOON, outage: OUTAGE }
+        Self { poll, idle: poll / 4, soon: SOON, outage: OUTAGE, longest_outage: LONGEST_OUTAGE }
     }
 
     /// `took` is how long the look was. On SQLite requests have their turn for as long.
@@ -76,7 +77,7 @@ impl Waits {
 
     fn after_error(&mut self) -> Wait {
         let wait = self.outage;
-        self.outage = (2 * wait).min(LONGEST_OUTAGE);
+        self.outage = (2 * wait).min(self.longest_outage);
         Wait::For(wait)
     }
 }
@@ -88,6 +89,9 @@ pub(crate) async fn run(outbox: Outbox, assignments: Vec<Assignment>, stop: Canc
     let is_sqlite = outbox.writer().get_database_backend() == sea_orm::DbBackend::Sqlite;
     let mut router = outbox.router();
     let mut waits = Waits::new(poll);
+    // With short leases what is back is to be found soon: a call that is in vain and a wait fit into one.
+    let call_limit = assignments.iter().map(|assignment| assignment.options.call_limit()).min();
+    waits.longest_outage = call_limit.unwrap_or(LONGEST_OUTAGE).min(LONGEST_OUTAGE);
     while !stop.is_cancelled() {
         let began = Instant::now();
         let wait = match route(&mut router, &assignments).await {

@@ -19,7 +19,8 @@ impl Core {
         let Claim { lanes, probe, next } = match claim {
             Ok(claim) => claim,
             Err(error) => {
-                let wait = Some(self.schedule.failed(at.now, at.chance));
+                // What was only asked is asked again after the poll interval.
+                let wait = (capacity > 0).then(|| self.schedule.failed(at.now, at.chance));
                 let what = "cannot claim deliveries, trying again";
                 self.told.push(Told::CallFailed { what, error, wait });
                 return;

@@ -96,9 +96,11 @@ impl Core {
             && self.room() > 0
     }
 
-    /// When to ask whether the subscription is still to be served: while lanes are leased, a claim may not be due for long.
+    /// When to ask whether the subscription is to be served: while lanes are leased, a claim may not be due for long, and while
+    /// lanes come through Redis there is none. Not while the store is silent: it would hold up the next claim.
     pub(super) fn asks_at(&self, now: Instant) -> Option<Instant> {
-        let asks = self.is_working() && self.is_free(Kind::Claim) && !self.table.is_empty();
+        let matters = !self.table.is_empty() || !self.schedule.is_served();
+        let asks = matters && self.is_working() && self.is_free(Kind::Claim) && self.can_store();
         if asks { self.schedule.asks_at(self.wants_lanes(), now) } else { None }
     }
 
