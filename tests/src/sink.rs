@@ -80,16 +80,15 @@ impl Sink {
     ///
     /// If no port is free.
     pub async fn start(&self) -> String {
-        self.start_on(0).await
+        self.serve(TcpListener::bind("127.0.0.1:0").await.expect("a free port"))
     }
 
-    /// Listens on this port of this machine, and returns its URL.
+    /// Answers what comes to this listener, and returns its URL.
     ///
     /// # Panics
     ///
-    /// If the port is not free.
-    pub async fn start_on(&self, port: u16) -> String {
-        let listener = TcpListener::bind(("127.0.0.1", port)).await.expect("a free port");
+    /// If the listener has no address.
+    pub fn serve(&self, listener: TcpListener) -> String {
         let url = format!("http://{}/sink", listener.local_addr().expect("a bound port"));
         let router = Router::new().route("/sink", post(take)).layer(DefaultBodyLimit::disable());
         let router = router.with_state(self.clone());

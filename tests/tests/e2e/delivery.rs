@@ -13,6 +13,7 @@ use outbox_tests::{
 };
 use reqwest::Client;
 use serde_json::json;
+use tokio::net::TcpSocket;
 
 use crate::truth::{OPS_TOKEN, Range, sized};
 
@@ -73,7 +74,7 @@ async fn promise_5_ordered_per_key_whatever_fails_or_is_killed_while_many_are_un
     let settings: Vec<_> = QUICK.iter().copied().chain([("OUTBOX_MAX_ATTEMPTS", "100")]).collect();
     let api = range.start("serve", &settings).await;
     let mut workers = workers(&range, &settings, 4).await;
-    range.sink.set(Mood::Fail { percent: 20, after: Duration::from_millis(20) });
+    range.sink.set(Mood::Fail { percent: 20, after: Duration::from_millis(60) });
     range.ledger.send_to(&[&api.http]);
     let load = range.ledger.load(&Load { clients: 8, keys: 200, ..Load::default() });
     for _ in 0..sized(3, 30) {
@@ -366,8 +367,10 @@ async fn a_destination_that_is_down_costs_no_attempts() {
     for down in [Down::PortClosed, Down::HangsUp, Down::Answers503] {
         let range = Range::new().await;
         let proxy = Proxy::start(range.sink_port()).await;
-        let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let port = if down == Down::PortClosed { closed } else { proxy.port() };
+        // Taken, so that nobody else gets the port, and not listening: who connects is refused.
+        let closed = TcpSocket::new_v4().unwrap();
+        closed.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let port = if down == Down::PortClosed { closed.local_addr().unwrap().port() } else { proxy.port() };
         let sink_url = format!("http://127.0.0.1:{port}/sink");
         let mut settings: Vec<_> = QUICK.to_vec();
         settings.push(("SINK_URL", sink_url.as_str()));
@@ -387,7 +390,7 @@ async fn a_destination_that_is_down_costs_no_attempts() {
         let open = "select circuit_failures::text from outbox_subscriptions where circuit_until is not null";
         assert_eq!(range.texts(open).await.len(), 1, "the circuit is open");
         match down {
-            Down::PortClosed => drop(range.sink.start_on(closed).await),
+            Down::PortClosed => drop(range.sink.serve(closed.listen(1024).unwrap())),
             Down::HangsUp => proxy.set(Fault::None),
             Down::Answers503 => range.sink.set(Mood::Take),
         }
