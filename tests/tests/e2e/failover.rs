@@ -97,7 +97,7 @@ async fn an_address_that_moves_by_way_of_a_standby_serves_again() {
 
     let direct = Outbox::connect(&url, 1).await.unwrap();
     let following = "select count(*)::text from pg_stat_replication where state = 'streaming'";
-    eventually(Duration::from_secs(20), "both standbys follow", || async { texts(&direct, following).await == ["2"] })
+    eventually(Duration::from_secs(60), "both standbys follow", || async { texts(&direct, following).await == ["2"] })
         .await;
     drop(direct);
     address.switch(shown.port());
