@@ -123,3 +123,48 @@ impl Core {
         self.reports.can_be_stored() && !self.leases.are_in_doubt()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, time::Duration};
+
+    use outbox_core::{AfterDeadLetter, RetryPolicy, store::Claim};
+
+    use super::*;
+    use crate::{
+        feed::{
+            calls::{Answer, Call},
+            core::{Moment, Settings},
+        },
+        handlers::{Handlers, HandlersDestination},
+        options::Options,
+    };
+
+    #[test]
+    fn nobody_asks_about_a_pause_while_the_store_is_silent() {
+        let now = Instant::now();
+        let at = Moment { now, utc: chrono::Utc::now(), chance: 0.5 };
+        let settings = Settings {
+            worker: "w".into(),
+            retry: RetryPolicy::default(),
+            after_dead_letter: AfterDeadLetter::Continue,
+            destination: Arc::new(HandlersDestination { outbox: None, handlers: Handlers::new() }),
+            options: Options::DEFAULT,
+            effect_time: Duration::from_secs(1),
+            poll: Duration::from_secs(1),
+            pace: Duration::ZERO,
+            until: Until::Stopped,
+        };
+        let mut core = Core::new(settings, 0, now);
+        assert!(matches!(core.next_call(at), Some(Call::Claim { lanes: 1.., .. })));
+        // It is paused.
+        let claim = Ok(Claim::default());
+        core.answered(Answer::Claimed { asked_at: now, capacity: 1, times_down: 0, claim }, at);
+        core.state_changed(now);
+        core.lost_connections(1);
+        assert!(matches!(core.next_call(at), Some(Call::Check { .. })));
+        assert!(core.next_call(at).is_none(), "the question would hold up the first claim");
+        core.answered(Answer::Checked { losses: 1, asked: Vec::new(), held: Ok(Vec::new()) }, at);
+        assert!(matches!(core.next_call(at), Some(Call::Claim { lanes: 1.., .. })));
+    }
+}
