@@ -32,23 +32,24 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// If the store fails, or refuses the definition.
     async fn register(&self, subscription: &Subscription) -> Result<i32, StoreError>;
 
-    /// Leases lanes that are due, those that are due longest first.
+    /// Leases lanes that are due, of each subscription those that are due longest first. The answers are in the order of
+    /// what is wanted, where a subscription stands once.
     ///
-    /// The attempt of each first delivery is counted here, so one that kills its worker is counted too. While the
-    /// subscription's circuit is open nothing is leased; when its time has come one caller gets one lane, as a
+    /// The attempt of each first delivery is counted here, so one that kills its worker is counted too. While a
+    /// subscription's circuit is open nothing of it is leased; when its time has come one caller gets one lane, as a
     /// [probe](Claim::probe).
     ///
     /// # Errors
     ///
     /// If the store fails; what was leased until then is due again when its lease ends.
-    async fn claim(&self, wanted: Wanted<'_>) -> Result<Claim, StoreError>;
+    async fn claim(&self, holder: Holder<'_>, wanted: &[Wanted]) -> Result<Vec<Claim>, StoreError>;
 
-    /// Takes over leases from a relay: each gets a new token and a new end, and the attempt is counted.
+    /// Takes over leases of one subscription from a relay: each gets a new token and a new end, and the attempt is counted.
     ///
     /// # Errors
     ///
     /// If the store fails; the leases end when they would have ended.
-    async fn take_over(&self, wanted: Wanted<'_>, lanes: &[LaneRef]) -> Result<TakenOver, StoreError>;
+    async fn take_over(&self, holder: Holder<'_>, wanted: Wanted, lanes: &[LaneRef]) -> Result<TakenOver, StoreError>;
 
     /// Stores what happened in leased lanes, all or nothing. The answers are in the order of the reports.
     ///
@@ -77,6 +78,16 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     ///
     /// If the store fails.
     async fn held(&self, lanes: &[LaneRef]) -> Result<Vec<bool>, StoreError>;
+
+    /// Makes lanes of what was committed: for a worker beside which nobody else does. A store that does so as it commits
+    /// has nothing to do here.
+    ///
+    /// # Errors
+    ///
+    /// If the store fails.
+    async fn route(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
 
     /// Says whether the destination of a subscription is down: for every worker, in any process.
     ///
@@ -125,24 +136,27 @@ impl Error for StoreError {
     }
 }
 
-/// What a worker would lease.
+/// Who leases.
 #[derive(Clone, Copy, Debug)]
-pub struct Wanted<'a> {
+pub struct Holder<'a> {
+    /// The name of the worker.
+    pub worker: &'a str,
+    /// How long its leases last.
+    pub lease: Duration,
+}
+
+/// What a worker would lease of a subscription.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
     /// The subscription.
     pub subscription: i32,
-    /// Who leases.
-    pub worker: &'a str,
     /// How many lanes at most; none to be told [when the next is due](Claim::next).
     pub lanes: u32,
     /// How many deliveries of each at most.
     pub run: u32,
-    /// For how long.
-    pub lease: Duration,
     /// Looks at all lanes. Otherwise a claim may go on where the one before has ended, for a second at most; what came to
     /// lie behind is found when nothing is left before it.
     pub all: bool,
-    /// Routes events first that are not routed: for a worker beside which nobody does.
-    pub route: bool,
 }
 
 /// What a relay's leases have become.
@@ -208,6 +222,15 @@ pub struct ClaimedLane {
     pub unreadable: Option<Unreadable>,
 }
 
+impl ClaimedLane {
+    /// The report that gives the lane back, with the attempt that was not made taken off.
+    #[must_use]
+    pub fn given_back(self) -> LaneReport {
+        let next = Next::Release { attempts: self.attempts.saturating_sub(1), log: self.attempt_log };
+        LaneReport { lane: self.lane, finished: Vec::new(), next }
+    }
+}
+
 /// An event whose row cannot be read: somebody changed or deleted it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unreadable {
@@ -217,7 +240,7 @@ pub struct Unreadable {
     pub error: String,
 }
 
-/// What a claim has leased.
+/// What a claim has leased of a subscription.
 #[derive(Clone, Debug, Default)]
 pub struct Claim {
     /// The lanes, those that are due longest first.

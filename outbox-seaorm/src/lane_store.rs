@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use outbox_core::{
     AttemptLog, Subscription,
     store::{
-        CircuitState, Claim, ClaimedLane, LaneRef, LaneReport, LeaseState, Settled, Store, StoreError, TakenOver,
-        Wanted,
+        CircuitState, Claim, ClaimedLane, Holder, LaneRef, LaneReport, LeaseState, Settled, Store, StoreError,
+        TakenOver, Wanted,
     },
 };
 use sea_orm::DbErr;
@@ -20,26 +20,22 @@ impl Store for Outbox {
         self.register(subscription).await.map_err(StoreError::new)
     }
 
-    async fn claim(&self, wanted: Wanted<'_>) -> Result<Claim, StoreError> {
-        let Wanted { subscription, worker, lanes, run, lease, all, route } = wanted;
-        if route {
-            self.route_waiting().await.map_err(failed)?;
-        }
-        let claim = match all {
-            true => self.claim(subscription, worker, lanes, run, lease).await,
-            false => self.claim_on(subscription, worker, lanes, run, lease).await,
-        };
-        claim.map_err(failed)
+    async fn claim(&self, holder: Holder<'_>, wanted: &[Wanted]) -> Result<Vec<Claim>, StoreError> {
+        self.claim_of(holder, wanted).await.map_err(failed)
     }
 
-    async fn take_over(&self, wanted: Wanted<'_>, lanes: &[LaneRef]) -> Result<TakenOver, StoreError> {
-        let Wanted { subscription, worker, run, lease, .. } = wanted;
+    async fn take_over(&self, holder: Holder<'_>, wanted: Wanted, lanes: &[LaneRef]) -> Result<TakenOver, StoreError> {
+        let (Holder { worker, lease }, Wanted { subscription, run, .. }) = (holder, wanted);
         let taken = self.take_over(subscription, worker, lanes, run, lease).await.map_err(failed)?;
         let keys: HashSet<&str> = taken.iter().map(|ClaimedLane { lane, .. }| lane.key.as_str()).collect();
         let is_left = |lane: &&LaneRef| lane.subscription == subscription && !keys.contains(lane.key.as_str());
         let others: Vec<LaneRef> = lanes.iter().filter(is_left).cloned().collect();
         let busy = if others.is_empty() { Vec::new() } else { self.relayed(&others).await.map_err(failed)? };
         Ok(TakenOver { lanes: taken, busy })
+    }
+
+    async fn route(&self) -> Result<(), StoreError> {
+        self.route_waiting().await.map(|_| ()).map_err(failed)
     }
 
     async fn settle(&self, reports: &[LaneReport]) -> Result<Vec<Settled>, StoreError> {

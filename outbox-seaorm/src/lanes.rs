@@ -1,42 +1,22 @@
 use std::{
     collections::{HashMap, HashSet},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use chrono::{DateTime, Utc};
 use outbox_core::{
-    AttemptLog, RecordedEvent,
-    store::{Claim, ClaimedLane, LaneRef, LaneReport, Next, NextDue, Settled, Unreadable},
+    AttemptLog,
+    store::{ClaimedLane, LaneRef, LaneReport, Next, Settled},
 };
-use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, QueryResult};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, QueryResult};
 use serde::Serialize;
 
 use crate::{
     Outbox,
-    deliveries::recorded,
+    claim::leased,
     flush::{json, seconds},
     sql::{Settle, SettleSteps},
 };
-
-/// When to try again what a probe could not even begin.
-const PROBE_AGAIN: Duration = Duration::from_millis(100);
-
-/// How long claims go on from where the one before has ended, at most, without a look at what came to lie behind.
-const MARK_LASTS: Duration = Duration::from_secs(1);
-
-/// How large the payloads of one claim are together, if there is more than one: what a claim takes of the memory is a
-/// few times as much.
-const CLAIM_BYTES: usize = 8 << 20;
-
-/// Where a claim has ended. PostgreSQL keeps entries of the lanes that were claimed in the index, all of them as long as
-/// anybody has an older snapshot; the next claim need not walk over them.
-#[derive(Clone, Debug)]
-pub(crate) struct Mark {
-    due_at: DateTime<Utc>,
-    key: String,
-    /// When a claim last began with the lane that was due longest.
-    since: Instant,
-}
 
 #[derive(Serialize)]
 struct FinishedRow<'a> {
@@ -102,20 +82,6 @@ impl<'a> From<&'a LaneReport> for LaneRow<'a> {
     }
 }
 
-/// What claims differ in.
-#[derive(Clone, Copy)]
-struct How<'a> {
-    /// How many attempts to count.
-    attempts: i32,
-    probe: bool,
-    mark: Option<&'a Mark>,
-}
-
-const ATTEMPT: How<'static> = How { attempts: 1, probe: false, mark: None };
-
-/// Behind the name of a relay, so that its leases can be taken over and those of workers cannot. The statements know it.
-pub(crate) const OF_RELAY: &str = " (relay)";
-
 /// An outbox among others.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -127,285 +93,6 @@ pub struct Instance {
 }
 
 impl Outbox {
-    /// Leases up to `lanes` lanes that are due, oldest first, with up to `run` deliveries of each. It ends earlier when
-    /// the payloads are 8 MiB together: it may so find fewer lanes than are due.
-    ///
-    /// The attempt of each first delivery is counted here, so one that kills its worker is counted too. A lane whose
-    /// first delivery was tried before comes with that one alone. While the subscription's circuit is open nothing is
-    /// leased; when its time has come one caller gets one lane, as a [probe](Claim::probe). Asked for no lanes, it only says
-    /// when the next is due.
-    ///
-    /// # Errors
-    ///
-    /// If the database fails; what was leased until then is due again when its lease ends.
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future may leave lanes leased until their lease ends. Run it in a task of its own.
-    pub async fn claim(
-        &self,
-        subscription: i32,
-        worker: &str,
-        lanes: u32,
-        run: u32,
-        lease: Duration,
-    ) -> Result<Claim, DbErr> {
-        self.claim_from(None, subscription, worker, lanes, run, lease).await
-    }
-
-    /// As [`claim`](Self::claim), from where the last claim of this process has ended.
-    ///
-    /// Lanes may come to lie behind that: with a commit that took long, a priority, or more deliveries than fit in a run.
-    /// They are found when nothing is left before it, and at the latest after a second: then it looks at all.
-    ///
-    /// # Errors
-    ///
-    /// As [`claim`](Self::claim).
-    ///
-    /// # Cancel safety
-    ///
-    /// As [`claim`](Self::claim).
-    pub async fn claim_on(
-        &self,
-        subscription: i32,
-        worker: &str,
-        lanes: u32,
-        run: u32,
-        lease: Duration,
-    ) -> Result<Claim, DbErr> {
-        let mark = self.take_mark(subscription).filter(|mark| mark.since.elapsed() < MARK_LASTS);
-        self.claim_from(mark, subscription, worker, lanes, run, lease).await
-    }
-
-    async fn claim_from(
-        &self,
-        mark: Option<Mark>,
-        subscription: i32,
-        worker: &str,
-        lanes: u32,
-        run: u32,
-        lease: Duration,
-    ) -> Result<Claim, DbErr> {
-        let how = How { mark: mark.as_ref(), ..ATTEMPT };
-        let (mut claim, mut next) = self.claim_counting(subscription, worker, lanes, run, lease, how).await?;
-        if mark.is_some() && claim.lanes.is_empty() {
-            (claim, next) = self.claim_counting(subscription, worker, lanes, run, lease, ATTEMPT).await?;
-        }
-        self.set_mark(subscription, next);
-        Ok(claim)
-    }
-
-    /// As [`claim`](Self::claim), without counting an attempt and without the deliveries: for a relay, which hands the
-    /// lanes to workers that [take them over](Self::take_over). Only such leases can be taken over.
-    ///
-    /// # Errors
-    ///
-    /// As [`claim`](Self::claim).
-    ///
-    /// # Cancel safety
-    ///
-    /// As [`claim`](Self::claim).
-    pub async fn claim_for_relay(
-        &self,
-        subscription: i32,
-        relay: &str,
-        lanes: u32,
-        lease: Duration,
-    ) -> Result<Claim, DbErr> {
-        let relay = format!("{relay}{OF_RELAY}");
-        let how = How { attempts: 0, ..ATTEMPT };
-        Ok(self.claim_counting(subscription, &relay, lanes, 0, lease, how).await?.0)
-    }
-
-    async fn claim_counting(
-        &self,
-        subscription: i32,
-        worker: &str,
-        lanes: u32,
-        run: u32,
-        lease: Duration,
-        how: How<'_>,
-    ) -> Result<(Claim, Option<Mark>), DbErr> {
-        // On SQLite a claim that finds nothing takes the write lock all the same, so it is asked first.
-        let asks_first = self.backend() == DbBackend::Sqlite || lanes == 0;
-        if !asks_first {
-            let (lanes, mark) = self.claim_lanes(subscription, worker, lanes, run, lease, how).await?;
-            if !lanes.is_empty() {
-                return Ok((Claim { lanes, ..Claim::default() }, mark));
-            }
-        }
-        let next = self.next_due(subscription).await?;
-        let nothing = Claim { next, ..Claim::default() };
-        let Some(NextDue { after: Some(Duration::ZERO), circuit }) = next.filter(|_| lanes > 0) else {
-            return Ok((nothing, None));
-        };
-        let Some(failures) = circuit else {
-            if !asks_first {
-                return Ok((nothing, None));
-            }
-            let (lanes, _) = self.claim_lanes(subscription, worker, lanes, run, lease, how).await?;
-            return Ok((Claim { lanes, ..nothing }, None));
-        };
-        let values = [subscription.into(), seconds(lease).into()];
-        if self.execute(self.store(), self.sql().take_probe, values).await? == 0 {
-            // Another worker probes.
-            return Ok((Claim { next: self.next_due(subscription).await?, ..nothing }, None));
-        }
-        let how = How { probe: true, ..how };
-        let (lanes, _) = self.claim_lanes(subscription, worker, 1, run.min(1), lease, how).await?;
-        if lanes.is_empty() {
-            // Somebody holds the lanes at this moment: nothing was found out.
-            tracing::debug!(subscription, failures, "nothing to probe the destination with");
-            self.open_circuit(subscription, PROBE_AGAIN, false).await?;
-        }
-        Ok((Claim { probe: !lanes.is_empty(), lanes, ..nothing }, None))
-    }
-
-    async fn claim_lanes(
-        &self,
-        subscription: i32,
-        worker: &str,
-        lanes: u32,
-        run: u32,
-        lease: Duration,
-        How { attempts, probe, mark }: How<'_>,
-    ) -> Result<(Vec<ClaimedLane>, Option<Mark>), DbErr> {
-        let begun = Instant::now();
-        let (lanes, run) = self.fitting(subscription, lanes, run);
-        let lease = seconds(lease).into();
-        let (after, key) = (mark.map(|mark| mark.due_at), mark.map_or("", |mark| &mark.key));
-        let values = [
-            subscription.into(),
-            lanes.into(),
-            lease,
-            worker.into(),
-            probe.into(),
-            attempts.into(),
-            after.into(),
-            key.into(),
-        ];
-        let rows = self.query_all(self.store(), self.sql().claim, values).await?;
-        if rows.is_empty() {
-            return Ok((Vec::new(), None));
-        }
-        let is_full = rows.len() >= lanes as usize;
-        let since = mark.map_or(begun, |mark| mark.since);
-        let mut next = None;
-        let mut claimed = Vec::with_capacity(rows.len());
-        for row in &rows {
-            let lane = leased(subscription, row)?;
-            if is_full && let Some(due_at) = row.try_get("", "was_due_at")? {
-                next = Some(Mark { due_at, key: lane.lane.key.clone(), since });
-            }
-            claimed.push(lane);
-        }
-        if run == 0 {
-            return Ok((claimed, next));
-        }
-        Ok((self.with_runs(subscription, claimed, run).await?, next))
-    }
-
-    /// Leased lanes with their first deliveries. Those that have nothing due are given back.
-    pub(crate) async fn with_runs(
-        &self,
-        subscription: i32,
-        lanes: Vec<ClaimedLane>,
-        run: u32,
-    ) -> Result<Vec<ClaimedLane>, DbErr> {
-        let order = (f64::INFINITY, i64::MAX);
-        let mut claimed: HashMap<String, _> =
-            lanes.into_iter().map(|lane| (lane.lane.key.clone(), (order, lane))).collect();
-        let keys: Vec<&String> = claimed.keys().collect();
-        // A statement of its own: what it sees is from after the claim, so nothing that was finished before.
-        let values = [subscription.into(), json(&keys)?.into(), run.into(), (CLAIM_BYTES as i64).into()];
-        let rows = self.query_all(self.store_reader(), self.sql().runs, values).await?;
-        let mut complete = Vec::with_capacity(claimed.len());
-        for row in &rows {
-            let key: String = row.try_get("", "key")?;
-            let Some((order, lane)) = claimed.get_mut(&key) else { continue };
-            // A lease that ended without a result may mean that the head kills its worker: nothing else goes with it.
-            let tried_before = lane.attempts > 1 && !lane.run.is_empty();
-            // What waits for its time holds back all that comes after it.
-            if tried_before || !row.try_get::<bool>("", "due")? {
-                complete.extend(claimed.remove(&key));
-                continue;
-            }
-            let position = row.try_get("", "queued")?;
-            if lane.run.is_empty() {
-                *order = (row.try_get("", "since")?, position);
-            }
-            match recorded(row) {
-                Ok(event) => lane.run.push(event),
-                Err(error) => {
-                    if lane.run.is_empty() {
-                        let missing = row.try_get::<Option<i64>>("", "position").is_ok_and(|found| found.is_none());
-                        let error =
-                            if missing { "the event's row cannot be read: it is gone".to_owned() } else { error };
-                        lane.unreadable = Some(Unreadable { position, error });
-                    }
-                    // Its turn comes when it is the head.
-                    complete.extend(claimed.remove(&key));
-                }
-            }
-        }
-        complete.extend(claimed.into_values());
-        self.note_size(subscription, complete.iter().flat_map(|(_, lane)| &lane.run));
-        let (mut complete, empty): (Vec<_>, Vec<_>) =
-            complete.into_iter().partition(|(_, lane)| !lane.run.is_empty() || lane.unreadable.is_some());
-        self.give_back(empty.into_iter().map(|(_, lane)| lane)).await?;
-        complete.sort_by(|((since_a, a), _), ((since_b, b), _)| since_a.total_cmp(since_b).then(a.cmp(b)));
-        Ok(complete.into_iter().map(|(_, lane)| lane).collect())
-    }
-
-    /// How many lanes to claim, and how much of each, so that about as much comes as one claim may carry, if events are as
-    /// large as those of the claim before.
-    pub(crate) fn fitting(&self, subscription: i32, lanes: u32, run: u32) -> (u32, u32) {
-        let events = self
-            .claimed_size(subscription)
-            .map_or(u32::MAX, |size| u32::try_from(CLAIM_BYTES / size.max(1)).unwrap_or(u32::MAX).max(1));
-        let lanes = lanes.min(events);
-        (lanes, run.min((events / lanes.max(1)).max(1)))
-    }
-
-    fn note_size<'a>(&self, subscription: i32, events: impl Iterator<Item = &'a RecordedEvent>) {
-        let (events, bytes) =
-            events.fold((0_usize, 0_usize), |(events, bytes), event| (events + 1, bytes + event.payload.len()));
-        if let Some(size) = bytes.checked_div(events) {
-            self.set_claimed_size(subscription, size);
-        }
-    }
-
-    /// Gives back lanes of which nothing came along: their head waits for its time, or the claim was too large.
-    async fn give_back(&self, lanes: impl Iterator<Item = ClaimedLane>) -> Result<(), DbErr> {
-        let reports: Vec<LaneReport> = lanes
-            .map(|lane| {
-                let next = Next::Release { attempts: lane.attempts.saturating_sub(1), log: lane.attempt_log };
-                LaneReport { lane: lane.lane, finished: Vec::new(), next }
-            })
-            .collect();
-        if !reports.is_empty() {
-            self.settle(&reports).await?;
-        }
-        Ok(())
-    }
-
-    /// When the next lane of a subscription can be claimed, by the database's clock; `None` if the subscription is paused,
-    /// is still being filled, or does not exist.
-    ///
-    /// # Errors
-    ///
-    /// If the database fails.
-    pub async fn next_due(&self, subscription: i32) -> Result<Option<NextDue>, DbErr> {
-        let row = self.query_one(self.store_reader(), self.sql().next_due, [subscription.into()]).await?;
-        let Some(row) = row else { return Ok(None) };
-        let wait = |seconds: f64| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX);
-        let due = row.try_get::<Option<f64>>("", "seconds")?.map(wait);
-        let closed_for = row.try_get::<Option<f64>>("", "circuit_seconds")?.map(wait);
-        let failures = row.try_get::<i32>("", "circuit_failures")?.unsigned_abs();
-        let after = due.map(|due| due.max(closed_for.unwrap_or_default()));
-        Ok(Some(NextDue { after, circuit: closed_for.map(|_| failures) }))
-    }
-
     /// The destination of a subscription is down: no process claims for it until `wait` has passed, and then one process
     /// one lane. `failed` counts towards how often it was found down in a row.
     ///
@@ -477,12 +164,12 @@ impl Outbox {
         let own: Vec<LaneRef> = lanes.iter().filter(|lane| lane.subscription == subscription).cloned().collect();
         let values = [leases(&own)?.into(), seconds(lease).into(), worker.into()];
         let rows = self.query_all(self.store(), self.sql().take_over, values).await?;
-        let taken: Vec<_> = rows.iter().map(|row| leased(subscription, row)).collect::<Result<_, _>>()?;
+        let taken: Vec<_> = rows.iter().map(leased).collect::<Result<_, _>>()?;
         if taken.is_empty() {
             return Ok(taken);
         }
         let (_, run) = self.fitting(subscription, u32::try_from(taken.len()).unwrap_or(u32::MAX), run);
-        self.with_runs(subscription, taken, run).await
+        self.with_runs(taken, |_| run).await
     }
 
     /// Returns the leases that are still a relay's.
@@ -563,23 +250,6 @@ impl Outbox {
     }
 }
 
-/// A lane as the statements lease it, without what is to be delivered.
-fn leased(subscription: i32, row: &QueryResult) -> Result<ClaimedLane, DbErr> {
-    let log: Option<String> = row.try_get("", "attempt_log")?;
-    Ok(ClaimedLane {
-        lane: LaneRef {
-            subscription,
-            key: row.try_get("", "key")?,
-            token: row.try_get("", "lease_token")?,
-            worker: row.try_get("", "leased_by")?,
-        },
-        attempts: row.try_get::<i32>("", "attempts")?.unsigned_abs(),
-        attempt_log: log.map_or_else(AttemptLog::default, |log| AttemptLog::parse(&log)),
-        run: Vec::new(),
-        unreadable: None,
-    })
-}
-
 /// Leases as the statements take them.
 fn leases(lanes: &[LaneRef]) -> Result<String, DbErr> {
     json(lanes)
@@ -590,7 +260,7 @@ fn lane_refs(rows: &[QueryResult]) -> Result<HashSet<LaneRef>, DbErr> {
     rows.iter().map(lane_ref).collect()
 }
 
-fn lane_ref(row: &QueryResult) -> Result<LaneRef, DbErr> {
+pub(crate) fn lane_ref(row: &QueryResult) -> Result<LaneRef, DbErr> {
     Ok(LaneRef {
         subscription: row.try_get("", "subscription_id")?,
         key: row.try_get("", "key")?,

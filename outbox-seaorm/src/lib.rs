@@ -15,6 +15,7 @@
 mod audit;
 mod calls;
 mod checkup;
+mod claim;
 mod clean;
 mod connect;
 mod dead_letters;

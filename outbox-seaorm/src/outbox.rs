@@ -14,8 +14,8 @@ use tokio::sync::Notify;
 
 use crate::{
     calls::Calls,
+    claim::Mark,
     connect::{Pools, STORE_CONNECTIONS},
-    lanes::Mark,
     names::Names,
     notify::Notifier,
     pooler::Connections,

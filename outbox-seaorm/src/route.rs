@@ -501,7 +501,7 @@ impl Router {
             let run = takers.iter().find(|taker| taker.subscription == subscription).map_or(1, |taker| taker.run);
             let (_, run) = self.outbox.fitting(subscription, u32::try_from(lanes.len()).unwrap_or(u32::MAX), run);
             let given = lanes.len();
-            let found = self.outbox.with_runs(subscription, lanes, run).await?;
+            let found = self.outbox.with_runs(lanes, |_| run).await?;
             let is_whole =
                 |lane: &ClaimedLane| whole.get(&(subscription, lane.lane.key.clone())) == Some(&lane.run.len());
             if found.len() < given || !found.iter().all(is_whole) {

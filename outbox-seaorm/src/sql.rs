@@ -160,14 +160,16 @@ pub(crate) struct Sql {
     /// worker has tried keep their lease or backoff.
     pub(crate) due_with_head: &'static str,
 
-    /// $1 subscription: seconds until its next lane is due, negative if it is, and the state of its circuit; nothing if it
-    /// is paused. Asked before a claim, so that an idle poll takes no write lock. Index: outbox_lanes_due.
+    /// $1 subscriptions: for each, seconds until its next lane is due, negative if it is, and the state of its circuit;
+    /// nothing of one that is paused. Asked before a claim, so that an idle poll takes no write lock. Index:
+    /// outbox_lanes_due.
     pub(crate) next_due: &'static str,
 
-    /// $1 subscription, $2 lanes, $3 lease, $4 worker, $5 whether this is the probe of an open circuit, $6 attempts to count:
-    /// 1, or 0 for a relay, whose claim is no attempt, $7 due time and $8 key of the lane after which it begins: null for the
-    /// first. The last of the lanes comes with the due time it had, `was_due_at`. SQLite, where a claim leaves nothing behind
-    /// in the index, always begins with the first. Index: outbox_lanes_due.
+    /// $1 what is wanted: of each subscription how many lanes, whether this is the probe of an open circuit, and due time and
+    /// key of the lane after which to begin: null for the first. $2 lease, $3 worker, $4 attempts to count: 1, or 0 for a
+    /// relay, whose claim is no attempt. The last lane of each subscription comes with the due time it had, `was_due_at`.
+    /// SQLite takes the first row only, and always begins with the first lane: a claim leaves nothing behind in the index.
+    /// Index: outbox_lanes_due.
     pub(crate) claim: &'static str,
 
     /// $1 subscription, $2 seconds until another may probe if this one tells nothing. One caller wins.
@@ -179,9 +181,10 @@ pub(crate) struct Sql {
     /// $1 subscription.
     pub(crate) close_circuit: &'static str,
 
-    /// $1 subscription, $2 keys, $3 run, $4 bytes: the first delivery of each key, then the second of each, until their
-    /// payloads are as large; one at least. `queued` is the position, also where the event is missing. Index: primary key
-    /// of the deliveries; `cross join` holds the planner to it, which otherwise reads all deliveries of the subscription.
+    /// $1 lanes, each with its run, $2 bytes, $3 the longest run: the first delivery of each lane, then the second of each,
+    /// until the payloads of a subscription are as large; one at least. `queued` is the position, also where the event is
+    /// missing. Index: primary key of the deliveries; `cross join` holds the planner to it, which otherwise reads all
+    /// deliveries of the subscription.
     pub(crate) runs: &'static str,
 
     /// $1 reports. The lanes whose lease is still held by its worker: neither taken over nor ended. So with all that fences:

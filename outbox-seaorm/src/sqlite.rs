@@ -203,22 +203,28 @@ pub(crate) static SQLITE: Sql = Sql {
      where subscription_id = $1 and key in (select value from json_each($2)) and attempts = 0 and last_error is null",
 
     next_due: "
-    select circuit_failures, (julianday(circuit_until) - julianday('now')) * 86400.0 as circuit_seconds,
+    select s.id, circuit_failures, (julianday(circuit_until) - julianday('now')) * 86400.0 as circuit_seconds,
            (select (julianday(nullif(due_at, '9999-12-31T23:59:59.999Z')) - julianday('now')) * 86400.0 from outbox_lanes
-             where subscription_id = $1 order by due_at limit 1) as seconds
-      from outbox_subscriptions where id = $1 and paused_at is null and backfill_from is null",
+             where subscription_id = s.id order by due_at limit 1) as seconds
+      from json_each($1) wanted
+      join outbox_subscriptions s on s.id = wanted.value
+     where paused_at is null and backfill_from is null",
 
+    // Of one subscription: a limit cannot be another one for each row.
     claim: "
     update outbox_lanes
-       set attempts = attempts + $6, lease_token = lease_token + 1, leased_by = $4,
-           due_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', $3))
-     where subscription_id = $1
+       set attempts = attempts + $4, lease_token = lease_token + 1, leased_by = $3,
+           due_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', $2))
+     where subscription_id = $1->>'$[0].subscription'
        and key in (select key from outbox_lanes
-                    where subscription_id = $1 and due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now')
-                    order by due_at, key limit $2)
+                    where subscription_id = $1->>'$[0].subscription'
+                      and due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now')
+                    order by due_at, key limit $1->>'$[0].lanes')
        and exists (select 1 from outbox_subscriptions
-                    where id = $1 and paused_at is null and backfill_from is null and (circuit_until is null or $5))
-    returning key, lease_token, leased_by, attempts + 1 - $6 as attempts, attempt_log, null as was_due_at",
+                    where id = $1->>'$[0].subscription' and paused_at is null and backfill_from is null
+                      and (circuit_until is null or $1->>'$[0].probe'))
+    returning subscription_id, key, lease_token, leased_by, attempts + 1 - $4 as attempts, attempt_log,
+              null as was_due_at",
 
     take_probe: "
     update outbox_subscriptions
@@ -238,21 +244,26 @@ pub(crate) static SQLITE: Sql = Sql {
     // The first of each lane come first. Only the length of a payload is looked up before it is known to come along.
     runs: "
     with queued as (
-           select d.key, d.position as queued, d.seq, d.due_at, octet_length(e.payload) as bytes,
-                  row_number() over (partition by d.key order by d.seq) as number
-             from json_each($2) lane
-            cross join outbox_deliveries d on d.subscription_id = $1 and d.key = lane.value
+           select d.subscription_id as subscription, d.key, d.position as queued, d.seq, d.due_at,
+                  octet_length(e.payload) as bytes, lane.value->>'run' as run,
+                  row_number() over (partition by d.subscription_id, d.key order by d.seq) as number
+             from json_each($1) lane
+            cross join outbox_deliveries d
+               on d.subscription_id = lane.value->>'subscription' and d.key = lane.value->>'key'
               and d.seq in (select seq from outbox_deliveries
-                             where subscription_id = $1 and key = lane.value order by seq limit $3)
+                             where subscription_id = lane.value->>'subscription' and key = lane.value->>'key'
+                             order by seq limit $3)
              left join outbox_events e on e.position = d.position),
          counted as (
            select *, coalesce(sum(bytes) over (
+                         partition by subscription
                          order by number, seq rows between unbounded preceding and 1 preceding), 0) as before
-             from queued)
-    select q.key, q.queued, julianday(q.due_at) as since, q.due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as due, e.*
+             from queued where number <= run)
+    select q.subscription, q.key, q.queued, julianday(q.due_at) as since,
+           q.due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as due, e.*
       from counted q
       left join outbox_events e on e.position = q.queued
-     where q.before < $4
+     where q.before < $2
      order by q.number, q.seq",
 
     held: "

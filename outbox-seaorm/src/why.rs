@@ -7,8 +7,8 @@ use uuid::Uuid;
 
 use crate::{
     DeliveryDetails, DeliveryState, Outbox,
+    claim::OF_RELAY,
     deliveries::{attempt_log, recorded},
-    lanes::OF_RELAY,
     subscriptions::parsed,
     unrouted::UnroutedMark,
 };

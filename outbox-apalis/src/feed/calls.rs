@@ -9,8 +9,8 @@ use std::{
 use outbox_core::{
     AttemptLog,
     store::{
-        CircuitState, Claim, ClaimedLane, LaneRef, LaneReport, LeaseState, Settled, Store, StoreError, TakenOver,
-        Wanted,
+        CircuitState, Claim, ClaimedLane, Holder, LaneRef, LaneReport, LeaseState, Settled, Store, StoreError,
+        TakenOver, Wanted,
     },
 };
 
@@ -105,13 +105,12 @@ pub(crate) async fn make(assignment: Assignment, call: Call) -> Answer {
     let asked_at = Instant::now();
     match call {
         Call::Claim { lanes, all, times_down } => {
-            let route = assignment.until != Until::Stopped;
-            let claim = store.claim(Wanted { all, route, ..wanted(&assignment, lanes) }).await;
+            let claim = claim(&assignment, Wanted { all, ..wanted(&assignment, lanes) }).await;
             Answer::Claimed { asked_at, capacity: lanes, times_down, claim }
         }
         Call::TakeOver(jobs) => {
             let lanes: Vec<LaneRef> = jobs.iter().map(|job| job.lane.clone()).collect();
-            let taken = store.take_over(wanted(&assignment, lanes.len()), &lanes).await;
+            let taken = store.take_over(holder(&assignment), wanted(&assignment, lanes.len()), &lanes).await;
             Answer::Taken { asked_at, taken: taken.map(|taken| Taken::sort(jobs, taken)) }
         }
         Call::Settle(reports) => {
@@ -141,16 +140,25 @@ pub(crate) async fn make(assignment: Assignment, call: Call) -> Answer {
     }
 }
 
-fn wanted(assignment: &Assignment, lanes: usize) -> Wanted<'_> {
+async fn claim(assignment: &Assignment, wanted: Wanted) -> Result<Claim, StoreError> {
+    if assignment.until != Until::Stopped {
+        assignment.store.route().await?;
+    }
+    let claims = assignment.store.claim(holder(assignment), &[wanted]).await?;
+    Ok(claims.into_iter().next().unwrap_or_default())
+}
+
+fn holder(assignment: &Assignment) -> Holder<'_> {
+    Holder { worker: &assignment.worker, lease: assignment.options.lease }
+}
+
+fn wanted(assignment: &Assignment, lanes: usize) -> Wanted {
     let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     Wanted {
         subscription: assignment.subscription.now(),
-        worker: &assignment.worker,
         lanes: count(lanes),
         run: count(assignment.options.batch),
-        lease: assignment.options.lease,
         all: true,
-        route: false,
     }
 }
 

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use outbox_seaorm::{ClaimedLane, LaneReport, Next, Outbox};
+use outbox_seaorm::{ClaimedLane, LaneReport, Outbox};
 use tokio::time::sleep;
 
 use super::{Job, Transport};
@@ -109,11 +109,7 @@ async fn claim_and_push(outbox: &Outbox, assignment: &Assignment, transport: &Tr
 
 /// Ends leases of lanes that nobody has begun.
 async fn give_back(outbox: &Outbox, assignment: &Assignment, lanes: Vec<ClaimedLane>, probe: bool) {
-    let release = |lane: ClaimedLane| {
-        let next = Next::Release { attempts: lane.attempts.saturating_sub(1), log: lane.attempt_log };
-        LaneReport { lane: lane.lane, finished: Vec::new(), next }
-    };
-    let reports: Vec<LaneReport> = lanes.into_iter().map(release).collect();
+    let reports: Vec<LaneReport> = lanes.into_iter().map(ClaimedLane::given_back).collect();
     let given_back = async {
         outbox.settle(&reports).await?;
         if probe { outbox.open_circuit(assignment.subscription.now(), FULL_WAIT, false).await } else { Ok(()) }

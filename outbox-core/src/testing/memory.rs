@@ -12,7 +12,9 @@ use chrono::{TimeDelta, Utc};
 use super::model::{FinishedDelivery, Model};
 use crate::{
     AttemptLog, Batch, Events, Subject, Subscription,
-    store::{CircuitState, Claim, LaneRef, LaneReport, LeaseState, Settled, Store, StoreError, TakenOver, Wanted},
+    store::{
+        CircuitState, Claim, Holder, LaneRef, LaneReport, LeaseState, Settled, Store, StoreError, TakenOver, Wanted,
+    },
 };
 
 /// A store in memory, for fast tests of handlers and publishers: no database, no migration, no file.
@@ -179,12 +181,13 @@ impl Store for MemoryStore {
         Ok(self.add(subscription))
     }
 
-    async fn claim(&self, wanted: Wanted<'_>) -> Result<Claim, StoreError> {
-        Ok(self.state().model.claim(Utc::now(), wanted))
+    async fn claim(&self, holder: Holder<'_>, wanted: &[Wanted]) -> Result<Vec<Claim>, StoreError> {
+        let (mut state, now) = (self.state(), Utc::now());
+        Ok(wanted.iter().map(|wanted| state.model.claim(now, holder, *wanted)).collect())
     }
 
-    async fn take_over(&self, wanted: Wanted<'_>, lanes: &[LaneRef]) -> Result<TakenOver, StoreError> {
-        Ok(self.state().model.take_over(Utc::now(), wanted, lanes))
+    async fn take_over(&self, holder: Holder<'_>, wanted: Wanted, lanes: &[LaneRef]) -> Result<TakenOver, StoreError> {
+        Ok(self.state().model.take_over(Utc::now(), holder, wanted, lanes))
     }
 
     async fn settle(&self, reports: &[LaneReport]) -> Result<Vec<Settled>, StoreError> {

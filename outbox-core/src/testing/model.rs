@@ -9,8 +9,8 @@ use chrono::{DateTime, TimeDelta, Utc};
 use crate::{
     AttemptLog, RecordedEvent,
     store::{
-        CircuitState, Claim, ClaimedLane, Finished, LaneRef, LaneReport, LeaseState, Next, NextDue, Settled, TakenOver,
-        Wanted,
+        CircuitState, Claim, ClaimedLane, Finished, Holder, LaneRef, LaneReport, LeaseState, Next, NextDue, Settled,
+        TakenOver, Wanted,
     },
 };
 
@@ -161,14 +161,14 @@ impl Model {
         lane.queue.push_back(Queued { seq, due_at, event });
     }
 
-    /// As [`Store::claim`](crate::store::Store::claim).
-    pub fn claim(&mut self, now: DateTime<Utc>, wanted: Wanted<'_>) -> Claim {
+    /// As [`Store::claim`](crate::store::Store::claim), of one subscription.
+    pub fn claim(&mut self, now: DateTime<Utc>, holder: Holder<'_>, wanted: Wanted) -> Claim {
         let Some(subscription) = self.subscriptions.get(&wanted.subscription).filter(|row| !row.is_paused) else {
             return Claim::default();
         };
         let (circuit_until, failures) = (subscription.circuit_until, subscription.failures);
         if circuit_until.is_none() && wanted.lanes > 0 {
-            let lanes = self.claim_lanes(now, wanted);
+            let lanes = self.claim_lanes(now, holder, wanted);
             if !lanes.is_empty() {
                 return Claim { lanes, ..Claim::default() };
             }
@@ -182,9 +182,9 @@ impl Model {
             return nothing;
         };
         if let Some(subscription) = self.subscriptions.get_mut(&wanted.subscription) {
-            (subscription.circuit_until, subscription.failures) = (Some(later(now, wanted.lease)), failures);
+            (subscription.circuit_until, subscription.failures) = (Some(later(now, holder.lease)), failures);
         }
-        let lanes = self.claim_lanes(now, Wanted { lanes: 1, run: wanted.run.min(1), ..wanted });
+        let lanes = self.claim_lanes(now, holder, Wanted { lanes: 1, run: wanted.run.min(1), ..wanted });
         if lanes.is_empty() {
             let circuit = CircuitState::Open { wait: PROBE_AGAIN, failed: false };
             self.set_circuit(now, wanted.subscription, circuit);
@@ -193,12 +193,12 @@ impl Model {
     }
 
     /// As [`claim`](Self::claim), for a relay of this name: without an attempt, and without the deliveries.
-    pub fn claim_for_relay(&mut self, now: DateTime<Utc>, wanted: Wanted<'_>) -> Claim {
-        let relay = format!("{}{OF_RELAY}", wanted.worker);
-        self.claim(now, Wanted { worker: &relay, run: 0, ..wanted })
+    pub fn claim_for_relay(&mut self, now: DateTime<Utc>, holder: Holder<'_>, wanted: Wanted) -> Claim {
+        let relay = format!("{}{OF_RELAY}", holder.worker);
+        self.claim(now, Holder { worker: &relay, ..holder }, Wanted { run: 0, ..wanted })
     }
 
-    fn claim_lanes(&mut self, now: DateTime<Utc>, wanted: Wanted<'_>) -> Vec<ClaimedLane> {
+    fn claim_lanes(&mut self, now: DateTime<Utc>, holder: Holder<'_>, wanted: Wanted) -> Vec<ClaimedLane> {
         let due = self.lanes.iter().filter(|((id, _), _)| *id == wanted.subscription);
         let mut due: Vec<(DateTime<Utc>, String)> = due
             .filter_map(|((_, key), lane)| Some((lane.due_at.filter(|due_at| *due_at <= now)?, key.clone())))
@@ -210,7 +210,7 @@ impl Model {
         let mut claimed = Vec::new();
         for key in keys {
             if let Some(lane) = self.lanes.get_mut(&(wanted.subscription, key.clone())) {
-                lane.lease(wanted.worker, attempts, later(now, wanted.lease));
+                lane.lease(holder.worker, attempts, later(now, holder.lease));
                 claimed.extend(self.with_run(now, wanted.subscription, &key, wanted.run, attempts));
             }
         }
@@ -239,8 +239,7 @@ impl Model {
             unreadable: None,
         };
         if lane.run.is_empty() && run > 0 {
-            let next = Next::Release { attempts: row.attempts - 1, log: row.log.clone() };
-            self.settle(now, &[LaneReport { lane: lane.lane, finished: Vec::new(), next }]);
+            self.settle(now, &[lane.given_back()]);
             return None;
         }
         let first = row.queue.front().map_or((now, 0), |queued| (queued.due_at, queued.seq));
@@ -260,14 +259,20 @@ impl Model {
     }
 
     /// As [`Store::take_over`](crate::store::Store::take_over).
-    pub fn take_over(&mut self, now: DateTime<Utc>, wanted: Wanted<'_>, lanes: &[LaneRef]) -> TakenOver {
+    pub fn take_over(
+        &mut self,
+        now: DateTime<Utc>,
+        holder: Holder<'_>,
+        wanted: Wanted,
+        lanes: &[LaneRef],
+    ) -> TakenOver {
         let mut taken = TakenOver::default();
         for lane in lanes.iter().filter(|lane| lane.subscription == wanted.subscription) {
             let row = self.lanes.get_mut(&(lane.subscription, lane.key.clone()));
             let Some(row) = row.filter(|row| row.is_leased_as(lane) && lane.worker.ends_with(OF_RELAY)) else {
                 continue;
             };
-            row.lease(wanted.worker, 1, later(now, wanted.lease));
+            row.lease(holder.worker, 1, later(now, holder.lease));
             let claimed = self.with_run(now, lane.subscription, &lane.key, wanted.run, 1);
             taken.lanes.extend(claimed.map(|(_, lane)| lane));
         }

@@ -4,7 +4,10 @@ use std::{
 };
 
 use chrono::{SubsecRound, Utc};
-use outbox_core::{Context, NewEvent, Ordering, Subscription};
+use outbox_core::{
+    Context, NewEvent, Ordering, Subscription,
+    store::{Holder, NextDue, Wanted},
+};
 use outbox_seaorm::{LaneRef, Next, Settled};
 
 use super::{
@@ -29,6 +32,77 @@ async fn a_claimed_lane_is_not_claimed_again_before_its_lease_ends() {
     let wait = store.next_due(id).await.unwrap();
     assert!(is_about(wait, LONG), "{wait:?}");
     store.is_whole().await;
+}
+
+#[tokio::test]
+async fn one_claim_asks_for_many_subscriptions_and_each_is_answered_for_itself() {
+    let store = Store::new().await;
+    let mut ids = Vec::new();
+    for name in ["due", "few", "idle", "later", "paused", "down", "probed", "asked"] {
+        let subscription = Subscription::new(name).unwrap();
+        let (kind, event) = (["idle.one"], ["later.one"]);
+        let subscription = match name {
+            "idle" => subscription.events(kind).unwrap(),
+            "later" => subscription.events(event).unwrap(),
+            _ => subscription.events(["todo.created"]).unwrap(),
+        };
+        ids.push(store.register(subscription).await);
+    }
+    store.record_todos(&["1", "2", "3", "1"]).await;
+    store.record([NewEvent::dynamic("later.one", "a", "1", &()).unwrap().delay(LONG)]).await;
+    store.outbox.pause("paused").await.unwrap();
+    store.outbox.open_circuit(ids[5], LONG, true).await.unwrap();
+    store.outbox.open_circuit(ids[6], Duration::ZERO, true).await.unwrap();
+    let wanted: Vec<Wanted> = ids
+        .iter()
+        .zip([(10, 10), (2, 1), (10, 10), (10, 10), (10, 10), (10, 10), (10, 10), (0, 0)])
+        .map(|(id, (lanes, run))| Wanted { subscription: *id, lanes, run, all: true })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let claims = store.outbox.claim_of(Holder { worker: "w", lease: LONG }, &wanted).await.unwrap();
+    let found: Vec<_> = claims.iter().map(|claim| (runs(&claim.lanes), claim.probe)).collect();
+    let nothing = || (Vec::new(), false);
+    assert_eq!(
+        found,
+        [
+            (vec![("todo/1", vec![1, 4]), ("todo/2", vec![2]), ("todo/3", vec![3])], false),
+            (vec![("todo/1", vec![1]), ("todo/2", vec![2])], false),
+            nothing(),
+            nothing(),
+            nothing(),
+            nothing(),
+            (vec![("todo/1", vec![1])], true),
+            nothing(),
+        ]
+    );
+    let of = |index: usize| claims[index].lanes.iter().all(|lane| lane.lane.subscription == ids[index]);
+    assert!((0..ids.len()).all(of), "a lane is another's");
+    let next: Vec<_> = claims.iter().map(|claim| claim.next).collect();
+    assert_eq!(next[2], Some(NextDue { after: None, circuit: None }), "idle");
+    assert!(next[3].is_some_and(|next| is_about(next.after.unwrap(), LONG)), "later: {:?}", next[3]);
+    assert_eq!(next[4], None, "paused");
+    assert!(next[5].is_some_and(|next| is_about(next.after.unwrap(), LONG) && next.circuit == Some(1)), "down");
+    assert_eq!(next[7], Some(NextDue { after: Some(Duration::ZERO), circuit: None }), "only asked");
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn large_events_of_one_subscription_leave_room_for_those_of_another() {
+    let store = Store::new().await;
+    let large = store.register(Subscription::new("large").unwrap().events(["large.one"]).unwrap()).await;
+    let small = store.register(Subscription::new("small").unwrap().events(["todo.created"]).unwrap()).await;
+    let text = "x".repeat(900 << 10);
+    for number in 0..12 {
+        store.record([NewEvent::dynamic("large.one", "a", format!("{number}"), &text).unwrap()]).await;
+    }
+    store.record_todos(&["1", "2"]).await;
+    let wanted = [large, small].map(|subscription| Wanted { subscription, lanes: 20, run: 1, all: true });
+    let claims = store.outbox.claim_of(Holder { worker: "w", lease: LONG }, &wanted).await.unwrap();
+    assert!((1..12).contains(&claims[0].lanes.len()), "{}", claims[0].lanes.len());
+    assert_eq!(claims[1].lanes.len(), 2);
+    // What did not come along is given back.
+    let lanes = "select count(*) from outbox_lanes where leased_by is null";
+    assert_eq!(store.value::<i64>(lanes).await, 12 - claims[0].lanes.len() as i64);
 }
 
 #[tokio::test]
@@ -314,7 +388,7 @@ async fn what_comes_to_lie_behind_a_mark_is_claimed_while_a_backlog_goes_on() {
     let begun = Instant::now();
     while !expected.is_empty() {
         tokio::time::sleep(Duration::from_millis(20)).await;
-        claim = store.outbox.claim_on(id, "worker", 5, 1, LONG).await.unwrap();
+        claim = store.claim_on(id, 5).await;
         assert_eq!(claim.lanes.len(), LANES, "the backlog is over and {expected:?} were not claimed");
         expected.retain(|key| claim.lanes.iter().all(|lane| lane.lane.key != *key));
     }
@@ -332,7 +406,7 @@ async fn claims_that_go_on_after_a_mark_leave_nothing_out() {
     store.execute(&format!("update outbox_lanes set due_at = {due_at}")).await;
     let mut keys = Vec::new();
     loop {
-        let claim = store.outbox.claim_on(id, "worker", 7, 1, LONG).await.unwrap();
+        let claim = store.claim_on(id, 7).await;
         let is_full = claim.lanes.len() == 7;
         keys.extend(claim.lanes.into_iter().map(|lane| lane.lane.key));
         if !is_full {
@@ -346,7 +420,7 @@ async fn claims_that_go_on_after_a_mark_leave_nothing_out() {
     store.record_todos(&["a", "b"]).await;
     store.outbox.claim(id, "worker", 1, 1, LONG).await.unwrap();
     store.execute(&format!("update outbox_lanes set due_at = {due_at} where key = 'todo/b'")).await;
-    let rest = store.outbox.claim_on(id, "worker", 1, 1, LONG).await.unwrap();
+    let rest = store.claim_on(id, 1).await;
     assert_eq!(runs(&rest.lanes), [("todo/b", vec![102])], "there is nothing but behind the mark");
     store.is_whole().await;
 }

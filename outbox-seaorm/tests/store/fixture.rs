@@ -5,7 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use outbox_core::{AttemptLog, Context, LoggedAttempt, NewEvent, Subscription};
+use outbox_core::{
+    AttemptLog, Context, LoggedAttempt, NewEvent, Subscription,
+    store::{Claim, Holder, Wanted},
+};
 use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
 use outbox_seaorm::{ClaimedLane, Finished, LaneReport, Next, Outbox, Settled};
 use sea_orm::{ConnectionTrait, DatabaseConnection, QueryResult, Statement, TryGetable};
@@ -88,6 +91,12 @@ impl Store {
     }
 
     /// Claims the only lane that is due.
+    /// From where the last claim has ended.
+    pub(crate) async fn claim_on(&self, subscription: i32, lanes: u32) -> Claim {
+        let wanted = Wanted { subscription, lanes, run: 1, all: false };
+        self.outbox.claim_of(Holder { worker: "worker", lease: LONG }, &[wanted]).await.unwrap().remove(0)
+    }
+
     pub(crate) async fn claim_one(&self, subscription: i32, lease: Duration) -> ClaimedLane {
         let mut lanes = self.claim_for(subscription, lease).await;
         assert_eq!(lanes.len(), 1, "{lanes:?}");

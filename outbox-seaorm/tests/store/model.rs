@@ -7,7 +7,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use fastrand::Rng;
 use outbox_core::{
     AttemptLog, Context, Ordering, Subject, Subscription,
-    store::{CircuitState, Store as Trait, Wanted},
+    store::{CircuitState, Holder, Store as Trait, Wanted},
     testing::Model,
 };
 use outbox_seaorm::{By, ClaimedLane, DeadLetterFilter, Finished, LaneRef, LaneReport, Next};
@@ -115,24 +115,29 @@ impl Both {
         }
     }
 
-    fn wanted(subscription: i32, worker: &str, run: u32) -> Wanted<'_> {
+    fn wanted(subscription: i32, run: u32) -> Wanted {
         // All that are due: which of them a smaller claim takes depends on times that differ.
-        Wanted { subscription, worker, lanes: 100, run, lease: LONG, all: true, route: false }
+        Wanted { subscription, lanes: 100, run, all: true }
     }
 
+    /// A claim of one subscription, or of both.
     async fn claim(&mut self, id: i32) {
-        let worker = *self.rng.choice(&["w1", "w2"]).unwrap();
-        let wanted = Self::wanted(id, worker, self.rng.u32(1..5));
-        let model = self.model.claim(self.now, wanted);
-        let database = Trait::claim(&self.store.outbox, wanted).await.unwrap();
-        assert_eq!(database.probe, model.probe, "probe");
-        self.add(model.lanes, database.lanes);
+        let holder = Holder { worker: *self.rng.choice(&["w1", "w2"]).unwrap(), lease: LONG };
+        let ids = if self.rng.bool() { vec![id] } else { self.ids.to_vec() };
+        let wanted: Vec<Wanted> = ids.into_iter().map(|id| Self::wanted(id, self.rng.u32(1..5))).collect();
+        let database = Trait::claim(&self.store.outbox, holder, &wanted).await.unwrap();
+        assert_eq!(database.len(), wanted.len());
+        for (wanted, database) in wanted.into_iter().zip(database) {
+            let model = self.model.claim(self.now, holder, wanted);
+            assert_eq!(database.probe, model.probe, "probe");
+            self.add(model.lanes, database.lanes);
+        }
     }
 
     /// A relay's claim, of which some is taken over.
     async fn relay(&mut self, id: i32) {
-        let wanted = Self::wanted(id, "w1", 2);
-        let model = self.model.claim_for_relay(self.now, wanted).lanes;
+        let wanted = Self::wanted(id, 2);
+        let model = self.model.claim_for_relay(self.now, Holder { worker: "w1", lease: LONG }, wanted).lanes;
         let database = self.store.outbox.claim_for_relay(id, "w1", 100, LONG).await.unwrap().lanes;
         let database: BTreeMap<&str, &ClaimedLane> =
             database.iter().map(|lane| (lane.lane.key.as_str(), lane)).collect();
@@ -141,9 +146,9 @@ impl Both {
         let taken = self.rng.usize(..=keys.len());
         let of_model: Vec<LaneRef> = model[..taken].iter().map(|lane| lane.lane.clone()).collect();
         let of_database: Vec<LaneRef> = keys[..taken].iter().map(|key| database[key].lane.clone()).collect();
-        let model = self.model.take_over(self.now, Self::wanted(id, "w2", 2), &of_model);
-        let wanted = Self::wanted(id, "w2", 2);
-        let database = Trait::take_over(&self.store.outbox, wanted, &of_database).await.unwrap();
+        let holder = Holder { worker: "w2", lease: LONG };
+        let model = self.model.take_over(self.now, holder, wanted, &of_model);
+        let database = Trait::take_over(&self.store.outbox, holder, wanted, &of_database).await.unwrap();
         assert_eq!(database.busy.len(), model.busy.len());
         self.add(model.lanes, database.lanes);
     }

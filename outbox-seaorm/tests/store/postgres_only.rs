@@ -192,7 +192,7 @@ async fn a_claim_that_goes_on_after_a_mark_does_not_look_behind_it() {
     store.record_todos(&["1", "2", "3", "4"]).await;
     store.outbox.claim(id, "worker", 2, 1, LONG).await.unwrap();
     store.record([todo("5").priority(100)]).await;
-    let next = store.outbox.claim_on(id, "worker", 1, 1, LONG).await.unwrap();
+    let next = store.claim_on(id, 1).await;
     assert_eq!(runs(&next.lanes), [("todo/3", vec![3])]);
     let from_the_first = store.outbox.claim(id, "worker", 1, 1, LONG).await.unwrap();
     assert_eq!(runs(&from_the_first.lanes), [("todo/5", vec![5])]);

@@ -104,12 +104,16 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
     let one_routed =
         format!("1, 1000, 0, '{}', 0", r#"[{"subscription":1,"key":"todo/1","token":1,"worker":"w","lease":30}]"#);
     let taken = format!("{lanes}, 30, 'w'");
+    let of_two = r#"[{"subscription":1,"lanes":100,"probe":false,"after":null,"key":""},
+                     {"subscription":2,"lanes":100,"probe":false,"after":"2026-01-01T00:00:00Z","key":"todo/1"}]"#;
+    let claimed = format!("'{of_two}', 30, 'w', 1");
+    let runs = r#"[{"subscription":1,"key":"todo/1","run":100},{"subscription":2,"key":"todo/2","run":7}]"#;
+    let run = format!("'{runs}', 8388608, 100");
     let mut wrong = Vec::new();
     for (name, sql, parameters, indexes) in [
-        ("next due", POSTGRES.next_due, "1", &[due][..]),
-        ("claim", POSTGRES.claim, "1, 100, 30, 'w', false, 1, null, ''", &[due, found, after]),
-        ("claim after a mark", POSTGRES.claim, "1, 100, 30, 'w', false, 1, now(), 'todo/1'", &[due, found, after]),
-        ("runs", POSTGRES.runs, r#"1, '["todo/1","todo/2"]', 100, 8388608"#, &[delivery, event]),
+        ("next due", POSTGRES.next_due, "'[1,2]'", &[due][..]),
+        ("claim", POSTGRES.claim, &claimed, &[due, found, after]),
+        ("runs", POSTGRES.runs, &run, &[delivery, event]),
         ("flush of many", many, &flushed, &[]),
         ("flush of one", one, &single, &[]),
         ("route what was handed over", route.route, &routed, &[mark]),

@@ -2,7 +2,10 @@
 
 use chrono::TimeDelta;
 
-use super::{Better, Event, World, network::wanted};
+use super::{
+    Better, Event, World,
+    network::{holder, wanted},
+};
 use crate::feed::simulation::{
     plan::{BadDay, MS},
     process::Process,
@@ -40,7 +43,7 @@ impl World {
             return false;
         }
         let before = self.plan.crashes().then(|| self.model.clone());
-        let claim = self.model.claim(utc, wanted(&self.plan, id, &process.name.clone(), room));
+        let claim = self.model.claim(utc, holder(&self.plan, &process.name), wanted(&self.plan, id, room));
         self.unwritten = before;
         let lanes = claim.lanes.into_iter().map(|lane| (lane, now)).collect();
         process.core.routed(lanes, now);

@@ -4,7 +4,7 @@ use std::{collections::HashMap, time::Instant};
 
 use outbox_core::{
     AfterDeadLetter,
-    store::{LaneRef, LaneReport, LeaseState, Next, Settled, StoreError, Wanted},
+    store::{Holder, LaneRef, LaneReport, LeaseState, Next, Settled, StoreError, Wanted},
     testing::Model,
 };
 
@@ -82,7 +82,7 @@ impl World {
         match call {
             Call::Claim { lanes, times_down, .. } => {
                 let name = format!("w{place}.{generation}");
-                let claim = Ok(self.model.claim(utc, wanted(&self.plan, id, &name, lanes)));
+                let claim = Ok(self.model.claim(utc, holder(&self.plan, &name), wanted(&self.plan, id, lanes)));
                 Answer::Claimed { asked_at, capacity: lanes, times_down, claim }
             }
             Call::Settle(reports) => {
@@ -159,15 +159,11 @@ impl World {
     }
 }
 
-pub(super) fn wanted<'a>(plan: &Plan, subscription: i32, worker: &'a str, lanes: usize) -> Wanted<'a> {
+pub(super) fn holder<'a>(plan: &Plan, worker: &'a str) -> Holder<'a> {
+    Holder { worker, lease: plan.options.lease }
+}
+
+pub(super) fn wanted(plan: &Plan, subscription: i32, lanes: usize) -> Wanted {
     let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-    Wanted {
-        subscription,
-        worker,
-        lanes: count(lanes),
-        run: count(plan.options.batch),
-        lease: plan.options.lease,
-        all: true,
-        route: false,
-    }
+    Wanted { subscription, lanes: count(lanes), run: count(plan.options.batch), all: true }
 }
