@@ -12,7 +12,7 @@ use outbox_core::{AfterDeadLetter, RetryPolicy, store::Store};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use crate::{clock::DatabaseClock, desk::Desk, destination::Destination, options::Options};
+use crate::{clock::DatabaseClock, desk::Desk, destination::Destination, options::Options, redis::Transport};
 
 /// The id of a subscription. Another one, if it is removed and registered again while the worker runs; one that no
 /// subscription has, if it is gone.
@@ -61,8 +61,15 @@ pub(crate) struct Assignment {
     pub(crate) clock: DatabaseClock,
     /// Cancelled when the feed has nothing to do any more; see [`Until`].
     pub(crate) idle: CancellationToken,
-    /// Where lanes come from that routing has leased.
+    /// Where lanes come from that routing has leased; one for all subscriptions of a worker.
     pub(crate) desk: Arc<Desk>,
+}
+
+/// A subscription that is served, and how its lanes come; through Redis with a transport.
+#[derive(Clone)]
+pub(crate) struct Served {
+    pub(crate) assignment: Assignment,
+    pub(crate) transport: Option<Transport>,
 }
 
 /// When a feed has done its work.

@@ -9,17 +9,14 @@ use apalis_core::{
     task::Task,
     worker::context::WorkerContext,
 };
-use futures_util::{FutureExt, Sink};
+use futures_util::Sink;
 use outbox_seaorm::Outbox;
 use sea_orm::DbErr;
-use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::{
-    assignment::Assignment,
     destination::{AttemptResult, End},
-    feed::{self, Ends},
-    redis::Transport,
+    feed::{Ends, Feeds, Line},
     task::DeliveryTask,
 };
 
@@ -38,20 +35,12 @@ pub struct OutboxBackend {
     feed: Feed,
 }
 
-enum Feed {
-    /// Only lists.
-    None,
-    Ready(Box<(Assignment, Option<Transport>)>),
-    Running(Ends),
-}
+/// None if it only lists.
+struct Feed(Option<Ends>);
 
 impl std::fmt::Debug for Feed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::None => "None",
-            Self::Ready(_) => "Ready",
-            Self::Running(_) => "Running",
-        })
+        f.write_str(if self.0.is_some() { "Running" } else { "None" })
     }
 }
 
@@ -80,36 +69,19 @@ impl OutboxBackend {
     /// Lists the deliveries of a subscription; yields no tasks.
     #[must_use]
     pub fn listing(outbox: Outbox, subscription: impl Into<String>) -> Self {
-        Self { outbox: Some(outbox), subscription: subscription.into(), feed: Feed::None }
+        Self { outbox: Some(outbox), subscription: subscription.into(), feed: Feed(None) }
     }
 
-    pub(crate) fn working(outbox: Option<Outbox>, assignment: Assignment, transport: Option<Transport>) -> Self {
-        let subscription = assignment.name.to_string();
-        Self { outbox, subscription, feed: Feed::Ready(Box::new((assignment, transport))) }
+    /// Delivers the subscription that has this index. Also where its attempts report their ends.
+    pub(crate) fn working(outbox: Option<Outbox>, feeds: &Feeds, index: usize) -> (Self, Line) {
+        let subscription = feeds.served()[index].assignment.name.to_string();
+        let ends = feeds.begin(index);
+        let line = ends.line().clone();
+        (Self { outbox, subscription, feed: Feed(Some(ends)) }, line)
     }
 
     pub(crate) fn outbox(&self) -> Result<&Outbox, BackendError> {
         self.outbox.as_ref().ok_or(BackendError::NoListing)
-    }
-
-    fn ends(&mut self) -> Option<&mut Ends> {
-        if let Feed::Ready(work) = &self.feed {
-            let (assignment, transport) = (**work).clone();
-            self.feed = Feed::Running(feed::start(assignment, transport));
-        }
-        match &mut self.feed {
-            Feed::Running(ends) => Some(ends),
-            Feed::None | Feed::Ready(_) => None,
-        }
-    }
-
-    /// Where attempts report their ends.
-    ///
-    /// # Panics
-    ///
-    /// If the backend only lists.
-    pub(crate) fn results(&mut self) -> mpsc::UnboundedSender<AttemptResult> {
-        self.ends().expect("a backend that works has a feed").results.clone()
     }
 
     pub(crate) fn event_id(&self, id: &str) -> Result<Uuid, BackendError> {
@@ -132,39 +104,35 @@ impl Backend for OutboxBackend {
         worker: &WorkerContext,
     ) -> Poll<Option<Result<Self::Task, Self::Error>>> {
         worker.heartbeat(cx);
-        match self.ends() {
+        match &mut self.feed.0 {
             // A feed ends before its worker only on a bug: the error has the worker started again.
-            Some(ends) => ends.tasks.poll_recv(cx).map(|task| Some(task.ok_or(BackendError::FeedEnded))),
+            Some(ends) => ends.poll_task(cx).map(|task| Some(task.ok_or(BackendError::FeedEnded))),
             None => Poll::Pending,
         }
     }
 
     /// Gives back what the worker has not begun, and waits until everything is acknowledged.
     fn poll_close(&mut self, cx: &mut Context<'_>, _: &WorkerContext) -> Poll<Result<(), Self::Error>> {
-        if let Feed::Running(ends) = &mut self.feed {
-            ends.stop.cancel();
+        if let Some(ends) = &mut self.feed.0 {
+            ends.stop();
             // Until the feed has ended: it may hand out one more before it notices.
-            while let Some(task) = ready!(ends.tasks.poll_recv(cx)) {
-                give_back(ends, task);
+            while let Some(task) = ready!(ends.poll_task(cx)) {
+                give_back(ends.line(), task);
             }
-            // The result of the task that feeds: an error means that it panicked, and there is nothing to wait for.
-            let _ = ready!(ends.stopped.poll_unpin(cx));
-            self.feed = Feed::None;
+            self.feed.0 = None;
         }
         Poll::Ready(Ok(()))
     }
 }
 
-fn give_back(ends: &Ends, task: Task<DeliveryTask>) {
+fn give_back(line: &Line, task: Task<DeliveryTask>) {
     if let Some(attempt) = task.args.attempt {
-        let result = AttemptResult {
+        line.ended(AttemptResult {
             key: attempt.lane.key,
             attempt: attempt.id,
             end: End::Cancelled,
             started: std::time::Instant::now(),
-        };
-        // The feed ends only after all its tasks.
-        let _ = ends.results.send(result);
+        });
     }
 }
 
@@ -240,7 +208,7 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::{clock::DatabaseClock, task::Attempt};
+    use crate::{clock::DatabaseClock, feed, task::Attempt};
 
     fn task(id: u64) -> Task<DeliveryTask> {
         let event: RecordedEvent = serde_json::from_value(serde_json::json!({
@@ -266,25 +234,21 @@ mod tests {
 
     #[tokio::test]
     async fn a_task_that_is_handed_out_while_the_worker_closes_is_given_back() {
-        let (tasks, tasks_end) = mpsc::channel(2);
-        let (results, mut results_end) = mpsc::unbounded_channel();
-        let stopped = tokio::spawn(async move {
+        let (ends, mut dispatcher) = feed::ends();
+        let handing_out = tokio::spawn(async move {
+            assert!(dispatcher.is_told_to_stop().await);
             for id in [1, 2] {
                 // By now the backend waits.
                 tokio::task::yield_now().await;
-                tasks.send(task(id)).await.unwrap();
-                let result: AttemptResult = results_end.recv().await.unwrap();
+                dispatcher.tasks.send(task(id)).await.unwrap();
+                let result = dispatcher.result().await;
                 assert!(matches!(result.end, End::Cancelled) && result.attempt == id);
             }
         });
-        let ends = Ends { tasks: tasks_end, results, stop: CancellationToken::new(), stopped };
-        let directory = tempfile::tempdir().unwrap();
-        let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
-        let outbox = Outbox::connect(&url, 1).await.unwrap();
-        let mut backend =
-            OutboxBackend { outbox: Some(outbox), subscription: "s".to_owned(), feed: Feed::Running(ends) };
+        let mut backend = OutboxBackend { outbox: None, subscription: "s".to_owned(), feed: Feed(Some(ends)) };
         let worker = WorkerContext::new("w");
         let closed = poll_fn(|cx| Backend::poll_close(&mut backend, cx, &worker));
         tokio::time::timeout(Duration::from_secs(5), closed).await.unwrap().unwrap();
+        handing_out.await.unwrap();
     }
 }

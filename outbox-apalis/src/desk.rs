@@ -1,7 +1,8 @@
-//! Between the router of a worker and the feed of a subscription: how many lanes the feed would take now, and the lanes
-//! that were leased to it by routing.
+//! Between the router of a worker and its dispatcher: how many lanes each subscription would take now, and the lanes that
+//! were leased by routing.
 
 use std::{
+    collections::BTreeMap,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
@@ -18,8 +19,9 @@ pub(crate) struct Desk {
 
 #[derive(Debug, Default)]
 struct State {
-    room: usize,
-    leased: Vec<(ClaimedLane, Instant)>,
+    /// By the index of a subscription; only where there is room.
+    rooms: BTreeMap<usize, usize>,
+    leased: BTreeMap<usize, Vec<(ClaimedLane, Instant)>>,
     has_router: bool,
 }
 
@@ -28,26 +30,37 @@ impl Desk {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many lanes the feed would take now.
-    pub(crate) fn set_room(&self, room: usize) {
+    /// How many lanes a subscription would take now.
+    pub(crate) fn set_room(&self, index: usize, room: usize) {
         let mut state = self.state();
-        state.room = room.saturating_sub(state.leased.len());
+        let room = room.saturating_sub(state.leased.get(&index).map_or(0, Vec::len));
+        if room == 0 {
+            state.rooms.remove(&index);
+        } else {
+            state.rooms.insert(index, room);
+        }
     }
 
-    pub(crate) fn room(&self) -> usize {
-        self.state().room
+    /// The subscriptions that would take lanes now, and how many.
+    pub(crate) fn rooms(&self) -> Vec<(usize, usize)> {
+        self.state().rooms.iter().map(|(index, room)| (*index, *room)).collect()
     }
 
-    /// Leases for the feed.
-    pub(crate) fn put(&self, lane: ClaimedLane, asked_at: Instant) {
+    /// Leases for a subscription.
+    pub(crate) fn put(&self, index: usize, lane: ClaimedLane, asked_at: Instant) {
         let mut state = self.state();
-        state.room = state.room.saturating_sub(1);
-        state.leased.push((lane, asked_at));
+        if let Some(room) = state.rooms.get_mut(&index) {
+            *room -= 1;
+            if *room == 0 {
+                state.rooms.remove(&index);
+            }
+        }
+        state.leased.entry(index).or_default().push((lane, asked_at));
         self.arrived.notify_one();
     }
 
-    /// Leased lanes, with the moment at which they were asked for.
-    pub(crate) fn take(&self) -> Vec<(ClaimedLane, Instant)> {
+    /// Leased lanes of each subscription, with the moment at which they were asked for.
+    pub(crate) fn take(&self) -> BTreeMap<usize, Vec<(ClaimedLane, Instant)>> {
         std::mem::take(&mut self.state().leased)
     }
 

@@ -83,8 +83,8 @@ impl Waits {
 }
 
 /// Routes until it is told to stop.
-pub(crate) async fn run(outbox: Outbox, assignments: Vec<Assignment>, stop: CancellationToken) {
-    let _closing = Closing(assignments.iter().map(|assignment| assignment.desk.clone()).collect());
+pub(crate) async fn run(outbox: Outbox, assignments: Vec<Assignment>, desk: Arc<Desk>, stop: CancellationToken) {
+    let closing = Closing(desk);
     let poll = assignments.iter().map(|assignment| assignment.poll).min().unwrap_or(Duration::from_secs(5));
     let is_sqlite = outbox.writer().get_database_backend() == sea_orm::DbBackend::Sqlite;
     let mut router = outbox.router();
@@ -94,7 +94,7 @@ pub(crate) async fn run(outbox: Outbox, assignments: Vec<Assignment>, stop: Canc
     waits.longest_outage = call_limit.unwrap_or(LONGEST_OUTAGE).min(LONGEST_OUTAGE);
     while !stop.is_cancelled() {
         let began = Instant::now();
-        let wait = match route(&mut router, &assignments).await {
+        let wait = match route(&mut router, &assignments, &closing.0).await {
             Ok(routed) => {
                 counter!("outbox_events_routed_total").increment(routed.events as u64);
                 waits.after(&routed, began.elapsed(), is_sqlite)
@@ -118,39 +118,36 @@ pub(crate) async fn run(outbox: Outbox, assignments: Vec<Assignment>, stop: Canc
 }
 
 /// One look. It is not cut off: nobody would know of the leases.
-async fn route(router: &mut Router, assignments: &[Assignment]) -> Result<Routed, DbErr> {
-    let takers: Vec<Taker> = assignments
-        .iter()
-        .filter_map(|assignment| {
-            let lanes = u32::try_from(assignment.desk.room()).unwrap_or(u32::MAX);
-            let taker = Taker {
-                subscription: assignment.subscription.now(),
-                worker: assignment.worker.clone(),
-                lanes,
-                run: u32::try_from(assignment.options.batch).unwrap_or(u32::MAX),
-                lease: assignment.options.lease,
-            };
-            (lanes > 0).then_some(taker)
-        })
-        .collect();
+async fn route(router: &mut Router, assignments: &[Assignment], desk: &Desk) -> Result<Routed, DbErr> {
+    let rooms = desk.rooms();
+    let taker = |(index, room): &(usize, usize)| {
+        let assignment = &assignments[*index];
+        Taker {
+            subscription: assignment.subscription.now(),
+            worker: assignment.worker.clone(),
+            lanes: u32::try_from(*room).unwrap_or(u32::MAX),
+            run: u32::try_from(assignment.options.batch).unwrap_or(u32::MAX),
+            lease: assignment.options.lease,
+        }
+    };
+    let takers: Vec<Taker> = rooms.iter().map(taker).collect();
     let asked_at = Instant::now();
     let mut routed = router.route(&takers, MOST).await?;
     for lane in routed.leased.drain(..) {
-        if let Some(assignment) =
-            assignments.iter().find(|assignment| assignment.subscription.now() == lane.lane.subscription)
-        {
-            assignment.desk.put(lane, asked_at);
+        let taker = takers.iter().zip(&rooms).find(|(taker, _)| taker.subscription == lane.lane.subscription);
+        if let Some((_, (index, _))) = taker {
+            desk.put(*index, lane, asked_at);
         }
     }
     Ok(routed)
 }
 
-/// Tells the feeds that nothing comes any more, also after a panic.
-struct Closing(Vec<Arc<Desk>>);
+/// Tells the dispatcher that nothing comes any more, also after a panic.
+struct Closing(Arc<Desk>);
 
 impl Drop for Closing {
     fn drop(&mut self) {
-        self.0.iter().for_each(|desk| desk.close());
+        self.0.close();
     }
 }
 

@@ -41,6 +41,7 @@ mod context;
 mod delivery;
 mod event;
 mod name;
+mod news;
 mod publisher;
 mod record;
 mod retry;

@@ -3,11 +3,12 @@
 //! A [`Store`] leases lanes, the ordered queues of keys, to workers, and stores what becomes of their deliveries. The
 //! database is one; `MemoryStore`, with the feature `testing`, is another.
 
-use std::{error::Error, fmt, time::Duration};
+use std::{error::Error, fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
+pub use crate::news::{Announcer, News, NewsItem};
 use crate::{AttemptLog, RecordedEvent, Subscription};
 
 /// What a worker needs of a store.
@@ -103,24 +104,21 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// If the store fails.
     async fn pause(&self, subscription: &str) -> Result<(), StoreError>;
 
-    /// Waits until there may be something new for a subscription. It may miss something: look from time to time.
-    async fn woken(&self, subscription: i32);
-
-    /// Waits until a subscription was paused, resumed or removed. It may miss something too.
-    async fn state_changed(&self, subscription: i32);
+    /// What happens from now on, in this process and in others.
+    fn news(&self) -> News;
 
     /// How many connections were lost until now, and with each perhaps leases: see [`held`](Self::held).
     fn lost_connections(&self) -> u64;
 }
 
 /// Why a store did not do its work: it is out of reach, too slow or broken.
-#[derive(Debug)]
-pub struct StoreError(Box<dyn Error + Send + Sync>);
+#[derive(Clone, Debug)]
+pub struct StoreError(Arc<dyn Error + Send + Sync>);
 
 impl StoreError {
     /// The error of a store.
     pub fn new(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self(error.into())
+        Self(error.into().into())
     }
 }
 

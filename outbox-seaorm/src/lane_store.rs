@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use outbox_core::{
     AttemptLog, Subscription,
     store::{
-        CircuitState, Claim, ClaimedLane, Holder, LaneRef, LaneReport, LeaseState, Settled, Store, StoreError,
+        CircuitState, Claim, ClaimedLane, Holder, LaneRef, LaneReport, LeaseState, News, Settled, Store, StoreError,
         TakenOver, Wanted,
     },
 };
@@ -69,12 +69,8 @@ impl Store for Outbox {
         self.pause(subscription).await.map(|_| ()).map_err(failed)
     }
 
-    async fn woken(&self, subscription: i32) {
-        self.woken(subscription).await;
-    }
-
-    async fn state_changed(&self, subscription: i32) {
-        self.state_changed(subscription).await;
+    fn news(&self) -> News {
+        self.announcer().subscribe()
     }
 
     fn lost_connections(&self) -> u64 {

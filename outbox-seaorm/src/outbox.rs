@@ -4,7 +4,10 @@ use std::{
     time::Duration,
 };
 
-use outbox_core::{Clock, Limits, SystemClock};
+use outbox_core::{
+    Clock, Limits, SystemClock,
+    store::{Announcer, NewsItem},
+};
 use sea_orm::{
     ConnectionTrait, DatabaseConnection, DatabaseConnectionType as Connection, DbBackend, DbErr, QueryResult,
     RuntimeErr, Statement, Value,
@@ -54,6 +57,7 @@ struct Inner {
     wakes: Mutex<HashMap<i32, Arc<Notify>>>,
     /// How large the payloads of a subscription are, in bytes, as the last claim found it.
     sizes: Mutex<HashMap<i32, usize>>,
+    announcer: Announcer,
     marks: Mutex<HashMap<i32, Mark>>,
     /// The connections of workers in this process.
     workers: Mutex<Vec<Weak<Calls>>>,
@@ -160,6 +164,7 @@ impl Outbox {
             known: RwLock::default(),
             wakes: Mutex::default(),
             sizes: Mutex::default(),
+            announcer: Announcer::default(),
             marks: Mutex::default(),
             workers: Mutex::default(),
             handed: Handed::default(),
@@ -377,16 +382,6 @@ impl Outbox {
         self.wake_of(subscription).notified().await;
     }
 
-    /// Waits until a subscription was paused, resumed or removed. As with [`woken`](Self::woken) nothing is lost, except
-    /// what another process does while notifications of it do not arrive.
-    ///
-    /// # Cancel safety
-    ///
-    /// Safe: a wake-up that was not returned is returned by the next call.
-    pub async fn state_changed(&self, subscription: i32) {
-        self.wake_of(-subscription).notified().await;
-    }
-
     /// Lets all workers know that a subscription was paused, resumed or removed: by its id, and for that by its negative.
     pub(crate) fn wake_about_state(&self, subscription: i32) {
         self.wake(&[subscription, -subscription]);
@@ -412,9 +407,11 @@ impl Outbox {
         if subscriptions.contains(&ROUTER) {
             self.handed().look();
         }
-        for subscription in subscriptions {
+        for subscription in subscriptions.iter().filter(|id| **id >= 0) {
             self.wake_of(*subscription).notify_one();
         }
+        let news: Vec<NewsItem> = subscriptions.iter().filter_map(|id| news_of(*id)).collect();
+        self.announcer().announce(&news);
     }
 
     /// Makes every worker of this process look.
@@ -423,6 +420,11 @@ impl Outbox {
         for wake in self.inner.wakes.lock().unwrap_or_else(PoisonError::into_inner).values() {
             wake.notify_one();
         }
+        self.announcer().announce(&[NewsItem::Anything]);
+    }
+
+    pub(crate) fn announcer(&self) -> &Announcer {
+        &self.inner.announcer
     }
 
     fn wake_of(&self, subscription: i32) -> Arc<Notify> {
@@ -561,6 +563,15 @@ impl Outbox {
         values: [Value; N],
     ) -> Result<Vec<QueryResult>, DbErr> {
         db.query_all_raw(self.statement(sql, values)).await.inspect_err(|error| self.store().saw(error))
+    }
+}
+
+/// What a number tells workers: a subscription has something to deliver, or its state has changed.
+fn news_of(number: i32) -> Option<NewsItem> {
+    match number {
+        ROUTER => None,
+        1.. => Some(NewsItem::Deliveries(number)),
+        _ => Some(NewsItem::State(number.saturating_neg())),
     }
 }
 

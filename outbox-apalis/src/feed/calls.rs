@@ -1,5 +1,4 @@
-//! The calls to the store, and their answers. Each is a task of its own, so that none is ever dropped halfway; how long it
-//! may take is a matter of the connections.
+//! What a core asks of the store, and the answers.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -8,22 +7,12 @@ use std::{
 
 use outbox_core::{
     AttemptLog,
-    store::{
-        CircuitState, Claim, ClaimedLane, Holder, LaneRef, LaneReport, LeaseState, Settled, Store, StoreError,
-        TakenOver, Wanted,
-    },
+    store::{CircuitState, Claim, ClaimedLane, LaneRef, LaneReport, LeaseState, Settled, StoreError, TakenOver},
 };
 
-use super::{outage::outage_wait, reports::BUSY_WAIT};
-use crate::{
-    assignment::{Assignment, Until},
-    redis::Job,
-};
+use crate::redis::Job;
 
-/// How often a call is tried whose answer is not urgent.
-const TRIES: u32 = 3;
-
-/// What the core wants from the store. At most one of each kind is under way.
+/// What a core wants from the store. At most one of each kind is under way.
 #[derive(Clone, Debug)]
 pub(crate) enum Call {
     Claim {
@@ -99,99 +88,8 @@ impl Taken {
     }
 }
 
-/// Makes a call, for the subscription of this assignment.
-pub(crate) async fn make(assignment: Assignment, call: Call) -> Answer {
-    let store = &*assignment.store;
-    let asked_at = Instant::now();
-    match call {
-        Call::Claim { lanes, all, times_down } => {
-            let claim = claim(&assignment, Wanted { all, ..wanted(&assignment, lanes) }).await;
-            Answer::Claimed { asked_at, capacity: lanes, times_down, claim }
-        }
-        Call::TakeOver(jobs) => {
-            let lanes: Vec<LaneRef> = jobs.iter().map(|job| job.lane.clone()).collect();
-            let taken = store.take_over(holder(&assignment), wanted(&assignment, lanes.len()), &lanes).await;
-            Answer::Taken { asked_at, taken: taken.map(|taken| Taken::sort(jobs, taken)) }
-        }
-        Call::Settle(reports) => {
-            let settled = store.settle(&reports).await;
-            Answer::Settled { reports, settled }
-        }
-        Call::Note(notes) => {
-            let noted = store.note(&notes).await;
-            // All of them are about to be asked for again.
-            if noted.as_ref().is_ok_and(|states| states.iter().all(|state| *state == LeaseState::Busy)) {
-                tokio::time::sleep(BUSY_WAIT).await;
-            }
-            Answer::Noted { asked: notes.into_iter().map(|(lane, _)| lane).collect(), noted }
-        }
-        Call::Renew(lanes) => {
-            let renewed = store.renew(&lanes, assignment.options.lease).await;
-            Answer::Renewed { asked_at, asked: lanes, renewed }
-        }
-        Call::Check { losses, lanes } => {
-            let held = check(store, &lanes).await;
-            Answer::Checked { losses, asked: lanes, held }
-        }
-        Call::Change(change) => {
-            tell(&assignment, change).await;
-            Answer::Changed
-        }
-    }
-}
-
-async fn claim(assignment: &Assignment, wanted: Wanted) -> Result<Claim, StoreError> {
-    if assignment.until != Until::Stopped {
-        assignment.store.route().await?;
-    }
-    let claims = assignment.store.claim(holder(assignment), &[wanted]).await?;
-    Ok(claims.into_iter().next().unwrap_or_default())
-}
-
-fn holder(assignment: &Assignment) -> Holder<'_> {
-    Holder { worker: &assignment.worker, lease: assignment.options.lease }
-}
-
-fn wanted(assignment: &Assignment, lanes: usize) -> Wanted {
-    let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-    Wanted {
-        subscription: assignment.subscription.now(),
-        lanes: count(lanes),
-        run: count(assignment.options.batch),
-        all: true,
-    }
-}
-
-/// If it fails, the core asks again.
-async fn check(store: &dyn Store, lanes: &[LaneRef]) -> Result<Vec<bool>, StoreError> {
-    let mut failures = 0;
-    loop {
-        match store.held(lanes).await {
-            Err(_) if failures < TRIES => {
-                failures += 1;
-                tokio::time::sleep(outage_wait(failures, fastrand::f64())).await;
-            }
-            held => return held,
-        }
-    }
-}
-
-/// If it fails, the next delivery finds out again.
-async fn tell(assignment: &Assignment, change: Change) {
-    let Assignment { store, subscription, name, .. } = assignment;
-    for failures in 1..=TRIES {
-        let told = match change {
-            Change::Circuit(circuit) => store.set_circuit(subscription.now(), circuit).await,
-            Change::Pause => store.pause(name).await,
-        };
-        let Err(error) = told else { return };
-        tracing::warn!(subscription = &**name, %error, "cannot store the state of the destination");
-        tokio::time::sleep(outage_wait(failures, fastrand::f64())).await;
-    }
-}
-
 /// The kinds of calls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
     Claim,
     TakeOver,
@@ -202,7 +100,46 @@ pub(crate) enum Kind {
     Change,
 }
 
+impl Call {
+    pub(crate) fn kind(&self) -> Kind {
+        match self {
+            Self::Claim { .. } => Kind::Claim,
+            Self::TakeOver(_) => Kind::TakeOver,
+            Self::Settle(_) => Kind::Settle,
+            Self::Note(_) => Kind::Note,
+            Self::Renew(_) => Kind::Renew,
+            Self::Check { .. } => Kind::Check,
+            Self::Change(_) => Kind::Change,
+        }
+    }
+
+    /// How much it asks for.
+    pub(crate) fn size(&self) -> usize {
+        match self {
+            Self::Claim { lanes, .. } => *lanes,
+            Self::TakeOver(jobs) => jobs.len(),
+            Self::Settle(reports) => reports.iter().map(|report| report.finished.len().max(1)).sum(),
+            Self::Note(notes) => notes.len(),
+            Self::Renew(lanes) | Self::Check { lanes, .. } => lanes.len(),
+            Self::Change(_) => 1,
+        }
+    }
+}
+
 impl Answer {
+    /// Whether the store has failed.
+    pub(crate) fn is_failure(&self) -> bool {
+        match self {
+            Self::Claimed { claim, .. } => claim.is_err(),
+            Self::Taken { taken, .. } => taken.is_err(),
+            Self::Settled { settled, .. } => settled.is_err(),
+            Self::Noted { noted, .. } => noted.is_err(),
+            Self::Renewed { renewed, .. } => renewed.is_err(),
+            Self::Checked { held, .. } => held.is_err(),
+            Self::Changed => false,
+        }
+    }
+
     fn kind(&self) -> Kind {
         match self {
             Self::Claimed { .. } => Kind::Claim,

@@ -55,6 +55,8 @@ pub(crate) struct Settings {
     /// The shortest time between two attempts.
     pub(crate) pace: Duration,
     pub(crate) until: Until,
+    /// Attempts are numbered from here on: a core before this one may have begun some.
+    pub(crate) numbered_from: u64,
 }
 
 /// When something happens, as the driver sees it.
@@ -119,7 +121,7 @@ impl Core {
     pub(crate) fn new(settings: Settings, losses: u64, now: Instant) -> Self {
         let Settings { options, poll, pace, until, .. } = &settings;
         Self {
-            table: Table::default(),
+            table: Table::numbered_from(settings.numbered_from),
             ahead: Ahead::new(options.batch, now),
             schedule: Schedule::new(*poll, *until == Until::Stopped, now),
             reports: Reports::new(settings.destination.is_outside(), now),
@@ -180,14 +182,18 @@ impl Core {
         }
     }
 
-    /// Something was committed for the subscription.
+    /// Something was committed for the subscription. While lanes come through Redis, that is the relay's affair.
     pub(crate) fn woken(&mut self, now: Instant) {
-        self.schedule.woken(now);
+        if self.is_working() && !self.relayed {
+            self.schedule.woken(now);
+        }
     }
 
     /// The subscription was paused, resumed or removed.
     pub(crate) fn state_changed(&mut self, now: Instant) {
-        self.schedule.state_changed(now);
+        if self.is_working() {
+            self.schedule.state_changed(now);
+        }
     }
 
     /// So many connections were lost until now.
@@ -241,48 +247,67 @@ impl Core {
 
     // What it wants
 
-    /// The next call to the store.
-    pub(crate) fn next_call(&mut self, at: Moment) -> Option<Call> {
+    /// The next call to the store, of a kind that `may` be made now.
+    pub(crate) fn next_call(&mut self, at: Moment, may: impl Fn(Kind) -> bool) -> Option<Call> {
         // Only attempts under way go on.
         if !self.serves() {
             self.give_back_idle();
         }
-        let (kind, call) = self.wanted(at)?;
-        self.calls.begin(kind);
+        let call = self.wanted(at, may)?;
+        self.calls.begin(call.kind());
         Some(call)
     }
 
-    fn wanted(&mut self, at: Moment) -> Option<(Kind, Call)> {
-        if self.wants_lanes() && self.schedule.look_at() <= at.now && !self.is_full_until(at.now + SOON) {
-            let lanes = self.room().min(self.ahead.most_at_once());
-            let (all, times_down) = (self.schedule.claims(at.now), self.circuit.times_down());
-            return Some((Kind::Claim, Call::Claim { lanes, all, times_down }));
-        }
-        if self.asks_at(at.now).is_some_and(|ask_at| ask_at <= at.now) {
-            self.schedule.asked(at.now);
-            let times_down = self.circuit.times_down();
-            return Some((Kind::Claim, Call::Claim { lanes: 0, all: false, times_down }));
+    /// Others claim now: so does this one, if half of its wait is over.
+    pub(crate) fn joins(&mut self, at: Moment) -> Option<Call> {
+        let is_near = |time: Instant| self.schedule.is_near(time, at.now);
+        let looks = self.wants_lanes() && is_near(self.schedule.look_at()) && !self.is_full();
+        let asks = self.asks_at(at.now).is_some_and(is_near);
+        let call = if looks { self.claim(at.now) } else { asks.then(|| self.ask(at.now))? };
+        self.calls.begin(call.kind());
+        Some(call)
+    }
+
+    fn claim(&mut self, now: Instant) -> Call {
+        let lanes = self.room().min(self.ahead.most_at_once());
+        Call::Claim { lanes, all: self.schedule.claims(now), times_down: self.circuit.times_down() }
+    }
+
+    fn ask(&mut self, now: Instant) -> Call {
+        self.schedule.asked(now);
+        Call::Claim { lanes: 0, all: false, times_down: self.circuit.times_down() }
+    }
+
+    fn wanted(&mut self, at: Moment, may: impl Fn(Kind) -> bool) -> Option<Call> {
+        if may(Kind::Claim) {
+            if self.wants_lanes() && self.schedule.look_at() <= at.now && !self.is_full_until(at.now + SOON) {
+                return Some(self.claim(at.now));
+            }
+            if self.asks_at(at.now).is_some_and(|ask_at| ask_at <= at.now) {
+                return Some(self.ask(at.now));
+            }
         }
         // What has come to a worker that stops is taken over to be given back: only the lease in the database is true, and
         // others need not wait for its end.
         if !self.arrived.is_empty() && (!self.is_working() || self.takes_jobs()) && self.is_free(Kind::TakeOver) {
-            return Some((Kind::TakeOver, Call::TakeOver(std::mem::take(&mut self.arrived))));
+            return Some(Call::TakeOver(std::mem::take(&mut self.arrived)));
         }
-        if let Some(reports) = self.reports_due(at.now) {
-            return Some((Kind::Settle, Call::Settle(reports)));
+        if may(Kind::Settle)
+            && let Some(reports) = self.reports_due(at.now)
+        {
+            return Some(Call::Settle(reports));
         }
         if let Some(change) = self.calls.next_change() {
-            return Some((Kind::Change, Call::Change(change)));
+            return Some(Call::Change(change));
         }
-        if self.leases.are_in_doubt() && self.is_free(Kind::Check) {
-            let (losses, lanes) = (self.leases.losses(), self.table.refs());
-            return Some((Kind::Check, Call::Check { losses, lanes }));
+        if may(Kind::Check) && self.leases.are_in_doubt() && self.is_free(Kind::Check) {
+            return Some(Call::Check { losses: self.leases.losses(), lanes: self.table.refs() });
         }
-        if self.is_free(Kind::Renew) && !self.table.is_empty() && self.leases.renews(at.now) {
-            return Some((Kind::Renew, Call::Renew(self.table.refs())));
+        let renews = may(Kind::Renew) && self.is_free(Kind::Renew) && !self.table.is_empty();
+        if renews && self.leases.renews(at.now) {
+            return Some(Call::Renew(self.table.refs()));
         }
-        let notes = self.suspects_to_try(at.utc)?;
-        Some((Kind::Note, Call::Note(notes)))
+        if may(Kind::Note) { self.suspects_to_try(at.utc).map(Call::Note) } else { None }
     }
 
     fn reports_due(&mut self, now: Instant) -> Option<Vec<LaneReport>> {
@@ -294,17 +319,19 @@ impl Core {
         (!reports.is_empty()).then_some(reports)
     }
 
-    /// When time alone changes what it wants.
-    pub(crate) fn next_timeout(&self, now: Instant) -> Instant {
+    /// When time alone changes what it wants, of the kinds of calls that `may` be made.
+    pub(crate) fn next_timeout(&self, now: Instant, may: impl Fn(Kind) -> bool) -> Instant {
         let phase_ends = match self.phase {
             Phase::Stopping(end) | Phase::LastTries(end) => Some(end),
             Phase::Working | Phase::Over => None,
         };
-        let look_at = self.wants_lanes().then(|| self.schedule.look_at());
+        let claims = may(Kind::Claim);
+        let look_at = (claims && self.wants_lanes()).then(|| self.schedule.look_at());
+        let asks_at = self.asks_at(now).filter(|_| claims);
         let paced = self.pace.waits_until(now).filter(|_| self.is_working() && self.table.has_ready());
-        let settles = !self.calls.is_under_way(Kind::Settle);
+        let settles = may(Kind::Settle) && !self.calls.is_under_way(Kind::Settle);
         let report_at = self.reports.due_at(self.is_full_of_results()).filter(|_| settles);
-        let others = [phase_ends, look_at, self.asks_at(now), paced, report_at].into_iter().flatten();
+        let others = [phase_ends, look_at, asks_at, paced, report_at].into_iter().flatten();
         others.fold(self.leases.guard_at(), Instant::min)
     }
 
@@ -336,10 +363,6 @@ impl Core {
     /// Whether it has stopped, and has tried for long enough to store what is left.
     pub(crate) fn has_given_up(&self) -> bool {
         self.phase == Phase::Over
-    }
-
-    pub(crate) fn is_relayed(&self) -> bool {
-        self.relayed
     }
 
     // What ends leases

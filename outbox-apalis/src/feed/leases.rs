@@ -30,7 +30,12 @@ impl Leases {
     pub(crate) fn guards(&mut self, any: bool, now: Instant) -> bool {
         let due = self.guard_at <= now;
         if due {
-            self.guard_at = now + self.lease / 10;
+            // In step with those that have begun at the same time: their leases are renewed together.
+            let tenth = self.lease / 10;
+            self.guard_at += tenth;
+            if self.guard_at <= now {
+                self.guard_at = now + tenth;
+            }
             self.renews = any && self.renew_at <= now;
         }
         due

@@ -84,6 +84,12 @@ impl Schedule {
         self.look_at
     }
 
+    /// Whether at least half of the wait for this time is over.
+    pub(crate) fn is_near(&self, time: Instant, now: Instant) -> bool {
+        let wait = time.saturating_duration_since(self.claimed_at);
+        now >= self.claimed_at + wait / 2
+    }
+
     pub(crate) fn has_claimed(&self) -> bool {
         self.claimed_once
     }

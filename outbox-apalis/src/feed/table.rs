@@ -113,7 +113,7 @@ pub(crate) struct Table {
     lanes: BTreeMap<String, Lane>,
     /// Keys whose next delivery can start. One that was lost and claimed again may stand here twice.
     ready: VecDeque<String>,
-    /// How many attempts were handed out.
+    /// The number of the last attempt that was handed out.
     attempts: u64,
     /// Deliveries under way.
     running: usize,
@@ -127,6 +127,11 @@ pub(crate) struct Table {
 }
 
 impl Table {
+    /// Its attempts have higher numbers than this.
+    pub(crate) fn numbered_from(attempts: u64) -> Self {
+        Self { attempts, ..Self::default() }
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.lanes.len()
     }

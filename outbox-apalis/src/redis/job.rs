@@ -1,6 +1,6 @@
 use std::{
     collections::VecDeque,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use apalis_core::backend::codec::Codec;
@@ -42,12 +42,13 @@ impl Codec<Readable> for JobCodec {
 pub(crate) struct Jobs {
     waiting: Mutex<VecDeque<Job>>,
     room: Semaphore,
-    arrived: Notify,
+    /// The same for all subscriptions of a worker.
+    arrived: Arc<Notify>,
 }
 
 impl Jobs {
-    pub(crate) fn new(room: usize) -> Self {
-        Self { waiting: Mutex::default(), room: Semaphore::new(room), arrived: Notify::new() }
+    pub(crate) fn new(room: usize, arrived: Arc<Notify>) -> Self {
+        Self { waiting: Mutex::default(), room: Semaphore::new(room), arrived }
     }
 
     /// Waits for room.
@@ -60,9 +61,13 @@ impl Jobs {
         self.arrived.notify_one();
     }
 
-    /// Waits until there may be a job.
+    /// Waits until there may be a job, of any subscription of the worker.
     pub(crate) async fn arrived(&self) {
         self.arrived.notified().await;
+    }
+
+    pub(crate) fn are_waiting(&self) -> bool {
+        !self.waiting.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
     }
 
     pub(crate) fn take(&self, jobs: usize) -> Vec<Job> {

@@ -10,12 +10,14 @@ use ::redis::aio::ConnectionManager;
 use outbox_core::{Subscription, store::Store};
 use outbox_seaorm::{Instance, Outbox};
 use sea_orm::DbBackend;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::{LONGEST, Place, StartError, StartedWorker, Worker, started::Database, upkeep::Registration};
 use crate::{
-    assignment::{Assignment, Counts, SubscriptionId, Until},
+    assignment::{Assignment, Counts, Served, SubscriptionId, Until},
     clock::DatabaseClock,
+    desk::Desk,
     destination::Destination,
     options::Options,
     redis::{Health, Jobs, Queue, RELAY_LEASES, Redis, Transport},
@@ -37,6 +39,7 @@ struct Shared {
     stop: CancellationToken,
     counts: Arc<Counts>,
     clock: DatabaseClock,
+    desk: Arc<Desk>,
 }
 
 /// What the transports of all subscriptions share.
@@ -46,6 +49,8 @@ struct Relayed {
     health: Health,
     /// The outbox, among others in the same Redis.
     instance: String,
+    /// Jobs have arrived, of any subscription.
+    arrived: Arc<Notify>,
 }
 
 impl Worker {
@@ -92,18 +97,19 @@ impl Worker {
             connection,
             health: Health::new(),
             instance,
+            arrived: Arc::default(),
         });
-        let (mut assignments, mut registrations) = (Vec::new(), Vec::new());
+        let (mut served, mut registrations) = (Vec::new(), Vec::new());
         for (subscription, destination) in self.subscriptions {
             let registered = outbox.register_as(&subscription, &shared.worker).await?;
             let id = SubscriptionId::new(registered.id);
             let assignment = shared.assignment(&subscription, id.clone(), destination);
             let transport = relayed.as_ref().map(|relayed| relayed.transport(&assignment));
             registrations.push(Registration::new(subscription, id, registered.kept_by.as_deref()));
-            assignments.push((assignment, transport));
+            served.push(Served { assignment, transport });
         }
         let redis = relayed.map(|relayed| (relayed.connection, relayed.health));
-        Ok(shared.started(assignments, Some(Database { outbox: own, registrations, redis, retention: self.retention })))
+        Ok(shared.started(served, Some(Database { outbox: own, registrations, redis, retention: self.retention })))
     }
 
     async fn start_with(self, store: Arc<dyn Store>) -> Result<StartedWorker, StartError> {
@@ -115,12 +121,12 @@ impl Worker {
         }
         let clock = DatabaseClock::new(chrono::Utc::now(), Instant::now());
         let shared = Shared::new(store.clone(), false, self.options, FeedThread::start()?, clock);
-        let mut assignments = Vec::new();
+        let mut served = Vec::new();
         for (subscription, destination) in self.subscriptions {
             let id = SubscriptionId::new(store.register(&subscription).await?);
-            assignments.push((shared.assignment(&subscription, id, destination), None));
+            served.push(Served { assignment: shared.assignment(&subscription, id, destination), transport: None });
         }
-        Ok(shared.started(assignments, None))
+        Ok(shared.started(served, None))
     }
 }
 
@@ -141,6 +147,7 @@ impl Shared {
             stop: CancellationToken::new(),
             counts: Arc::default(),
             clock,
+            desk: Arc::default(),
         }
     }
 
@@ -172,13 +179,13 @@ impl Shared {
             counts: self.counts.clone(),
             clock: self.clock.clone(),
             idle: CancellationToken::new(),
-            desk: Arc::default(),
+            desk: self.desk.clone(),
         }
     }
 
-    fn started(self, assignments: Vec<(Assignment, Option<Transport>)>, database: Option<Database>) -> StartedWorker {
+    fn started(self, served: Vec<Served>, database: Option<Database>) -> StartedWorker {
         let Self { worker, thread, stop, counts, clock, .. } = self;
-        StartedWorker { worker, assignments, stop, counts, clock, thread, database }
+        StartedWorker { worker, served, stop, counts, clock, thread, database }
     }
 }
 
@@ -192,7 +199,7 @@ impl Relayed {
         Transport {
             health: self.health.clone(),
             queue: Queue::new(connection, &self.instance, &assignment.name, limit, batch, lease),
-            jobs: Arc::new(Jobs::new(waiting)),
+            jobs: Arc::new(Jobs::new(waiting, self.arrived.clone())),
         }
     }
 }

@@ -23,10 +23,11 @@ use super::{
 };
 use crate::{
     OutboxBackend,
-    assignment::{Assignment, Counts, Until},
+    assignment::{Counts, Served, Until},
     clock::DatabaseClock,
     destination::{self, AttemptResult, Destination, End},
-    redis::{self, Health, Transport},
+    feed::{Feeds, Line},
+    redis::{self, Health},
     router,
     task::DeliveryTask,
     thread::FeedThread,
@@ -35,7 +36,7 @@ use crate::{
 /// A worker whose subscriptions are registered.
 pub struct StartedWorker {
     pub(super) worker: Arc<str>,
-    pub(super) assignments: Vec<(Assignment, Option<Transport>)>,
+    pub(super) served: Vec<Served>,
     pub(super) stop: CancellationToken,
     pub(super) counts: Arc<Counts>,
     pub(super) clock: DatabaseClock,
@@ -69,19 +70,19 @@ impl StartedWorker {
     }
 
     pub(crate) async fn run(self, until: Until, shutdown: impl Future<Output = ()> + Send) -> Deliveries {
-        let Self { worker, mut assignments, stop, counts, clock, thread, database } = self;
-        assignments.iter_mut().for_each(|(assignment, _)| assignment.until = until);
-        let names: Vec<String> = assignments.iter().map(|(assignment, _)| assignment.name.to_string()).collect();
-        let idle: Vec<CancellationToken> = assignments.iter().map(|(assignment, _)| assignment.idle.clone()).collect();
+        let Self { worker, mut served, stop, counts, clock, thread, database } = self;
+        served.iter_mut().for_each(|served| served.assignment.until = until);
+        let names: Vec<String> = served.iter().map(|served| served.assignment.name.to_string()).collect();
+        let idle: Vec<CancellationToken> = served.iter().map(|served| served.assignment.idle.clone()).collect();
         tracing::info!(worker = &*worker, subscriptions = ?names, "worker started");
         let mut background = JoinSet::new();
         let outbox = database.as_ref().map(|database| database.outbox.clone());
         if let Some(database) = database {
-            database.start(&mut background, until, &worker, &assignments, clock, thread.runtime());
+            database.start(&mut background, until, &worker, &served, clock, thread.runtime());
         }
-        let monitor = assignments.into_iter().fold(Monitor::new(), |monitor, (assignment, transport)| {
-            register(monitor, outbox.clone(), assignment, transport)
-        });
+        let feeds = Arc::new(Feeds::new(served));
+        let monitor = (0..feeds.served().len())
+            .fold(Monitor::new(), |monitor, index| register(monitor, outbox.clone(), feeds.clone(), index));
         // Feeds stop before apalis does: only they know what is under way and how long it may go on.
         let signal = async {
             tokio::select! {
@@ -123,7 +124,7 @@ impl Database {
         background: &mut JoinSet<()>,
         until: Until,
         worker: &Arc<str>,
-        assignments: &[(Assignment, Option<Transport>)],
+        served: &[Served],
         clock: DatabaseClock,
         runtime: &Handle,
     ) {
@@ -132,19 +133,18 @@ impl Database {
             && let Some((connection, health)) = redis
         {
             background.spawn_on(redis::watch(health, connection), runtime);
-            for (assignment, transport) in assignments {
+            for Served { assignment, transport } in served {
                 if let Some(transport) = transport.clone() {
                     background.spawn_on(redis::run(outbox.clone(), assignment.clone(), transport), runtime);
                 }
             }
         }
         // Drained and once, feeds route for themselves: before each claim.
-        if until == Until::Stopped {
-            let served: Vec<Assignment> = assignments.iter().map(|(assignment, _)| assignment.clone()).collect();
-            served.iter().for_each(|assignment| assignment.desk.open());
-            if let Some(stop) = served.first().map(|assignment| assignment.stop.clone()) {
-                runtime.spawn(router::run(outbox.clone(), served, stop));
-            }
+        if let Some(first) = served.first().filter(|_| until == Until::Stopped) {
+            let (desk, stop) = (first.assignment.desk.clone(), first.assignment.stop.clone());
+            desk.open();
+            let assignments = served.iter().map(|served| served.assignment.clone()).collect();
+            runtime.spawn(router::run(outbox.clone(), assignments, desk, stop));
         }
         background.spawn_on(upkeep(outbox.clone(), worker.clone(), registrations, clock), runtime);
         background.spawn_on(purging(outbox.clone(), retention), runtime);
@@ -163,30 +163,26 @@ async fn listen(outbox: Outbox) {
     match never {}
 }
 
-fn register(monitor: Monitor, outbox: Option<Outbox>, assignment: Assignment, transport: Option<Transport>) -> Monitor {
+fn register(monitor: Monitor, outbox: Option<Outbox>, feeds: Arc<Feeds>, index: usize) -> Monitor {
     monitor
         .should_restart(|_, error| {
             tracing::error!(%error, "a worker ended early and is started again");
             true
         })
         .register(move |_| {
-            let mut backend = OutboxBackend::working(outbox.clone(), assignment.clone(), transport.clone());
-            let results = backend.results();
+            let assignment = &feeds.served()[index].assignment;
+            let (backend, line) = OutboxBackend::working(outbox.clone(), &feeds, index);
             let destination = assignment.destination.clone();
             WorkerBuilder::new(format!("{}/{}", assignment.worker, assignment.name))
                 .backend(backend)
                 .enable_tracing()
-                .build(move |task: DeliveryTask| run(destination.clone(), results.clone(), task))
+                .build(move |task: DeliveryTask| run(destination.clone(), line.clone(), task))
         })
 }
 
 /// One apalis task: one attempt, whose end goes to the feed. An error is what apalis' layers see of a failure; nothing
 /// is tried again here.
-async fn run(
-    destination: Arc<dyn Destination>,
-    results: tokio::sync::mpsc::UnboundedSender<AttemptResult>,
-    task: DeliveryTask,
-) -> Result<(), AttemptFailed> {
+async fn run(destination: Arc<dyn Destination>, line: Line, task: DeliveryTask) -> Result<(), AttemptFailed> {
     let Some(attempt) = &task.attempt else { return Ok(()) };
     let (key, attempt, started) = (attempt.lane.key.clone(), attempt.id, Instant::now());
     let end = destination::attempt(destination, task).await;
@@ -196,8 +192,7 @@ async fn run(
         }
         _ => Ok(()),
     };
-    // The feed ends only after all its tasks.
-    let _ = results.send(AttemptResult { key, attempt, end, started });
+    line.ended(AttemptResult { key, attempt, end, started });
     failed
 }
 

@@ -1,8 +1,5 @@
 use std::{
-    collections::HashMap,
-    future::poll_fn,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Poll, Waker},
     time::Duration,
 };
 
@@ -13,7 +10,8 @@ use super::model::{FinishedDelivery, Model};
 use crate::{
     AttemptLog, Batch, Events, Subject, Subscription,
     store::{
-        CircuitState, Claim, Holder, LaneRef, LaneReport, LeaseState, Settled, Store, StoreError, TakenOver, Wanted,
+        Announcer, CircuitState, Claim, Holder, LaneRef, LaneReport, LeaseState, News, NewsItem, Settled, Store,
+        StoreError, TakenOver, Wanted,
     },
 };
 
@@ -47,30 +45,16 @@ struct State {
     model: Model,
     subscriptions: Vec<(i32, Subscription)>,
     events: i64,
-    /// Whoever waits for news: of deliveries by the id of the subscription, of its state by the negative.
-    woken: HashMap<i32, Wake>,
-}
-
-#[derive(Debug, Default)]
-struct Wake {
-    /// It has news that nobody has got yet.
-    news: bool,
-    waiting: Vec<Waker>,
+    announcer: Announcer,
 }
 
 impl Default for State {
     fn default() -> Self {
-        Self { model: Model::new(1), subscriptions: Vec::new(), events: 0, woken: HashMap::new() }
+        Self { model: Model::new(1), subscriptions: Vec::new(), events: 0, announcer: Announcer::default() }
     }
 }
 
 impl State {
-    fn wake(&mut self, id: i32) {
-        let wake = self.woken.entry(id).or_default();
-        wake.news = true;
-        wake.waiting.drain(..).for_each(Waker::wake);
-    }
-
     fn id(&self, name: &str) -> Option<i32> {
         self.subscriptions.iter().find(|(_, each)| each.name() == name).map(|(id, _)| *id)
     }
@@ -121,7 +105,7 @@ impl MemoryStore {
             let keys: Vec<(i32, String)> = matching.map(|(id, each)| (*id, each.key_choice().key(&subject))).collect();
             for (id, key) in keys {
                 state.model.add(id, &key, event.clone(), due_at);
-                state.wake(id);
+                state.announcer.announce(&[NewsItem::Deliveries(id)]);
             }
         }
     }
@@ -140,8 +124,7 @@ impl MemoryStore {
         let mut state = self.state();
         let Some(id) = state.id(subscription) else { return };
         state.model.set_paused(id, is_paused);
-        state.wake(id);
-        state.wake(-id);
+        state.announcer.announce(&[NewsItem::Deliveries(id), NewsItem::State(id)]);
     }
 
     /// How many deliveries of a subscription wait or are under way.
@@ -159,19 +142,6 @@ impl MemoryStore {
         let state = self.state();
         let of = |id| state.model.finished(id).map(|(position, each)| (position, each.clone())).collect();
         state.id(subscription).map_or_else(Vec::new, of)
-    }
-
-    async fn news(&self, id: i32) {
-        poll_fn(|context| {
-            let mut state = self.state();
-            let wake = state.woken.entry(id).or_default();
-            if std::mem::take(&mut wake.news) {
-                return Poll::Ready(());
-            }
-            wake.waiting.push(context.waker().clone());
-            Poll::Pending
-        })
-        .await;
     }
 }
 
@@ -216,12 +186,8 @@ impl Store for MemoryStore {
         Ok(())
     }
 
-    async fn woken(&self, subscription: i32) {
-        self.news(subscription).await;
-    }
-
-    async fn state_changed(&self, subscription: i32) {
-        self.news(-subscription).await;
+    fn news(&self) -> News {
+        self.state().announcer.subscribe()
     }
 
     fn lost_connections(&self) -> u64 {

@@ -61,7 +61,7 @@ impl Core {
     }
 
     /// Long runs fill the memory even when their lanes are few, and large payloads even when they are not long.
-    fn is_full(&self) -> bool {
+    pub(super) fn is_full(&self) -> bool {
         let (waiting, bytes) = self.table.load();
         let enough = self.table.len() >= self.concurrency() && waiting >= self.ahead.most_deliveries();
         enough || bytes >= MOST_BYTES
@@ -154,17 +154,18 @@ mod tests {
             poll: Duration::from_secs(1),
             pace: Duration::ZERO,
             until: Until::Stopped,
+            numbered_from: 0,
         };
         let mut core = Core::new(settings, 0, now);
-        assert!(matches!(core.next_call(at), Some(Call::Claim { lanes: 1.., .. })));
+        assert!(matches!(core.next_call(at, |_| true), Some(Call::Claim { lanes: 1.., .. })));
         // It is paused.
         let claim = Ok(Claim::default());
         core.answered(Answer::Claimed { asked_at: now, capacity: 1, times_down: 0, claim }, at);
         core.state_changed(now);
         core.lost_connections(1);
-        assert!(matches!(core.next_call(at), Some(Call::Check { .. })));
-        assert!(core.next_call(at).is_none(), "the question would hold up the first claim");
+        assert!(matches!(core.next_call(at, |_| true), Some(Call::Check { .. })));
+        assert!(core.next_call(at, |_| true).is_none(), "the question would hold up the first claim");
         core.answered(Answer::Checked { losses: 1, asked: Vec::new(), held: Ok(Vec::new()) }, at);
-        assert!(matches!(core.next_call(at), Some(Call::Claim { lanes: 1.., .. })));
+        assert!(matches!(core.next_call(at, |_| true), Some(Call::Claim { lanes: 1.., .. })));
     }
 }

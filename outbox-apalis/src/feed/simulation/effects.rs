@@ -66,6 +66,8 @@ impl Destination for Place {
 pub(super) struct Effects {
     behaviours: HashMap<i64, Behaviour>,
     events: HashMap<i64, Arc<RecordedEvent>>,
+    /// The subscription that each goes to.
+    of: HashMap<i64, usize>,
     /// What was committed for each key, in order.
     pushed: BTreeMap<String, Vec<i64>>,
     /// What has had its effect, or is known not to get one.
@@ -83,11 +85,15 @@ impl Effects {
         &mut self,
         rng: &mut Rng,
         plan: &Plan,
+        subscription: usize,
         good: bool,
         now: DateTime<Utc>,
     ) -> (String, Arc<RecordedEvent>) {
         let position = self.events.len() as i64 + 1;
-        let key = if good { format!("good {position}") } else { format!("k{}", rng.u32(..plan.keys)) };
+        let key = match good {
+            true => format!("{subscription} good {position}"),
+            false => format!("{subscription} k{}", rng.u32(..plan.keys)),
+        };
         let behaviour = match rng.u8(..24) {
             _ if good => Behaviour::Succeeds(0),
             0 | 1 => Behaviour::Succeeds(rng.u32(1..4)),
@@ -121,6 +127,7 @@ impl Effects {
             max_attempts: matches!(behaviour, Behaviour::Fails | Behaviour::Kills).then_some(3),
         });
         self.behaviours.insert(position, behaviour);
+        self.of.insert(position, subscription);
         self.events.insert(position, event.clone());
         self.pushed.entry(key.clone()).or_default().push(position);
         (key, event)
@@ -171,10 +178,11 @@ impl Effects {
         self.over.insert(position);
     }
 
-    /// The subscription is removed: nothing of it has to happen any more.
-    pub(super) fn remove_all(&mut self) {
-        self.over.extend(self.events.keys());
-        self.void.extend(self.events.keys());
+    /// A subscription is removed: nothing of it has to happen any more.
+    pub(super) fn remove_all(&mut self, subscription: usize) {
+        let removed: Vec<i64> = self.of.iter().filter(|(_, of)| **of == subscription).map(|(at, _)| *at).collect();
+        self.over.extend(&removed);
+        self.void.extend(removed);
     }
 
     /// All is quiet: what was committed is finished as it had to be. If the days were `calm`, with no attempt too many.

@@ -19,6 +19,7 @@ pub(super) const MS: Duration = Duration::from_millis(1);
 pub(super) struct Plan {
     pub(super) seed: u64,
     pub(super) workers: usize,
+    pub(super) subscriptions: usize,
     pub(super) options: Options,
     pub(super) outside: bool,
     pub(super) after_dead_letter: AfterDeadLetter,
@@ -85,6 +86,7 @@ impl Plan {
         Self {
             seed,
             workers: rng.usize(1..4),
+            subscriptions: if rng.bool() { 1 } else { rng.usize(2..5) },
             options: Options {
                 lease,
                 timeout: rng.bool().then(|| lease.mul_f64(rng.f64().mul_add(0.5, 0.1))),

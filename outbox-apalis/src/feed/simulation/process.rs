@@ -11,25 +11,30 @@ use super::{
 };
 use crate::{
     assignment::Until,
-    feed::core::{Core, Settings, Start},
+    feed::{
+        core::{Core, Settings, Start},
+        dispatch::Dispatch,
+    },
 };
 
 pub(super) struct Process {
     pub(super) name: Arc<str>,
     /// Another one for each process at this place.
     pub(super) generation: u32,
-    pub(super) core: Core,
+    pub(super) dispatch: Dispatch,
     pub(super) attempts: Vec<Running>,
     /// How many connections it has lost.
     pub(super) losses: u64,
+    /// How many of them its cores know of.
+    pub(super) known_losses: u64,
     /// It stands still until then.
     pub(super) frozen_until: Instant,
     /// When it looks at the time next.
     pub(super) wakes_at: Option<Instant>,
-    /// How many results are being stored.
-    pub(super) settling: usize,
-    /// It has stopped as it was told.
-    pub(super) is_over: bool,
+    /// How many results of each subscription are being stored.
+    pub(super) settling: Vec<usize>,
+    /// Its cores that have not stopped as they were told.
+    pub(super) left: usize,
     /// How often it has acted at this moment.
     pub(super) acts: (Instant, u32),
 }
@@ -37,6 +42,7 @@ pub(super) struct Process {
 /// An attempt that was handed out.
 pub(super) struct Running {
     pub(super) id: u64,
+    pub(super) subscription: usize,
     pub(super) start: Start,
     pub(super) behaviour: Behaviour,
     pub(super) lasts: Duration,
@@ -60,7 +66,8 @@ impl Running {
 impl Process {
     pub(super) fn new(plan: &Plan, place: usize, generation: u32, now: Instant) -> Self {
         let name: Arc<str> = format!("w{place}.{generation}").into();
-        let settings = Settings {
+        let mut dispatch = Dispatch::default();
+        let settings = || Settings {
             worker: name.clone(),
             retry: plan.retry,
             after_dead_letter: plan.after_dead_letter,
@@ -70,25 +77,32 @@ impl Process {
             poll: plan.options.lease,
             pace: plan.pace,
             until: Until::Stopped,
+            numbered_from: 0,
         };
+        (0..plan.subscriptions).for_each(|index| dispatch.begin(index, Core::new(settings(), 0, now)));
         Self {
-            name,
             generation,
-            core: Core::new(settings, 0, now),
+            dispatch,
             attempts: Vec::new(),
             losses: 0,
+            known_losses: 0,
             frozen_until: now,
             wakes_at: None,
-            settling: 0,
-            is_over: false,
+            settling: vec![0; plan.subscriptions],
+            left: plan.subscriptions,
             acts: (now, 0),
+            name,
         }
     }
 
-    /// How many more tasks fit between it and its worker.
-    pub(super) fn room(&self, plan: &Plan) -> usize {
-        let waiting = self.attempts.iter().filter(|attempt| attempt.began_at.is_none()).count();
+    /// How many more tasks fit between it and the worker of a subscription.
+    pub(super) fn room(&self, plan: &Plan, subscription: usize) -> usize {
+        let waiting = self.attempts_of(subscription).filter(|attempt| attempt.began_at.is_none()).count();
         plan.options.concurrency.saturating_sub(waiting)
+    }
+
+    pub(super) fn attempts_of(&self, subscription: usize) -> impl Iterator<Item = &Running> + Clone {
+        self.attempts.iter().filter(move |attempt| attempt.subscription == subscription)
     }
 
     /// It acts once more; not for ever at the same moment.

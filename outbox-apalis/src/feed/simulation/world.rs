@@ -17,8 +17,9 @@ use super::{
 };
 use crate::{
     feed::{
-        calls::{Answer, Call},
-        core::Moment,
+        calls::{Answer, Call, Kind},
+        core::{Core, Moment},
+        together::Batch,
         told::Told,
     },
     metrics::Failed,
@@ -42,13 +43,14 @@ enum Event {
     /// A call reaches the store. `answers` unless its answer is lost.
     Call {
         place: usize,
-        call: Call,
+        batch: Batch,
         asked_at: Instant,
         answers: bool,
     },
     Answer {
         place: usize,
-        answer: Answer,
+        kind: Kind,
+        answers: Vec<(usize, Answer)>,
     },
     Begins {
         place: usize,
@@ -62,9 +64,9 @@ enum Event {
 
 #[derive(Debug)]
 enum Better {
-    Resume,
+    Resume(usize),
     /// Workers look at their subscriptions.
-    Beat(i32),
+    Beat(usize, i32),
 }
 
 pub(super) struct World {
@@ -77,16 +79,14 @@ pub(super) struct World {
     model: Model,
     /// As it was before the last lease that a crash takes back.
     unwritten: Option<Model>,
-    subscription: i32,
+    subscriptions: Vec<Subscription>,
     agenda: BinaryHeap<Reverse<(Instant, u64)>>,
     events: HashMap<u64, (u32, Event)>,
     count: u64,
     processes: Vec<Option<Process>>,
-    /// The ids that the processes know their subscription by.
-    known: Vec<i32>,
+    /// The ids that the processes know their subscriptions by.
+    known: Vec<Vec<i32>>,
     effects: Effects,
-    /// Since when the subscription is paused, and whether the workers have been told.
-    paused: Option<(Instant, bool)>,
     away_until: Instant,
     down_until: Instant,
     /// All workers stop for good.
@@ -94,7 +94,17 @@ pub(super) struct World {
     verbose: bool,
 }
 
-const NAME: &str = "s";
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Subscription {
+    /// Another one if it is removed and registered again.
+    id: i32,
+    /// Since when it is paused, and whether the workers have been told.
+    paused: Option<(Instant, bool)>,
+}
+
+fn name(subscription: usize) -> String {
+    format!("s{subscription}")
+}
 
 impl World {
     pub(super) fn new(plan: Plan) -> Self {
@@ -106,21 +116,22 @@ impl World {
             skew: TimeDelta::zero(),
             model: Model::new(plan.seed as i64),
             unwritten: None,
-            subscription: 1,
+            subscriptions: (1..).take(plan.subscriptions).map(|id| Subscription { id, paused: None }).collect(),
             agenda: BinaryHeap::new(),
             events: HashMap::new(),
             count: 0,
             processes: (0..plan.workers).map(|_| None).collect(),
-            known: vec![1; plan.workers],
+            known: vec![(1..).take(plan.subscriptions).collect(); plan.workers],
             effects: Effects::default(),
-            paused: None,
             away_until: start,
             down_until: start,
             is_ending: false,
             verbose: std::env::var_os("OUTBOX_SEED").is_some(),
             plan,
         };
-        world.model.subscribe(1, NAME);
+        for (index, Subscription { id, .. }) in world.subscriptions.iter().enumerate() {
+            world.model.subscribe(*id, &name(index));
+        }
         for at in world.plan.commits.clone() {
             world.at(at, 0, Event::Commit);
         }
@@ -168,34 +179,51 @@ impl World {
         // The longest wait for an event that is unknown, a few times.
         let limit = end + Duration::from_secs(600);
         let mut good_at = end;
-        while self.model.lanes(self.subscription).next().is_some() {
-            assert!(self.step(limit), "a key is stuck: {:?}", self.model.lanes(self.subscription).next());
+        while let Some(left) = self.left() {
+            assert!(self.step(limit), "a key is stuck: {left}");
             // Without any success nobody can know that it is not the destination's fault.
             if self.plan.outside && self.now >= good_at {
                 good_at = self.now + self.plan.options.lease;
                 self.commit(true);
             }
-            self.model.let_go(self.utc(), self.subscription);
+            for Subscription { id, .. } in self.subscriptions.clone() {
+                self.model.let_go(self.utc(), id);
+            }
         }
         self.stop_all();
+        let finished = self.subscriptions.iter().flat_map(|Subscription { id, .. }| self.model.finished(*id));
         let finished: BTreeMap<i64, FinishedDelivery> =
-            self.model.finished(self.subscription).map(|(position, finished)| (position, finished.clone())).collect();
+            finished.map(|(position, finished)| (position, finished.clone())).collect();
         self.effects.check(&finished, &self.plan, calm);
+    }
+
+    /// A key that is not done.
+    fn left(&self) -> Option<String> {
+        let mut lanes = self.subscriptions.iter().flat_map(|Subscription { id, .. }| self.model.lanes(*id));
+        lanes.next().map(|lane| format!("{lane:?}"))
     }
 
     /// From now on all is well.
     fn faults_end(&mut self) {
         (self.plan.lost, self.plan.late, self.plan.busy) = (0, 0, 0);
         (self.away_until, self.down_until) = (self.now, self.now);
-        self.model.set_paused(self.subscription, false);
-        self.paused = None;
-        self.known.fill(self.subscription);
+        for subscription in &mut self.subscriptions {
+            self.model.set_paused(subscription.id, false);
+            subscription.paused = None;
+        }
+        let ids = self.ids();
+        self.known.fill(ids);
         for place in 0..self.processes.len() {
             if let Some(process) = &mut self.processes[place] {
-                process.frozen_until = self.now;
+                (process.frozen_until, process.wakes_at) = (self.now, None);
+                process.dispatch.touch_all(|_| {});
                 self.act(place);
             }
         }
+    }
+
+    fn ids(&self) -> Vec<i32> {
+        self.subscriptions.iter().map(|subscription| subscription.id).collect()
     }
 
     /// All workers are told to stop, and nothing is left of them.
@@ -205,12 +233,12 @@ impl World {
         for place in 0..self.processes.len() {
             let now = self.now;
             if let Some(process) = &mut self.processes[place] {
-                process.core.stop(grace, now);
+                process.dispatch.touch_all(|core| core.stop(grace, now));
                 self.act(place);
             }
         }
         let limit = self.now + grace + self.plan.options.lease + Duration::from_secs(1);
-        while self.processes.iter().flatten().any(|process| !process.is_over) {
+        while self.processes.iter().flatten().any(|process| process.left > 0) {
             assert!(self.step(limit), "a worker does not stop");
         }
     }
@@ -248,17 +276,19 @@ impl World {
         match event {
             Event::Commit => self.commit(false),
             Event::Bad(day) => self.bad_day(day),
-            Event::Better(Better::Resume) => {
-                self.check_leases_while_paused();
-                self.model.set_paused(self.subscription, false);
-                self.paused = None;
-                self.wake_all();
+            Event::Better(Better::Resume(subscription)) => {
+                self.check_leases_while_paused(subscription);
+                self.model.set_paused(self.subscriptions[subscription].id, false);
+                self.subscriptions[subscription].paused = None;
+                self.wake_all(subscription);
             }
-            Event::Better(Better::Beat(id)) => self.known.fill(id),
+            Event::Better(Better::Beat(subscription, id)) => {
+                self.known.iter_mut().for_each(|known| known[subscription] = id);
+            }
             Event::Starts(place) => {
-                if self.processes[place].is_none() {
+                if self.processes[place].is_none() && !self.is_ending {
                     self.processes[place] = Some(Process::new(&self.plan, place, generation, self.now));
-                    self.known[place] = self.subscription;
+                    self.known[place] = self.ids();
                     self.act(place);
                 }
             }
@@ -269,15 +299,19 @@ impl World {
                     self.act(place);
                 }
             }
-            Event::Call { place, call, asked_at, answers } => self.call(place, generation, call, asked_at, answers),
-            Event::Answer { place, answer } => {
-                self.says(|| format!("w{place}.{generation} <- {answer:?}"));
+            Event::Call { place, batch, asked_at, answers } => {
+                self.call(place, generation, batch, asked_at, answers);
+            }
+            Event::Answer { place, kind, answers } => {
+                self.says(|| format!("w{place}.{generation} <- {answers:?}"));
                 let at = self.moment();
                 let Some(process) = &mut self.processes[place] else { return };
-                if let Answer::Settled { reports, .. } = &answer {
-                    process.settling -= reports.iter().map(|report| report.finished.len()).sum::<usize>();
+                for (index, answer) in &answers {
+                    if let Answer::Settled { reports, .. } = answer {
+                        process.settling[*index] -= reports.iter().map(|report| report.finished.len()).sum::<usize>();
+                    }
                 }
-                process.core.answered(answer, at);
+                process.dispatch.answered(kind, &[], Some(answers), || at);
                 self.act(place);
             }
             Event::Begins { place, id } => self.begins(place, id),
@@ -285,19 +319,58 @@ impl World {
         }
     }
 
-    /// As the driver of a feed does.
+    /// As the driver does.
     fn act(&mut self, place: usize) {
         let at = self.moment();
         let Some(mut process) = self.processes[place].take() else { return };
-        if process.is_over {
+        if process.left == 0 {
             self.processes[place] = Some(process);
             return;
         }
         process.acts(self.now);
-        process.core.lost_connections(process.losses);
-        process.core.time_passes(false, at);
-        for start in process.core.start(process.room(&self.plan), at) {
-            self.check_pause();
+        if std::mem::replace(&mut process.known_losses, process.losses) != process.losses {
+            process.dispatch.touch_all(|_| {});
+        }
+        process.dispatch.time_passes(self.now);
+        while let Some(index) = process.dispatch.next_touched() {
+            self.serve(place, &mut process, index);
+        }
+        for batch in process.dispatch.batches(at) {
+            self.says(|| format!("{} -> {batch:?}", process.name));
+            for (index, call) in &batch.calls {
+                if let Call::Settle(reports) = call {
+                    process.settling[*index] += reports.iter().map(|report| report.finished.len()).sum::<usize>();
+                }
+            }
+            self.send(place, process.generation, batch);
+        }
+        assert_eq!(process.dispatch.broken(), [0_usize; 0], "a core has panicked");
+        for attempt in process.attempts.iter_mut().filter(|attempt| attempt.is_to_be_cancelled()) {
+            attempt.is_cancelled = true;
+            self.schedule(self.now + MS, process.generation, Event::Ends { place, id: attempt.id });
+        }
+        if let Some(timeout) = process.dispatch.next_timeout()
+            && process.wakes_at.is_none_or(|at| at > timeout)
+        {
+            process.wakes_at = Some(timeout);
+            self.schedule(timeout.max(self.now + MS / 1000), process.generation, Event::Wakes(place));
+        }
+        if process.left == 0 && !self.is_ending {
+            self.schedule(self.now, process.generation + 1, Event::Starts(place));
+            return;
+        }
+        self.processes[place] = Some(process);
+    }
+
+    fn serve(&mut self, place: usize, process: &mut Process, index: usize) {
+        let (at, room, losses) = (self.moment(), process.room(&self.plan, index), process.losses);
+        let starts = process.dispatch.touch(index, |core| {
+            core.lost_connections(losses);
+            core.time_passes(false, at);
+            core.start(room, at)
+        });
+        for start in starts.unwrap_or_default() {
+            self.check_pause(index);
             self.count += 1;
             let (id, time) = (self.count, start.time);
             let (position, lease) = (start.event.position, self.plan.options.lease);
@@ -305,43 +378,34 @@ impl World {
             self.says(|| {
                 format!("{}: attempt {} of {} ({behaviour:?})", process.name, start.number, start.event.position)
             });
-            process.attempts.push(Running { id, start, behaviour, lasts, began_at: None, is_cancelled: false });
+            let running =
+                Running { id, subscription: index, start, behaviour, lasts, began_at: None, is_cancelled: false };
+            process.attempts.push(running);
             let soon = self.now + MS.mul_f64(self.rng.f64());
             self.schedule(soon, process.generation, Event::Begins { place, id });
         }
-        while let Some(call) = process.core.next_call(at) {
-            self.says(|| format!("{} -> {call:?}", process.name));
-            if let Call::Settle(reports) = &call {
-                process.settling += reports.iter().map(|report| report.finished.len()).sum::<usize>();
-            }
-            self.send(place, process.generation, call);
+        process.dispatch.gather(index, at);
+        let told = process.dispatch.look(index, Core::told);
+        told.into_iter().flatten().for_each(|told| self.told(&process.name, told));
+        let Some(core) = process.dispatch.core(index) else { return };
+        let gathered = process.dispatch.gathered_results(index);
+        core.check(process.settling[index] + gathered);
+        if core.is_over() || core.has_given_up() {
+            self.check_end(process, index);
+            process.dispatch.end(index);
+            process.left -= 1;
         }
-        for told in process.core.told() {
-            self.told(&process.name, told);
-        }
-        process.core.check(process.settling);
-        for attempt in process.attempts.iter_mut().filter(|attempt| attempt.is_to_be_cancelled()) {
-            attempt.is_cancelled = true;
-            self.schedule(self.now + MS, process.generation, Event::Ends { place, id: attempt.id });
-        }
-        let timeout = process.core.next_timeout(self.now);
-        if process.wakes_at.is_none_or(|at| at > timeout) {
-            process.wakes_at = Some(timeout);
-            self.schedule(timeout.max(self.now + MS / 1000), process.generation, Event::Wakes(place));
-        }
-        process.is_over = process.core.is_over() || process.core.has_given_up();
-        if process.is_over && !self.is_ending {
-            let name = &*process.name;
-            let leaves_none =
-                self.model.lanes(self.subscription).all(|(_, lane)| lane.leased_by.as_deref() != Some(name));
-            // What blocks its thread in a transaction may commit at any time: only the end of its lease fences it.
-            let blocks = process.attempts.iter().any(|attempt| matches!(attempt.behaviour, Behaviour::Blocks(_)));
-            let excused = blocks || process.losses > 0 || process.core.has_given_up() && !self.plan.is_connected();
-            assert!(leaves_none || excused, "{name} has ended, and not its leases");
-            self.schedule(self.now, process.generation + 1, Event::Starts(place));
-            return;
-        }
-        self.processes[place] = Some(process);
+    }
+
+    /// A core that is over has left no leases.
+    fn check_end(&self, process: &Process, index: usize) {
+        let Some(core) = process.dispatch.core(index).filter(|_| !self.is_ending) else { return };
+        let id = self.subscriptions[index].id;
+        let leaves_none = self.model.lanes(id).all(|(_, lane)| lane.leased_by.as_deref() != Some(&*process.name));
+        // What blocks its thread in a transaction may commit at any time: only the end of its lease fences it.
+        let blocks = process.attempts.iter().any(|attempt| matches!(attempt.behaviour, Behaviour::Blocks(_)));
+        let excused = blocks || process.losses > 0 || core.has_given_up() && !self.plan.is_connected();
+        assert!(leaves_none || excused, "{} has ended, and not its leases", process.name);
     }
 
     fn told(&mut self, worker: &str, told: Told) {

@@ -26,7 +26,8 @@ impl World {
         attempt.start.running.begun().store(true, std::sync::atomic::Ordering::Release);
         let minds_time = !matches!(attempt.behaviour, Behaviour::Blocks(_));
         let lasts = if minds_time { attempt.lasts.min(attempt.start.time) } else { attempt.lasts };
-        let under_way = process.attempts.iter().filter(|attempt| attempt.is_under_way());
+        let subscription = attempt.subscription;
+        let under_way = process.attempts_of(subscription).filter(|attempt| attempt.is_under_way());
         let of_key = under_way.clone().filter(|attempt| attempt.start.lane.key == key).count();
         assert!(of_key <= 1, "{key} has {of_key} attempts at once in one process");
         assert!(under_way.count() <= self.plan.options.concurrency, "too many attempts at once");
@@ -50,9 +51,8 @@ impl World {
         let Some(process) = &mut self.processes[place] else { return };
         let lane = &attempt.start.lane;
         let started = attempt.began_at.unwrap_or(self.now);
-        process
-            .core
-            .ended(AttemptResult { key: lane.key.clone(), attempt: attempt.start.running.id(), end, started }, at);
+        let result = AttemptResult { key: lane.key.clone(), attempt: attempt.start.running.id(), end, started };
+        process.dispatch.touch(attempt.subscription, |core| core.ended(result, at));
         self.act(place);
     }
 
@@ -79,8 +79,8 @@ impl World {
 
     pub(super) fn effect(&mut self, attempt: &Running) {
         let key = &attempt.start.lane.key;
-        let held_at =
-            self.model.lanes(self.subscription).find(|(lane, _)| lane == key).and_then(|(_, lane)| lane.held_at);
+        let id = self.subscriptions[attempt.subscription].id;
+        let held_at = self.model.lanes(id).find(|(lane, _)| lane == key).and_then(|(_, lane)| lane.held_at);
         self.effects.happens(&attempt.start.event, held_at);
     }
 

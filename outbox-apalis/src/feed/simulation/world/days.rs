@@ -6,39 +6,41 @@ use super::{
     Better, Event, World,
     network::{holder, wanted},
 };
+use crate::feed::core::Core;
 use crate::feed::simulation::{
     plan::{BadDay, MS},
     process::Process,
-    world::NAME,
+    world::{Subscription, name},
 };
 
 impl World {
     /// `good` if it is certain to succeed.
     pub(super) fn commit(&mut self, good: bool) {
         let utc = self.utc();
-        let (key, event) = self.effects.push(&mut self.rng, &self.plan, good, utc);
+        let subscription = self.rng.usize(..self.plan.subscriptions);
+        let (key, event) = self.effects.push(&mut self.rng, &self.plan, subscription, good, utc);
         self.says(|| format!("commit of {} for {key}", event.position));
         let delay =
             if self.rng.u8(..8) == 0 { TimeDelta::milliseconds(self.rng.i64(0..500)) } else { TimeDelta::zero() };
         self.unwritten = None;
-        self.model.add(self.subscription, &key, event, utc + delay);
+        self.model.add(self.subscriptions[subscription].id, &key, event, utc + delay);
         let place = self.rng.usize(..self.processes.len());
-        if self.rng.bool() && self.route_to(place) {
+        if self.rng.bool() && self.route_to(place, subscription) {
             return;
         }
-        self.wake_all();
+        self.wake_all(subscription);
     }
 
     /// Routing leases what is due to one of the workers, if that has room. Returns whether it has.
-    pub(super) fn route_to(&mut self, place: usize) -> bool {
-        let (now, utc, id) = (self.now, self.utc(), self.subscription);
+    pub(super) fn route_to(&mut self, place: usize, subscription: usize) -> bool {
+        let (now, utc, id) = (self.now, self.utc(), self.subscriptions[subscription].id);
         let circuit_is_closed = self.model.next_due(utc, id).is_some_and(|next| next.circuit.is_none());
-        let knows = self.known[place] == id && self.away_until <= now && circuit_is_closed;
+        let knows = self.known[place][subscription] == id && self.away_until <= now && circuit_is_closed;
         let Some(process) = self.processes[place].as_mut().filter(|process| knows && process.frozen_until <= now)
         else {
             return false;
         };
-        let room = process.core.room_for_new();
+        let room = process.dispatch.core(subscription).map_or(0, Core::room_for_new);
         if room == 0 {
             return false;
         }
@@ -46,28 +48,29 @@ impl World {
         let claim = self.model.claim(utc, holder(&self.plan, &process.name), wanted(&self.plan, id, room));
         self.unwritten = before;
         let lanes = claim.lanes.into_iter().map(|lane| (lane, now)).collect();
-        process.core.routed(lanes, now);
+        process.dispatch.touch(subscription, |core| core.routed(lanes, now));
         self.act(place);
         true
     }
 
-    pub(super) fn tell_state(&mut self) {
+    pub(super) fn tell_state(&mut self, subscription: usize) {
         for place in 0..self.processes.len() {
             let now = self.now;
-            if let Some(process) = self.processes[place].as_mut().filter(|process| process.core.is_working()) {
-                process.core.state_changed(now);
+            if let Some(process) = self.processes[place].as_mut() {
+                process.dispatch.touch(subscription, |core| core.state_changed(now));
                 self.act(place);
             }
         }
     }
 
     /// Only attempts under way keep their leases while the subscription is paused.
-    pub(super) fn check_leases_while_paused(&self) {
-        let known = self.paused.filter(|(since, _)| self.now > *since + self.plan.options.lease + 50 * MS);
+    pub(super) fn check_leases_while_paused(&self, subscription: usize) {
+        let Subscription { id, paused } = self.subscriptions[subscription];
+        let known = paused.filter(|(since, _)| self.now > *since + self.plan.options.lease + 50 * MS);
         if known.is_none() || !self.plan.is_connected() {
             return;
         }
-        for (key, lane) in self.model.lanes(self.subscription) {
+        for (key, lane) in self.model.lanes(id) {
             let holder =
                 self.processes.iter().flatten().find(|process| lane.leased_by.as_deref() == Some(&*process.name));
             let works = |process: &Process| process.attempts.iter().any(|attempt| attempt.start.lane.key == key);
@@ -76,19 +79,18 @@ impl World {
     }
 
     /// Nothing begins while the subscription is paused, once the workers can know.
-    pub(super) fn check_pause(&self) {
-        if let Some((since, told)) = self.paused.filter(|_| self.plan.is_connected()) {
+    pub(super) fn check_pause(&self, subscription: usize) {
+        if let Some((since, told)) = self.subscriptions[subscription].paused.filter(|_| self.plan.is_connected()) {
             let known = since + if told { 10 * MS } else { self.plan.options.lease + 10 * MS };
             assert!(self.now <= known, "an attempt begins, and the subscription is paused");
         }
     }
 
-    pub(super) fn wake_all(&mut self) {
+    pub(super) fn wake_all(&mut self, subscription: usize) {
         for place in 0..self.processes.len() {
             let now = self.now;
-            let process = self.processes[place].as_mut().filter(|process| process.frozen_until <= now);
-            if let Some(process) = process.filter(|process| process.core.is_working()) {
-                process.core.woken(now);
+            if let Some(process) = self.processes[place].as_mut().filter(|process| process.frozen_until <= now) {
+                process.dispatch.touch(subscription, |core| core.woken(now));
                 self.act(place);
             }
         }
@@ -97,7 +99,8 @@ impl World {
     pub(super) fn bad_day(&mut self, day: BadDay) {
         self.says(|| format!("{day:?}"));
         let place = self.rng.usize(..self.processes.len());
-        let lease = self.plan.options.lease;
+        let (lease, subscription) = (self.plan.options.lease, self.rng.usize(..self.plan.subscriptions));
+        let id = self.subscriptions[subscription].id;
         match day {
             BadDay::Kill => self.kill(place),
             BadDay::Freeze(time) => {
@@ -115,38 +118,39 @@ impl World {
                 for place in 0..self.processes.len() {
                     if let Some(process) = &mut self.processes[place] {
                         process.losses += 1;
+                        process.dispatch.touch_all(|_| {});
                         self.act(place);
                     }
                 }
             }
             BadDay::Down(time) => self.down_until = self.now + time,
             BadDay::Pause(time) => {
-                self.model.set_paused(self.subscription, true);
+                self.model.set_paused(id, true);
                 let told = self.rng.bool();
-                self.paused = Some((self.now, told));
-                self.schedule(self.now + time, 0, Event::Better(Better::Resume));
+                self.subscriptions[subscription].paused = Some((self.now, told));
+                self.schedule(self.now + time, 0, Event::Better(Better::Resume(subscription)));
                 if told {
-                    self.tell_state();
+                    self.tell_state(subscription);
                 }
             }
             BadDay::Restart => {
                 let (now, grace) = (self.now, self.plan.options.grace);
                 if let Some(process) = self.processes[place].as_mut().filter(|process| process.frozen_until <= now) {
-                    process.core.stop(grace, now);
+                    process.dispatch.touch_all(|core| core.stop(grace, now));
                     self.act(place);
                 }
             }
             BadDay::Remove => {
-                self.model.remove(self.subscription);
-                self.subscription += 1;
-                self.model.subscribe(self.subscription, NAME);
-                self.effects.remove_all();
+                self.model.remove(id);
+                let id = self.subscriptions.iter().map(|subscription| subscription.id).max().unwrap_or(0) + 1;
+                self.subscriptions[subscription] = Subscription { id, paused: None };
+                self.model.subscribe(id, &name(subscription));
+                self.effects.remove_all(subscription);
                 self.unwritten = None;
-                self.paused = None;
-                self.tell_state();
-                self.schedule(self.now + lease / 4, 0, Event::Better(Better::Beat(self.subscription)));
+                self.tell_state(subscription);
+                self.schedule(self.now + lease / 4, 0, Event::Better(Better::Beat(subscription, id)));
             }
-            BadDay::LetGo => self.model.let_go(self.utc(), self.subscription),
+            BadDay::LetGo => self.model.let_go(self.utc(), id),
         }
     }
 

@@ -12,6 +12,7 @@ use super::{Event, World};
 use crate::feed::{
     calls::{Answer, Call, Change},
     simulation::plan::{MS, Plan},
+    together::Batch,
 };
 
 impl World {
@@ -19,29 +20,36 @@ impl World {
         self.rng.u32(..1000) < of_thousand
     }
 
-    pub(super) fn send(&mut self, place: usize, generation: u32, call: Call) {
+    pub(super) fn send(&mut self, place: usize, generation: u32, batch: Batch) {
         let slow = if self.chance(self.plan.late) { self.plan.options.lease.mul_f64(self.rng.f64() * 1.5) } else { MS };
         let (at, asked_at) = (self.now + slow.mul_f64(self.rng.f64()), self.now);
         let (lost, answers) = (self.chance(self.plan.lost), !self.chance(self.plan.lost));
         if lost {
-            self.fail(place, generation, call);
+            self.fail(place, generation, batch);
             return;
         }
         if self.chance(self.plan.lost) {
             // It arrives twice; nobody waits for the second answer.
             let later = at + MS.mul_f64(5.0 * self.rng.f64());
-            self.schedule(later, u32::MAX, Event::Call { place, call: call.clone(), asked_at, answers: false });
+            self.schedule(later, u32::MAX, Event::Call { place, batch: batch.clone(), asked_at, answers: false });
         }
-        self.schedule(at, generation, Event::Call { place, call, asked_at, answers });
+        self.schedule(at, generation, Event::Call { place, batch, asked_at, answers });
     }
 
     /// A call has failed, and the connection with it.
-    pub(super) fn fail(&mut self, place: usize, generation: u32, call: Call) {
+    pub(super) fn fail(&mut self, place: usize, generation: u32, batch: Batch) {
         if let Some(process) = self.processes[place].as_mut().filter(|process| process.generation == generation) {
             process.losses += 1;
         }
+        let kind = batch.kind;
+        let answers = batch.calls.into_iter().map(|(index, call)| (index, self.failed(call))).collect();
+        let wait = self.plan.options.call_limit().mul_f64(self.rng.f64() / 4.0);
+        self.schedule(self.now + wait, generation, Event::Answer { place, kind, answers });
+    }
+
+    fn failed(&self, call: Call) -> Answer {
         let away = || StoreError::new("the database is away");
-        let answer = match call {
+        match call {
             Call::Claim { lanes, times_down, .. } => {
                 Answer::Claimed { asked_at: self.now, capacity: lanes, times_down, claim: Err(away()) }
             }
@@ -53,29 +61,28 @@ impl World {
             Call::Renew(asked) => Answer::Renewed { asked_at: self.now, asked, renewed: Err(away()) },
             Call::Check { losses, lanes } => Answer::Checked { losses, asked: lanes, held: Err(away()) },
             Call::Change(_) => Answer::Changed,
-        };
-        let wait = self.plan.options.call_limit().mul_f64(self.rng.f64() / 4.0);
-        self.schedule(self.now + wait, generation, Event::Answer { place, answer });
+        }
     }
 
-    /// A call reaches the store.
-    pub(super) fn call(&mut self, place: usize, generation: u32, call: Call, asked_at: Instant, answers: bool) {
+    /// Calls reach the store.
+    pub(super) fn call(&mut self, place: usize, generation: u32, batch: Batch, asked_at: Instant, answers: bool) {
         if self.away_until > self.now {
-            self.fail(place, generation, call);
+            self.fail(place, generation, batch);
             return;
         }
-        let again = call.clone();
-        let answer = self.execute(place, generation, call, asked_at);
+        let (again, kind) = (batch.clone(), batch.kind);
+        let mut answer = |(index, call)| (index, self.execute(place, generation, index, call, asked_at));
+        let all = batch.calls.into_iter().map(&mut answer).collect();
         if answers {
             let soon = self.now + MS.mul_f64(self.rng.f64());
-            self.schedule(soon, generation, Event::Answer { place, answer });
+            self.schedule(soon, generation, Event::Answer { place, kind, answers: all });
         } else {
             self.fail(place, generation, again);
         }
     }
 
-    pub(super) fn execute(&mut self, place: usize, generation: u32, call: Call, asked_at: Instant) -> Answer {
-        let (utc, id) = (self.utc(), self.known[place]);
+    fn execute(&mut self, place: usize, generation: u32, index: usize, call: Call, asked_at: Instant) -> Answer {
+        let (utc, id) = (self.utc(), self.known[place][index]);
         if !matches!(call, Call::Check { .. }) {
             self.unwritten = None;
         }
