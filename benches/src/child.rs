@@ -24,6 +24,9 @@ pub(crate) struct Options {
     /// How many subscriptions, all for the same events.
     #[arg(long, default_value_t = 1)]
     subscriptions: usize,
+    /// Three subscriptions each get the events of one group.
+    #[arg(long)]
+    groups: bool,
     /// Prints a line for each delivery: the event's number and the time in nanoseconds.
     #[arg(long)]
     print: bool,
@@ -47,7 +50,10 @@ pub(crate) async fn run(url: &str, options: &Options) -> Result<()> {
             std::future::ready(Ok(()))
         });
         let name = if n == 0 { SUBSCRIPTION.to_owned() } else { format!("{SUBSCRIPTION}-{n}") };
-        worker = worker.handlers(Subscription::new(name)?, handlers);
+        let subscription = Subscription::new(name)?;
+        let subscription =
+            if options.groups { subscription.required_tags([format!("group-{}", n / 3)]) } else { subscription };
+        worker = worker.handlers(subscription, handlers);
     }
     let worker = worker.start().await?;
     println!("started");

@@ -81,7 +81,7 @@ async fn idle(setup: &Setup, subscriptions: usize, time: Duration) -> Result<(f6
     Ok(((after - before) as f64 / time.as_secs_f64(), percent))
 }
 
-async fn transactions(db: &impl ConnectionTrait) -> Result<i64> {
+pub(crate) async fn transactions(db: &impl ConnectionTrait) -> Result<i64> {
     let sql = "select pg_stat_force_next_flush(), pg_stat_clear_snapshot(), xact_commit
                  from pg_stat_database where datname = current_database()";
     let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, sql)).await?.ok_or("no statistics")?;

@@ -12,6 +12,7 @@ mod events;
 mod http;
 mod idle;
 mod latency;
+mod many;
 mod measure;
 mod ordered;
 mod processor;
@@ -68,6 +69,8 @@ enum Scenario {
     Routing,
     /// A worker with nothing to do, and one with much: I1, M1.
     Idle,
+    /// A worker with a thousand subscriptions, and three of the same events: I2.
+    Many,
     /// A backlog and single events through Redis, against the database alone and bare apalis-redis: R1, R2.
     Redis,
     /// Failures, a slow destination, a crash of the server.
@@ -113,6 +116,7 @@ async fn main() -> Result<()> {
         Scenario::Rival => ("rival", rival::run(&setup).await?),
         Scenario::Routing => ("routing", routing::run(&setup).await?),
         Scenario::Idle => ("idle", idle::run(&setup).await?),
+        Scenario::Many => ("many", many::run(&setup).await?),
         Scenario::Redis => ("redis", redis::run(&setup).await?),
         Scenario::BadDay => ("bad-day", bad_day::run(&setup).await?),
         Scenario::Worker(options) => {

@@ -142,7 +142,7 @@ impl Dispatch {
                 if self.together.may(index, Kind::Claim)
                     && let Some(call) = self.cores[index].as_mut().and_then(|core| core.joins(at))
                 {
-                    self.together.push(index, call);
+                    self.together.join(index, call);
                     self.plan(index, at.now);
                 }
             }

@@ -71,6 +71,13 @@ impl Together {
         gathering.calls.push((index, call));
     }
 
+    /// Another one looks as well, which expects nothing.
+    pub(crate) fn join(&mut self, index: usize, call: Call) {
+        let gathering = self.kinds.entry(call.kind()).or_default();
+        gathering.size += 1;
+        gathering.calls.push((index, call));
+    }
+
     /// Whether somebody claims, so that others may as well.
     pub(crate) fn claims(&self) -> bool {
         self.kinds.get(&Kind::Claim).is_some_and(|gathering| !gathering.calls.is_empty())
