@@ -35,9 +35,10 @@ use sea_orm_migration::{
 
 mod m20261121_000001_outbox;
 mod m20261126_000002_routing;
+mod m20261127_000003_fairness;
 
 /// The version of the tables that these migrations end with, as written to `outbox_meta`.
-pub const SCHEMA_VERSION: i32 = 2;
+pub const SCHEMA_VERSION: i32 = 3;
 
 /// What the names of all tables start with, unless [`with_prefix`] says otherwise.
 pub const DEFAULT_PREFIX: &str = "outbox_";
@@ -65,6 +66,7 @@ pub fn with_prefix(prefix: &str) -> Vec<Box<dyn MigrationTrait>> {
     vec![
         Box::new(m20261121_000001_outbox::Migration::new(prefix)),
         Box::new(m20261126_000002_routing::Migration::new(prefix)),
+        Box::new(m20261127_000003_fairness::Migration::new(prefix)),
     ]
 }
 

@@ -25,6 +25,7 @@ mod driver;
 mod leases;
 mod outage;
 mod pace;
+mod ready;
 mod reports;
 mod schedule;
 #[cfg(test)]

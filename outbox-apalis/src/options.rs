@@ -8,6 +8,8 @@ pub(crate) struct Options {
     pub(crate) timeout: Option<Duration>,
     pub(crate) poll: Option<Duration>,
     pub(crate) concurrency: usize,
+    /// How many deliveries of one tenant may be under way; as many as of all, if it is not set.
+    pub(crate) of_tenant: Option<usize>,
     pub(crate) batch: usize,
     pub(crate) grace: Duration,
 }
@@ -29,6 +31,7 @@ impl Options {
         timeout: None,
         poll: None,
         concurrency: 10,
+        of_tenant: None,
         batch: 100,
         grace: Duration::from_secs(10),
     };

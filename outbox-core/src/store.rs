@@ -144,12 +144,17 @@ pub struct Holder<'a> {
 }
 
 /// What a worker would lease of a subscription.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
     /// The subscription.
     pub subscription: i32,
     /// How many lanes at most; none to be told [when the next is due](Claim::next).
     pub lanes: u32,
+    /// How many lanes more, of tenants that are not [passed](Self::passed).
+    pub others: u32,
+    /// Tenants that have enough lanes leased: of every other one a lane that is due comes before all of theirs. What is
+    /// without a tenant comes in the order of its time.
+    pub passed: Vec<String>,
     /// How many deliveries of each at most.
     pub run: u32,
     /// Looks at all lanes. Otherwise a claim may go on where the one before has ended, for a second at most; what came to

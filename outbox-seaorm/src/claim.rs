@@ -108,7 +108,7 @@ impl Outbox {
         run: u32,
         lease: Duration,
     ) -> Result<Claim, DbErr> {
-        let wanted = Wanted { subscription, lanes, run, all: true };
+        let wanted = Wanted { subscription, lanes, run, all: true, ..Wanted::default() };
         let claims = self.claim_of(Holder { worker, lease }, &[wanted]).await?;
         Ok(claims.into_iter().next().unwrap_or_default())
     }
@@ -130,7 +130,7 @@ impl Outbox {
     pub async fn claim_of(&self, holder: Holder<'_>, wanted: &[Wanted]) -> Result<Vec<Claim>, DbErr> {
         let asked: Vec<Asked> = wanted
             .iter()
-            .map(|wanted| Asked { wanted: *wanted, mark: self.usable_mark(*wanted), probe: false })
+            .map(|wanted| Asked { wanted: wanted.clone(), mark: self.usable_mark(wanted), probe: false })
             .collect();
         let mut answers = self.claim_counting(holder, &asked, Counts::Attempts).await?;
         let is_in_vain = |(asked, answer): &(&Asked, &Answer)| asked.mark.is_some() && answer.claim.lanes.is_empty();
@@ -149,8 +149,8 @@ impl Outbox {
         Ok(claims.collect())
     }
 
-    fn usable_mark(&self, Wanted { subscription, lanes, all, .. }: Wanted) -> Option<Mark> {
-        let mark = (lanes > 0).then(|| self.take_mark(subscription)).flatten();
+    fn usable_mark(&self, Wanted { subscription, lanes, all, .. }: &Wanted) -> Option<Mark> {
+        let mark = (*lanes > 0).then(|| self.take_mark(*subscription)).flatten();
         mark.filter(|mark| !all && mark.since.elapsed() < MARK_LASTS)
     }
 
@@ -172,7 +172,8 @@ impl Outbox {
         lease: Duration,
     ) -> Result<Claim, DbErr> {
         let holder = Holder { worker: &format!("{relay}{OF_RELAY}"), lease };
-        let asked = Asked { wanted: Wanted { subscription, lanes, run: 0, all: true }, mark: None, probe: false };
+        let wanted = Wanted { subscription, lanes, all: true, ..Wanted::default() };
+        let asked = Asked { wanted, mark: None, probe: false };
         let answers = self.claim_counting(holder, &[asked], Counts::Nothing).await?;
         Ok(answers.into_iter().next().unwrap_or_default().claim)
     }
@@ -190,13 +191,13 @@ impl Outbox {
         // On SQLite a claim that finds nothing takes the write lock all the same, so it is asked first.
         let asks_first = self.backend() == DbBackend::Sqlite;
         if !asks_first {
-            lease(&indexes(asked, |asked| asked.wanted.lanes > 0), &mut answers).await?;
+            lease(&indexes(asked, |asked| asked.wants_lanes()), &mut answers).await?;
         }
         let without = indexes(&answers, |answer| answer.claim.lanes.is_empty());
         self.ask_when(asked, &without, &mut answers).await?;
         let is_due = |index: &usize| {
             let next = answers[*index].claim.next.filter(|next| next.after == Some(Duration::ZERO));
-            next.filter(|_| asked[*index].wanted.lanes > 0).map(|next| (*index, next.circuit.is_some()))
+            next.filter(|_| asked[*index].wants_lanes()).map(|next| (*index, next.circuit.is_some()))
         };
         let due: Vec<(usize, bool)> = without.iter().filter_map(is_due).collect();
         if asks_first {
@@ -228,7 +229,7 @@ impl Outbox {
             claim.next = self.next_due(subscription).await?;
             return Ok(());
         }
-        let wanted = Wanted { lanes: 1, run: run.min(1), ..asked.wanted };
+        let wanted = Wanted { subscription, lanes: 1, run: run.min(1), ..Wanted::default() };
         let found = self.claim_lanes(holder, &[Asked { wanted, probe: true, ..asked.clone() }], counts).await?;
         let lanes = found.into_iter().next().map(|(lanes, _)| lanes).unwrap_or_default();
         if lanes.is_empty() {
@@ -247,16 +248,17 @@ impl Outbox {
         counts: Counts,
     ) -> Result<Vec<(Vec<ClaimedLane>, Option<Mark>)>, DbErr> {
         let begun = Instant::now();
-        let asked: Vec<Asked> = asked.iter().map(|asked| self.fitted(asked, asked.wanted)).collect();
-        let rows: Vec<AskedRow<'_>> = asked.iter().map(AskedRow::from).collect();
+        let mut asked: Vec<Asked> = asked.iter().map(|asked| self.fitted(asked)).collect();
+        let others = self.claim_others(holder, &mut asked).await?;
+        let rows: Vec<AskedRow<'_>> = asked.iter().filter(|asked| asked.wanted.lanes > 0).map(AskedRow::from).collect();
         let claimed = self.execute_claim(holder, &rows, counts).await?;
-        if claimed.is_empty() {
+        if claimed.is_empty() && others.is_empty() {
             return Ok(asked.iter().map(|_| (Vec::new(), None)).collect());
         }
         let index: HashMap<i32, usize> =
             asked.iter().enumerate().map(|(index, asked)| (asked.wanted.subscription, index)).collect();
         let mut ends: Vec<(u32, Option<(DateTime<Utc>, String)>)> = asked.iter().map(|_| (0, None)).collect();
-        let mut lanes = Vec::with_capacity(claimed.len());
+        let mut lanes = others;
         for row in &claimed {
             let lane = leased(row)?;
             let (found, end) = &mut ends[index[&lane.lane.subscription]];
@@ -273,9 +275,43 @@ impl Outbox {
         lanes.into_iter().for_each(|lane| found[index[&lane.lane.subscription]].push(lane));
         let marks = asked.iter().zip(ends).map(|(asked, (found, end))| {
             let since = asked.mark.as_ref().map_or(begun, |mark| mark.since);
-            end.filter(|_| found >= asked.wanted.lanes).map(|(due_at, key)| Mark { due_at, key, since })
+            end.filter(|_| found >= asked.wanted.lanes && found > 0).map(|(due_at, key)| Mark { due_at, key, since })
         });
         Ok(found.into_iter().zip(marks).collect())
+    }
+
+    /// Where tenants crowd the others out, these come first. What they get is taken off of what is asked for all.
+    async fn claim_others(&self, holder: Holder<'_>, asked: &mut [Asked]) -> Result<Vec<ClaimedLane>, DbErr> {
+        let mut claimed = Vec::new();
+        for Asked { wanted, .. } in asked.iter_mut().filter(|asked| !asked.wanted.passed.is_empty()) {
+            let mut left = wanted.lanes + wanted.others;
+            // From where it ended the last time, and then from the first on.
+            let last = self.last_turn(wanted.subscription);
+            let begins = if last.is_empty() { vec![last] } else { vec![last, String::new()] };
+            for begin in begins {
+                let values = [
+                    wanted.subscription.into(),
+                    begin.into(),
+                    json(&wanted.passed)?.into(),
+                    left.into(),
+                    seconds(holder.lease).into(),
+                    holder.worker.into(),
+                ];
+                let rows = self.query_all(self.store(), self.sql().claim_others, values).await?;
+                let tenants = rows.iter().map(|row| row.try_get::<String>("", "tenant"));
+                let turn = tenants.collect::<Result<Vec<_>, _>>()?.into_iter().max().unwrap_or_default();
+                self.set_last_turn(wanted.subscription, turn);
+                for row in &rows {
+                    claimed.push(leased(row)?);
+                }
+                left = left.saturating_sub(u32::try_from(rows.len()).unwrap_or(u32::MAX));
+                if left == 0 {
+                    break;
+                }
+            }
+            wanted.lanes = wanted.lanes.min(left);
+        }
+        Ok(claimed)
     }
 
     /// SQLite claims of one subscription after another: nobody else writes in between.
@@ -373,9 +409,11 @@ impl Outbox {
         self.query_all(self.store_reader(), self.sql().runs, values).await
     }
 
-    fn fitted(&self, asked: &Asked, wanted: Wanted) -> Asked {
-        let (lanes, run) = self.fitting(wanted.subscription, wanted.lanes, wanted.run);
-        Asked { wanted: Wanted { lanes, run, ..wanted }, ..asked.clone() }
+    fn fitted(&self, asked: &Asked) -> Asked {
+        let mut asked = asked.clone();
+        let wanted = &mut asked.wanted;
+        (wanted.lanes, wanted.run) = self.fitting(wanted.subscription, wanted.lanes, wanted.run);
+        asked
     }
 
     /// How many lanes to claim, and how much of each, so that about as much comes as one claim may carry, if events are as
@@ -435,6 +473,12 @@ impl Outbox {
             Ok((row.try_get("", "id")?, NextDue { after, circuit: closed_for.map(|_| failures) }))
         });
         next.collect()
+    }
+}
+
+impl Asked {
+    fn wants_lanes(&self) -> bool {
+        self.wanted.lanes + self.wanted.others > 0
     }
 }
 

@@ -35,7 +35,7 @@ const DISK_RECOVERS: Duration = Duration::from_secs(5);
 /// A probe that waits longer has given up.
 const READY_WITHIN: Duration = Duration::from_secs(2);
 
-const SCHEMA_VERSION: i32 = 2;
+const SCHEMA_VERSION: i32 = 3;
 
 /// The outbox of one database: opens units of work, and is the store that workers claim from.
 ///
@@ -58,6 +58,8 @@ struct Inner {
     /// How large the payloads of a subscription are, in bytes, as the last claim found it.
     sizes: Mutex<HashMap<i32, usize>>,
     announcer: Announcer,
+    /// The tenant of each subscription whose turn was last, while others crowd it out.
+    turns: Mutex<HashMap<i32, String>>,
     marks: Mutex<HashMap<i32, Mark>>,
     /// The connections of workers in this process.
     workers: Mutex<Vec<Weak<Calls>>>,
@@ -165,6 +167,7 @@ impl Outbox {
             wakes: Mutex::default(),
             sizes: Mutex::default(),
             announcer: Announcer::default(),
+            turns: Mutex::default(),
             marks: Mutex::default(),
             workers: Mutex::default(),
             handed: Handed::default(),
@@ -443,6 +446,15 @@ impl Outbox {
             Some(mark) => marks.insert(subscription, mark),
             None => marks.remove(&subscription),
         };
+    }
+
+    pub(crate) fn last_turn(&self, subscription: i32) -> String {
+        let turns = self.inner.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.get(&subscription).cloned().unwrap_or_default()
+    }
+
+    pub(crate) fn set_last_turn(&self, subscription: i32, tenant: String) {
+        self.inner.turns.lock().unwrap_or_else(PoisonError::into_inner).insert(subscription, tenant);
     }
 
     pub(crate) fn claimed_size(&self, subscription: i32) -> Option<usize> {

@@ -281,8 +281,8 @@ pub(crate) static POSTGRES: Sql = Sql {
                   from jsonb_to_recordset($4::text::jsonb) as m(lane integer, position bigint)
                   join given using (position) join taken using (position)),
               lane as materialized (
-                select l.n, l.subscription, l.key, m.pending, m.due_at, (random() * 4e18)::bigint as token
-                  from jsonb_to_recordset($3::text::jsonb) as l(n integer, subscription integer, key text)
+                select l.n, l.subscription, l.key, l.tenant, m.pending, m.due_at, (random() * 4e18)::bigint as token
+                  from jsonb_to_recordset($3::text::jsonb) as l(n integer, subscription integer, key text, tenant text)
                   join (select lane, count(*)::integer as pending, (array_agg(due_at order by position))[1] as due_at
                           from matched group by lane) m on m.lane = l.n),
               leased as materialized (
@@ -303,8 +303,8 @@ pub(crate) static POSTGRES: Sql = Sql {
                  order by m.position),
               lanes as (
                 insert into outbox_lanes as old (
-                    subscription_id, key, pending, lease_token, due_at, attempts, leased_by)
-                select subscription, key, pending, token,
+                    subscription_id, key, tenant, pending, lease_token, due_at, attempts, leased_by)
+                select subscription, key, tenant, pending, token,
                        coalesce(clock_timestamp() + lease * interval '1 second', due_at),
                        case when worker is null then 0 else 1 end, worker
                   from new
@@ -343,14 +343,14 @@ pub(crate) static POSTGRES: Sql = Sql {
               lane as materialized (
                 select l.*
                   from taken, jsonb_to_recordset($4::text::jsonb) as l(
-                         subscription integer, key text, token bigint, worker text, lease float8)),
+                         subscription integer, key text, tenant text, token bigint, worker text, lease float8)),
               deliveries as (
                 insert into outbox_deliveries (subscription_id, key, position, due_at)
                 select subscription, key, $2, to_timestamp($3) from lane),
               lanes as (
                 insert into outbox_lanes as old (
-                    subscription_id, key, pending, lease_token, due_at, attempts, leased_by)
-                select l.subscription, l.key, 1, l.token,
+                    subscription_id, key, tenant, pending, lease_token, due_at, attempts, leased_by)
+                select l.subscription, l.key, l.tenant, 1, l.token,
                        case when s.id is null then to_timestamp($3) else clock_timestamp() + l.lease * interval '1 second' end,
                        case when s.id is null then 0 else 1 end, case when s.id is not null then l.worker end
                   from lane l
@@ -448,8 +448,11 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     // The lane of a delivery that waits keeps its due time; see the same statement for SQLite about the token.
     upsert_lanes: "
-        insert into outbox_lanes as lane (subscription_id, key, pending, lease_token, due_at)
-        select subscription, key, deliveries, (random() * 4e18)::bigint,
+        insert into outbox_lanes as lane (subscription_id, key, tenant, pending, lease_token, due_at)
+        select subscription, key,
+               (select e.tenant from outbox_deliveries d join outbox_events e on e.position = d.position
+                 where d.subscription_id = n.subscription and d.key = n.key order by seq limit 1),
+               deliveries, (random() * 4e18)::bigint,
                (select due_at from outbox_deliveries d
                  where d.subscription_id = n.subscription and d.key = n.key order by seq limit 1)
           from jsonb_to_recordset($1::text::jsonb) as n(subscription integer, key text, deliveries integer)
@@ -491,6 +494,30 @@ pub(crate) static POSTGRES: Sql = Sql {
                   attempt_log::text as attempt_log,
                   case when (subscription_id, key) in (select subscription_id, key from last)
                        then (select due_at from last where last.subscription_id = lane.subscription_id) end as was_due_at",
+
+    // A tenant after another, by the index: however many lanes the passed ones have, none of theirs is looked at.
+    claim_others: "
+        with recursive tenant(name, n) as (
+                (select tenant, 1 from outbox_lanes where subscription_id = $1 and tenant > $2 order by tenant limit 1)
+                union all
+                select (select tenant from outbox_lanes where subscription_id = $1 and tenant > before.name
+                         order by tenant limit 1), n + 1
+                  from tenant before where name is not null and n < 100),
+              due as materialized (
+                select d.* from tenant cross join lateral (
+                       select key, due_at from outbox_lanes
+                        where subscription_id = $1 and tenant = name and due_at <= clock_timestamp()
+                        order by due_at, key limit 1 for update skip locked) d
+                 where name <> all (array(select jsonb_array_elements_text($3::text::jsonb)))
+                 limit $4)
+        insert into outbox_lanes as lane (subscription_id, key, pending, lease_token, due_at)
+        select $1, key, 0, 0, due_at from due
+         where exists (select from outbox_subscriptions
+                        where id = $1 and paused_at is null and backfill_from is null and circuit_until is null)
+        on conflict (subscription_id, key) do update
+           set attempts = lane.attempts + 1, lease_token = lane.lease_token + 1, leased_by = $6,
+               due_at = clock_timestamp() + $5 * interval '1 second'
+        returning subscription_id, key, lease_token, leased_by, attempts, attempt_log::text as attempt_log, tenant",
 
     take_probe: "
         update outbox_subscriptions set circuit_until = clock_timestamp() + $2 * interval '1 second'

@@ -641,6 +641,7 @@ struct TakerRow<'a> {
 struct OneLane<'a> {
     subscription: i32,
     key: &'a str,
+    tenant: Option<&'a str>,
     token: i64,
     worker: Option<&'a str>,
     lease: f64,
@@ -652,6 +653,7 @@ impl<'a> OneLane<'a> {
         Self {
             subscription: lane.subscription,
             key: &lane.key,
+            tenant: lane.tenant.as_deref(),
             // As the database draws them: there is room for all that are counted up from it.
             token: fastrand::i64(0..4_000_000_000_000_000_000),
             worker: taker.map(|taker| taker.worker),

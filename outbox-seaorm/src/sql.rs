@@ -172,6 +172,10 @@ pub(crate) struct Sql {
     /// Index: outbox_lanes_due.
     pub(crate) claim: &'static str,
 
+    /// $1 subscription, $2 the tenant after which to begin, $3 tenants that are passed, $4 lanes, $5 lease, $6 worker. A lane
+    /// that is due of each of the next hundred tenants, until there are as many. Index: outbox_lanes_tenant.
+    pub(crate) claim_others: &'static str,
+
     /// $1 subscription, $2 seconds until another may probe if this one tells nothing. One caller wins.
     pub(crate) take_probe: &'static str,
 

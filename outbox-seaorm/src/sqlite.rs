@@ -188,8 +188,11 @@ pub(crate) static SQLITE: Sql = Sql {
     on conflict do nothing",
 
     upsert_lanes: "
-    insert into outbox_lanes (subscription_id, key, pending, lease_token, due_at)
-    select value->>'subscription', value->>'key', value->>'deliveries', abs(random() / 2),
+    insert into outbox_lanes (subscription_id, key, tenant, pending, lease_token, due_at)
+    select value->>'subscription', value->>'key',
+           (select e.tenant from outbox_deliveries d cross join outbox_events e on e.position = d.position
+             where d.subscription_id = value->>'subscription' and d.key = value->>'key' order by seq limit 1),
+           value->>'deliveries', abs(random() / 2),
            (select due_at from outbox_deliveries d
              where d.subscription_id = value->>'subscription' and d.key = value->>'key' order by seq limit 1)
       from json_each($1) where true
@@ -225,6 +228,28 @@ pub(crate) static SQLITE: Sql = Sql {
                       and (circuit_until is null or $1->>'$[0].probe'))
     returning subscription_id, key, lease_token, leased_by, attempts + 1 - $4 as attempts, attempt_log,
               null as was_due_at",
+
+    claim_others: "
+    with recursive tenant(name, n) as (
+           select * from (select tenant, 1 from outbox_lanes where subscription_id = $1 and tenant > $2
+                           order by tenant limit 1)
+           union all
+           select (select tenant from outbox_lanes where subscription_id = $1 and tenant > before.name
+                    order by tenant limit 1), n + 1
+             from tenant before where name is not null and n < 100),
+         due as (
+           select (select key from outbox_lanes
+                    where subscription_id = $1 and tenant = name and due_at <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now')
+                    order by due_at, key limit 1) as key
+             from tenant where name is not null and name not in (select value from json_each($3)))
+    update outbox_lanes
+       set attempts = attempts + 1, lease_token = lease_token + 1, leased_by = $6,
+           due_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', $5))
+     where subscription_id = $1
+       and key in (select key from due where key is not null limit $4)
+       and exists (select 1 from outbox_subscriptions
+                    where id = $1 and paused_at is null and backfill_from is null and circuit_until is null)
+    returning subscription_id, key, lease_token, leased_by, attempts, attempt_log, tenant",
 
     take_probe: "
     update outbox_subscriptions

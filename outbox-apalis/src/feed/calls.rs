@@ -17,6 +17,10 @@ use crate::redis::Job;
 pub(crate) enum Call {
     Claim {
         lanes: usize,
+        /// So many more of tenants that are not passed.
+        others: usize,
+        /// Tenants that come last.
+        passed: Vec<String>,
         /// Looks at all lanes, also at those that the claim before has passed.
         all: bool,
         /// How often the destination had been found down.
@@ -43,10 +47,24 @@ pub(crate) enum Change {
     Pause,
 }
 
+/// For how many lanes a claim has asked.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Asked {
+    pub(crate) lanes: usize,
+    pub(crate) others: usize,
+}
+
+impl Asked {
+    /// Whether it was only asked whether the subscription is served.
+    pub(crate) fn is_question(self) -> bool {
+        self.lanes + self.others == 0
+    }
+}
+
 /// What the store has answered.
 #[derive(Debug)]
 pub(crate) enum Answer {
-    Claimed { asked_at: Instant, capacity: usize, times_down: u32, claim: Result<Claim, StoreError> },
+    Claimed { asked_at: Instant, asked: Asked, times_down: u32, claim: Result<Claim, StoreError> },
     Taken { asked_at: Instant, taken: Result<Taken, StoreError> },
     Settled { reports: Vec<LaneReport>, settled: Result<Vec<Settled>, StoreError> },
     Noted { asked: Vec<LaneRef>, noted: Result<Vec<LeaseState>, StoreError> },
@@ -116,7 +134,7 @@ impl Call {
     /// How much it asks for.
     pub(crate) fn size(&self) -> usize {
         match self {
-            Self::Claim { lanes, .. } => *lanes,
+            Self::Claim { lanes, others, .. } => lanes + others,
             Self::TakeOver(jobs) => jobs.len(),
             Self::Settle(reports) => reports.iter().map(|report| report.finished.len().max(1)).sum(),
             Self::Note(notes) => notes.len(),

@@ -171,8 +171,8 @@ impl Core {
     pub(crate) fn answered(&mut self, answer: Answer, at: Moment) {
         self.calls.answered(&answer);
         match answer {
-            Answer::Claimed { asked_at, capacity, times_down, claim } => {
-                self.claimed(asked_at, capacity, times_down, claim, at);
+            Answer::Claimed { asked_at, asked, times_down, claim } => {
+                self.claimed(asked_at, asked, times_down, claim, at);
             }
             Answer::Taken { asked_at, taken } => self.taken(asked_at, taken, at),
             Answer::Settled { reports, settled } => self.settled(reports, settled, at),

@@ -168,7 +168,7 @@ impl Schedule {
         self.claimed_once = true;
         self.loaded = found.lanes >= LOADED;
         self.behind = found.lanes >= found.capacity;
-        if found.lanes == found.capacity {
+        if found.lanes >= found.capacity {
             self.look_at = now;
             return true;
         }

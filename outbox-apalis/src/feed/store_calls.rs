@@ -9,7 +9,7 @@ use outbox_core::{
 };
 
 use super::{
-    calls::{Answer, Call, Change, Kind, Taken},
+    calls::{Answer, Asked, Call, Change, Kind, Taken},
     outage::outage_wait,
     reports::BUSY_WAIT,
     together::Batch,
@@ -54,15 +54,17 @@ async fn one_by_one<'a, F: Future<Output = Option<Answer>>>(
 async fn claim(assignments: &[Assignment], calls: Vec<Call>) -> Vec<Answer> {
     let asked_at = Instant::now();
     let wanted = assignments.iter().zip(&calls).filter_map(|(assignment, call)| match call {
-        Call::Claim { lanes, all, .. } => Some(Wanted { all: *all, ..wanted(assignment, *lanes) }),
+        Call::Claim { lanes, others, passed, all, .. } => {
+            Some(Wanted { others: count(*others), passed: passed.clone(), all: *all, ..wanted(assignment, *lanes) })
+        }
         _ => None,
     });
     let claims = claims(assignments, &wanted.collect::<Vec<_>>()).await;
     let mut claims = each(claims, &vec![1; calls.len()]).into_iter();
     let answer = |call| match call {
-        Call::Claim { lanes: capacity, times_down, .. } => {
+        Call::Claim { lanes, others, times_down, .. } => {
             let claim = claims.next()?.map(|mut claims| claims.pop().unwrap_or_default());
-            Some(Answer::Claimed { asked_at, capacity, times_down, claim })
+            Some(Answer::Claimed { asked_at, asked: Asked { lanes, others }, times_down, claim })
         }
         _ => None,
     };
@@ -184,11 +186,15 @@ fn holder(assignment: &Assignment) -> Holder<'_> {
 }
 
 fn wanted(assignment: &Assignment, lanes: usize) -> Wanted {
-    let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     Wanted {
         subscription: assignment.subscription.now(),
         lanes: count(lanes),
         run: count(assignment.options.batch),
         all: true,
+        ..Wanted::default()
     }
+}
+
+fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
 }

@@ -15,7 +15,10 @@ use outbox_core::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::trial::Head;
+use super::{
+    ready::{Ready, Tenant},
+    trial::Head,
+};
 
 /// How long a lane goes on with its run before those that wait get its place. Quick deliveries of a run are so stored
 /// together, and slow ones hold nobody up.
@@ -25,6 +28,8 @@ const TURN: Duration = Duration::from_millis(10);
 #[derive(Debug)]
 pub(crate) struct Lane {
     pub(crate) lane: LaneRef,
+    /// The tenant of its head.
+    tenant: Tenant,
     pub(crate) head: Head,
     /// What is to be delivered; the first is the head.
     pub(crate) run: VecDeque<Arc<RecordedEvent>>,
@@ -75,6 +80,7 @@ impl Lane {
     pub(crate) fn new(claimed: ClaimedLane, leased_until: Instant, probe: bool) -> Self {
         Self {
             lane: claimed.lane,
+            tenant: claimed.run.first().and_then(|event| event.tenant.as_deref()).map(Arc::from),
             head: Head::claimed(claimed.attempts, claimed.attempt_log),
             run: claimed.run.into_iter().map(Arc::new).collect(),
             finished: Vec::new(),
@@ -111,8 +117,8 @@ impl Lane {
 pub(crate) struct Table {
     /// In the order of their keys: what happens depends on nothing else.
     lanes: BTreeMap<String, Lane>,
-    /// Keys whose next delivery can start. One that was lost and claimed again may stand here twice.
-    ready: VecDeque<String>,
+    /// Lanes whose next delivery can start.
+    ready: Ready,
     /// The number of the last attempt that was handed out.
     attempts: u64,
     /// Deliveries under way.
@@ -171,7 +177,8 @@ impl Table {
     }
 
     /// Takes in a lane whose key is not here.
-    pub(crate) fn insert(&mut self, lane: Lane) {
+    pub(crate) fn insert(&mut self, lane: Lane, now: Instant) {
+        self.ready.sees(&lane.tenant, now);
         let (deliveries, bytes) = lane.load();
         self.deliveries += deliveries;
         self.bytes += bytes;
@@ -186,7 +193,10 @@ impl Table {
         self.deliveries -= deliveries;
         self.bytes -= bytes;
         self.suspects -= usize::from(lane.head.suspicion.is_some());
-        self.running -= usize::from(lane.is_running());
+        if lane.is_running() {
+            self.running -= 1;
+            self.ready.ends(&lane.tenant);
+        }
         Some(lane)
     }
 
@@ -200,30 +210,42 @@ impl Table {
             self.deliveries -= 1;
             self.bytes -= event.payload.len();
         }
+        let tenant = lane.run.front().and_then(|event| event.tenant.as_deref());
+        if tenant != lane.tenant.as_deref() {
+            lane.tenant = tenant.map(Arc::from);
+        }
         Some((lane, head))
     }
 
     /// The next delivery of this lane can start, behind those that wait.
     pub(crate) fn is_ready(&mut self, key: String) {
-        self.ready.push_back(key);
+        if let Some(lane) = self.lanes.get(&key) {
+            self.ready.push_back(&lane.tenant, key);
+        }
     }
 
     pub(crate) fn has_ready(&self) -> bool {
         !self.ready.is_empty()
     }
 
-    pub(crate) fn next_ready(&mut self) -> Option<String> {
-        self.ready.pop_front()
+    /// The next lane that can start, of a tenant that has less than `most` attempts under way.
+    pub(crate) fn next_ready(&mut self, most: usize) -> Option<String> {
+        self.ready.pop(most)
     }
 
-    /// Puts back what cannot start yet, behind those that wait.
-    pub(crate) fn wait(&mut self, keys: &mut VecDeque<String>) {
-        self.ready.append(keys);
+    /// How many slots of so many one tenant may take, and of how many its subscription allows.
+    pub(crate) fn most_of_one(&self, slots: usize, allowed: usize, now: Instant) -> usize {
+        self.ready.most_of_one(slots, allowed, now)
+    }
+
+    /// Tenants of which more lanes would only wait.
+    pub(crate) fn crowd(&self) -> Vec<String> {
+        self.ready.crowd()
     }
 
     /// The lanes whose next delivery can start; `None` for one that is gone.
     pub(crate) fn ready(&self) -> impl Iterator<Item = &Lane> {
-        self.ready.iter().filter_map(|key| self.lanes.get(key))
+        self.ready.keys().filter_map(|key| self.lanes.get(key))
     }
 
     /// An attempt of the head is handed out, which may take so long.
@@ -234,6 +256,7 @@ impl Table {
             lane.turn.get_or_insert(now);
             lane.running = Some(running.clone());
             self.running += 1;
+            self.ready.begins(&lane.tenant);
         }
         running
     }
@@ -243,6 +266,7 @@ impl Table {
         let lane = self.lanes.get_mut(key)?;
         lane.running.take_if(|running| running.id == attempt)?;
         self.running -= 1;
+        self.ready.ends(&lane.tenant);
         Some(lane)
     }
 
@@ -253,6 +277,7 @@ impl Table {
         for (key, lane) in &mut self.lanes {
             if let Some(running) = lane.running.take_if(|running| running.is_overdue(now, margin)) {
                 self.running -= 1;
+                self.ready.ends(&lane.tenant);
                 std::mem::take(&mut lane.cancelled).cancel();
                 overdue.push((key.clone(), running));
             }
@@ -284,10 +309,10 @@ impl Table {
     pub(crate) fn go_on(&mut self, key: String, now: Instant) {
         let Some(lane) = self.lanes.get_mut(&key) else { return };
         if lane.turn.is_some_and(|since| now.saturating_duration_since(since) < TURN) {
-            self.ready.push_front(key);
+            self.ready.push_front(&lane.tenant, key);
         } else {
             lane.turn = None;
-            self.ready.push_back(key);
+            self.ready.push_back(&lane.tenant, key);
         }
     }
 
@@ -343,8 +368,11 @@ impl Table {
 
     /// The worker is gone and with it its attempts: no result will come.
     pub(crate) fn forget_running(&mut self) {
-        self.lanes.values_mut().for_each(|lane| lane.running = None);
-        self.running = 0;
+        for lane in self.lanes.values_mut().filter(|lane| lane.is_running()) {
+            lane.running = None;
+            self.running -= 1;
+            self.ready.ends(&lane.tenant);
+        }
     }
 
     /// Counts anew, and compares.
@@ -352,12 +380,13 @@ impl Table {
     pub(crate) fn check(&self, reported: usize) {
         let sum = |of: &dyn Fn(&Lane) -> usize| self.lanes.values().map(of).sum::<usize>();
         assert_eq!(self.running, sum(&|lane| usize::from(lane.is_running())), "running");
+        assert_eq!(self.running, self.ready.running(), "running by tenant");
         assert_eq!(self.unstored, sum(&|lane| lane.finished.len()) + reported, "unstored");
         assert_eq!(self.load(), (sum(&|lane| lane.load().0), sum(&|lane| lane.load().1)), "load");
         assert_eq!(self.suspects, sum(&|lane| usize::from(lane.head.suspicion.is_some())), "suspects");
         for (key, lane) in &self.lanes {
             assert_eq!(*key, lane.lane.key);
-            let waits = self.ready.contains(key);
+            let waits = self.ready.keys().any(|ready| ready == key);
             assert!(waits || lane.is_running(), "{key} is leased, and nothing will come of it");
         }
     }

@@ -153,11 +153,11 @@ impl Store for MemoryStore {
 
     async fn claim(&self, holder: Holder<'_>, wanted: &[Wanted]) -> Result<Vec<Claim>, StoreError> {
         let (mut state, now) = (self.state(), Utc::now());
-        Ok(wanted.iter().map(|wanted| state.model.claim(now, holder, *wanted)).collect())
+        Ok(wanted.iter().map(|wanted| state.model.claim(now, holder, wanted)).collect())
     }
 
     async fn take_over(&self, holder: Holder<'_>, wanted: Wanted, lanes: &[LaneRef]) -> Result<TakenOver, StoreError> {
-        Ok(self.state().model.take_over(Utc::now(), holder, wanted, lanes))
+        Ok(self.state().model.take_over(Utc::now(), holder, &wanted, lanes))
     }
 
     async fn settle(&self, reports: &[LaneReport]) -> Result<Vec<Settled>, StoreError> {

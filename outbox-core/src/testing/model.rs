@@ -45,6 +45,8 @@ struct SubscriptionRow {
 
 #[derive(Clone, Debug)]
 struct LaneRow {
+    /// That of its first event.
+    tenant: Option<String>,
     /// When it can be claimed: with its head, or when its lease ends. Never while it is held.
     due_at: Option<DateTime<Utc>>,
     queue: VecDeque<Queued>,
@@ -148,6 +150,7 @@ impl Model {
             // As good as random, and the same each time.
             *token = token.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             LaneRow {
+                tenant: event.tenant.clone(),
                 due_at: Some(due_at),
                 queue: VecDeque::new(),
                 attempts: 0,
@@ -162,12 +165,13 @@ impl Model {
     }
 
     /// As [`Store::claim`](crate::store::Store::claim), of one subscription.
-    pub fn claim(&mut self, now: DateTime<Utc>, holder: Holder<'_>, wanted: Wanted) -> Claim {
+    pub fn claim(&mut self, now: DateTime<Utc>, holder: Holder<'_>, wanted: &Wanted) -> Claim {
         let Some(subscription) = self.subscriptions.get(&wanted.subscription).filter(|row| !row.is_paused) else {
             return Claim::default();
         };
         let (circuit_until, failures) = (subscription.circuit_until, subscription.failures);
-        if circuit_until.is_none() && wanted.lanes > 0 {
+        let wants = wanted.lanes + wanted.others > 0;
+        if circuit_until.is_none() && wants {
             let lanes = self.claim_lanes(now, holder, wanted);
             if !lanes.is_empty() {
                 return Claim { lanes, ..Claim::default() };
@@ -175,7 +179,7 @@ impl Model {
         }
         let next = self.next_due(now, wanted.subscription);
         let nothing = Claim { next, ..Claim::default() };
-        if wanted.lanes == 0 {
+        if !wants {
             return nothing;
         }
         let (Some(NextDue { after: Some(Duration::ZERO), .. }), Some(_)) = (next, circuit_until) else {
@@ -184,7 +188,8 @@ impl Model {
         if let Some(subscription) = self.subscriptions.get_mut(&wanted.subscription) {
             (subscription.circuit_until, subscription.failures) = (Some(later(now, holder.lease)), failures);
         }
-        let lanes = self.claim_lanes(now, holder, Wanted { lanes: 1, run: wanted.run.min(1), ..wanted });
+        let probe = Wanted { subscription: wanted.subscription, lanes: 1, run: wanted.run.min(1), ..Wanted::default() };
+        let lanes = self.claim_lanes(now, holder, &probe);
         if lanes.is_empty() {
             let circuit = CircuitState::Open { wait: PROBE_AGAIN, failed: false };
             self.set_circuit(now, wanted.subscription, circuit);
@@ -193,19 +198,18 @@ impl Model {
     }
 
     /// As [`claim`](Self::claim), for a relay of this name: without an attempt, and without the deliveries.
-    pub fn claim_for_relay(&mut self, now: DateTime<Utc>, holder: Holder<'_>, wanted: Wanted) -> Claim {
+    pub fn claim_for_relay(&mut self, now: DateTime<Utc>, holder: Holder<'_>, wanted: &Wanted) -> Claim {
         let relay = format!("{}{OF_RELAY}", holder.worker);
-        self.claim(now, Holder { worker: &relay, ..holder }, Wanted { run: 0, ..wanted })
+        self.claim(now, Holder { worker: &relay, ..holder }, &Wanted { run: 0, ..wanted.clone() })
     }
 
-    fn claim_lanes(&mut self, now: DateTime<Utc>, holder: Holder<'_>, wanted: Wanted) -> Vec<ClaimedLane> {
-        let due = self.lanes.iter().filter(|((id, _), _)| *id == wanted.subscription);
-        let mut due: Vec<(DateTime<Utc>, String)> = due
-            .filter_map(|((_, key), lane)| Some((lane.due_at.filter(|due_at| *due_at <= now)?, key.clone())))
-            .collect();
-        due.sort();
-        due.truncate(wanted.lanes as usize);
-        let keys = due.into_iter().map(|(_, key)| key);
+    fn claim_lanes(&mut self, now: DateTime<Utc>, holder: Holder<'_>, wanted: &Wanted) -> Vec<ClaimedLane> {
+        let mut keys = self.of_others(now, wanted);
+        let others = keys.len();
+        let mut due = self.due(now, wanted.subscription);
+        due.retain(|(_, key, _)| !keys.contains(key));
+        due.truncate((wanted.lanes as usize).saturating_sub(others));
+        keys.extend(due.into_iter().map(|(_, key, _)| key));
         let attempts = u32::from(wanted.run > 0);
         let mut claimed = Vec::new();
         for key in keys {
@@ -216,6 +220,30 @@ impl Model {
         }
         claimed.sort_by_key(|(order, _)| *order);
         claimed.into_iter().map(|(_, lane)| lane).collect()
+    }
+
+    /// The lanes of a subscription that are due, those that are due longest first.
+    fn due(&self, now: DateTime<Utc>, subscription: i32) -> Vec<(DateTime<Utc>, String, Option<String>)> {
+        let of = self.lanes.iter().filter(|((id, _), _)| *id == subscription);
+        let due = of.filter_map(|((_, key), lane)| {
+            Some((lane.due_at.filter(|due_at| *due_at <= now)?, key.clone(), lane.tenant.clone()))
+        });
+        let mut due: Vec<_> = due.collect();
+        due.sort();
+        due
+    }
+
+    /// Of each tenant that is not passed the lane that is due longest.
+    fn of_others(&self, now: DateTime<Utc>, wanted: &Wanted) -> Vec<String> {
+        let mut of: BTreeMap<String, String> = BTreeMap::new();
+        if !wanted.passed.is_empty() {
+            for (_, key, tenant) in self.due(now, wanted.subscription) {
+                if let Some(tenant) = tenant.filter(|tenant| !wanted.passed.contains(tenant)) {
+                    of.entry(tenant).or_insert(key);
+                }
+            }
+        }
+        of.into_values().take((wanted.lanes + wanted.others) as usize).collect()
     }
 
     /// A leased lane with its first deliveries. If nothing is due, it is given back.
@@ -263,7 +291,7 @@ impl Model {
         &mut self,
         now: DateTime<Utc>,
         holder: Holder<'_>,
-        wanted: Wanted,
+        wanted: &Wanted,
         lanes: &[LaneRef],
     ) -> TakenOver {
         let mut taken = TakenOver::default();

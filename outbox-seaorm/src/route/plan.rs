@@ -32,6 +32,9 @@ pub(super) struct LaneRow {
     pub(super) n: usize,
     pub(super) subscription: i32,
     pub(super) key: String,
+    /// That of its first event.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) tenant: Option<String>,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
@@ -93,7 +96,8 @@ pub(super) fn plan(
         for key in keys {
             let (subscription, name) = key.clone();
             let lane = *numbers.entry(key).or_insert_with(|| {
-                plan.lanes.push(LaneRow { n: plan.lanes.len(), subscription, key: name });
+                let tenant = waiting.event.as_ref().and_then(|event| event.tenant.clone());
+                plan.lanes.push(LaneRow { n: plan.lanes.len(), subscription, key: name, tenant });
                 plan.runs.push(Vec::new());
                 plan.lanes.len() - 1
             });

@@ -56,7 +56,7 @@ async fn one_claim_asks_for_many_subscriptions_and_each_is_answered_for_itself()
     let wanted: Vec<Wanted> = ids
         .iter()
         .zip([(10, 10), (2, 1), (10, 10), (10, 10), (10, 10), (10, 10), (10, 10), (0, 0)])
-        .map(|(id, (lanes, run))| Wanted { subscription: *id, lanes, run, all: true })
+        .map(|(id, (lanes, run))| Wanted { subscription: *id, lanes, run, all: true, ..Wanted::default() })
         .collect();
     tokio::time::sleep(Duration::from_millis(5)).await;
     let claims = store.outbox.claim_of(Holder { worker: "w", lease: LONG }, &wanted).await.unwrap();
@@ -96,7 +96,7 @@ async fn large_events_of_one_subscription_leave_room_for_those_of_another() {
         store.record([NewEvent::dynamic("large.one", "a", format!("{number}"), &text).unwrap()]).await;
     }
     store.record_todos(&["1", "2"]).await;
-    let wanted = [large, small].map(|subscription| Wanted { subscription, lanes: 20, run: 1, all: true });
+    let wanted = [large, small].map(|subscription| Wanted { subscription, lanes: 20, run: 1, ..Wanted::default() });
     let claims = store.outbox.claim_of(Holder { worker: "w", lease: LONG }, &wanted).await.unwrap();
     assert!((1..12).contains(&claims[0].lanes.len()), "{}", claims[0].lanes.len());
     assert_eq!(claims[1].lanes.len(), 2);

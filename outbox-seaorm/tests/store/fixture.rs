@@ -93,7 +93,7 @@ impl Store {
     /// Claims the only lane that is due.
     /// From where the last claim has ended.
     pub(crate) async fn claim_on(&self, subscription: i32, lanes: u32) -> Claim {
-        let wanted = Wanted { subscription, lanes, run: 1, all: false };
+        let wanted = Wanted { subscription, lanes, run: 1, ..Wanted::default() };
         self.outbox.claim_of(Holder { worker: "worker", lease: LONG }, &[wanted]).await.unwrap().remove(0)
     }
 

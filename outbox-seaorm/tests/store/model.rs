@@ -117,7 +117,7 @@ impl Both {
 
     fn wanted(subscription: i32, run: u32) -> Wanted {
         // All that are due: which of them a smaller claim takes depends on times that differ.
-        Wanted { subscription, lanes: 100, run, all: true }
+        Wanted { subscription, lanes: 100, run, all: true, ..Wanted::default() }
     }
 
     /// A claim of one subscription, or of both.
@@ -128,7 +128,7 @@ impl Both {
         let database = Trait::claim(&self.store.outbox, holder, &wanted).await.unwrap();
         assert_eq!(database.len(), wanted.len());
         for (wanted, database) in wanted.into_iter().zip(database) {
-            let model = self.model.claim(self.now, holder, wanted);
+            let model = self.model.claim(self.now, holder, &wanted);
             assert_eq!(database.probe, model.probe, "probe");
             self.add(model.lanes, database.lanes);
         }
@@ -137,7 +137,7 @@ impl Both {
     /// A relay's claim, of which some is taken over.
     async fn relay(&mut self, id: i32) {
         let wanted = Self::wanted(id, 2);
-        let model = self.model.claim_for_relay(self.now, Holder { worker: "w1", lease: LONG }, wanted).lanes;
+        let model = self.model.claim_for_relay(self.now, Holder { worker: "w1", lease: LONG }, &wanted).lanes;
         let database = self.store.outbox.claim_for_relay(id, "w1", 100, LONG).await.unwrap().lanes;
         let database: BTreeMap<&str, &ClaimedLane> =
             database.iter().map(|lane| (lane.lane.key.as_str(), lane)).collect();
@@ -147,7 +147,7 @@ impl Both {
         let of_model: Vec<LaneRef> = model[..taken].iter().map(|lane| lane.lane.clone()).collect();
         let of_database: Vec<LaneRef> = keys[..taken].iter().map(|key| database[key].lane.clone()).collect();
         let holder = Holder { worker: "w2", lease: LONG };
-        let model = self.model.take_over(self.now, holder, wanted, &of_model);
+        let model = self.model.take_over(self.now, holder, &wanted, &of_model);
         let database = Trait::take_over(&self.store.outbox, holder, wanted, &of_database).await.unwrap();
         assert_eq!(database.busy.len(), model.busy.len());
         self.add(model.lanes, database.lanes);

@@ -5,13 +5,18 @@ use std::{collections::HashSet, time::Instant};
 use outbox_core::store::{Claim, ClaimedLane, LaneRef, LaneReport, LeaseState, Next, Settled, StoreError};
 
 use super::{Core, Moment};
-use crate::feed::{calls::Taken, schedule::Found, table::Lane, told::Told};
+use crate::feed::{
+    calls::{Asked, Taken},
+    schedule::Found,
+    table::Lane,
+    told::Told,
+};
 
 impl Core {
     pub(super) fn claimed(
         &mut self,
         asked_at: Instant,
-        capacity: usize,
+        asked: Asked,
         times_down: u32,
         claim: Result<Claim, StoreError>,
         at: Moment,
@@ -20,16 +25,17 @@ impl Core {
             Ok(claim) => claim,
             Err(error) => {
                 // What was only asked is asked again after the poll interval.
-                let wait = (capacity > 0).then(|| self.schedule.failed(at.now, at.chance));
+                let wait = (!asked.is_question()).then(|| self.schedule.failed(at.now, at.chance));
                 let what = "cannot claim deliveries, trying again";
                 self.told.push(Told::CallFailed { what, error, wait });
                 return;
             }
         };
         self.schedule.set_served(!lanes.is_empty() || next.is_some());
-        if capacity == 0 {
+        if asked.is_question() {
             return;
         }
+        let only_others = asked.lanes == 0;
         // The destination was found down while the claim was under way: what it found is old.
         let too_late = self.circuit.is_open() && self.circuit.times_down() != times_down;
         if probe {
@@ -39,8 +45,9 @@ impl Core {
         }
         let found = Found {
             lanes: lanes.len(),
-            capacity,
-            next: next.and_then(|next| next.after),
+            capacity: if only_others { asked.others } else { asked.lanes },
+            // Of those that are passed there is always more.
+            next: next.and_then(|next| next.after).filter(|_| !only_others),
             lag: self.unknown.lag(at.now),
         };
         if self.schedule.claimed(found, at.now, at.chance) {
@@ -94,7 +101,7 @@ impl Core {
         if claimed.run.len() >= self.settings.options.batch {
             self.schedule.leased_long(claimed.lane.clone());
         }
-        self.table.insert(Lane::new(claimed, asked_at + self.settings.options.lease, probe));
+        self.table.insert(Lane::new(claimed, asked_at + self.settings.options.lease, probe), now);
         match unreadable {
             None => self.table.is_ready(key),
             Some(unreadable) => {

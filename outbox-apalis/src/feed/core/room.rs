@@ -67,9 +67,22 @@ impl Core {
         enough || bytes >= MOST_BYTES
     }
 
-    /// As [`is_full`](Self::is_full); if it is, it looks again then.
+    /// How many lanes to lease beside those of tenants that crowd the others out. One that waits need not wait for them.
+    pub(super) fn room_for_others(&self) -> usize {
+        let capacity = self.capacity();
+        let spare = (capacity.concurrency / 2).max(1);
+        let (_, bytes) = self.table.load();
+        let is_crowded = bytes < MOST_BYTES && !self.table.crowd().is_empty();
+        if is_crowded {
+            self.ahead.most(capacity).saturating_add(spare).saturating_sub(self.table.len()).min(spare)
+        } else {
+            0
+        }
+    }
+
+    /// Whether there is no room for anybody; if so, it looks again then.
     pub(super) fn is_full_until(&mut self, then: Instant) -> bool {
-        let is_full = self.is_full();
+        let is_full = self.is_full() && self.room_for_others() == 0;
         if is_full {
             self.schedule.look(then);
         }
@@ -93,7 +106,7 @@ impl Core {
             && self.is_free(Kind::Claim)
             && !(self.schedule.has_claimed() && self.settings.until == Until::Once)
             && self.takes_lanes()
-            && self.room() > 0
+            && (self.room() > 0 || self.room_for_others() > 0)
     }
 
     /// When to ask whether the subscription is to be served: while lanes are leased, a claim may not be due for long, and while
@@ -133,7 +146,7 @@ mod tests {
     use super::*;
     use crate::{
         feed::{
-            calls::{Answer, Call},
+            calls::{Answer, Asked, Call},
             core::{Moment, Settings},
         },
         handlers::{Handlers, HandlersDestination},
@@ -160,7 +173,10 @@ mod tests {
         assert!(matches!(core.next_call(at, |_| true), Some(Call::Claim { lanes: 1.., .. })));
         // It is paused.
         let claim = Ok(Claim::default());
-        core.answered(Answer::Claimed { asked_at: now, capacity: 1, times_down: 0, claim }, at);
+        core.answered(
+            Answer::Claimed { asked_at: now, asked: Asked { lanes: 1, others: 0 }, times_down: 0, claim },
+            at,
+        );
         core.state_changed(now);
         core.lost_connections(1);
         assert!(matches!(core.next_call(at, |_| true), Some(Call::Check { .. })));

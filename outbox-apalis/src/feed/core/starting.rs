@@ -1,7 +1,5 @@
 //! Which attempts begin.
 
-use std::collections::VecDeque;
-
 use chrono::{DateTime, Utc};
 use outbox_core::{
     AttemptLog,
@@ -29,16 +27,19 @@ impl Core {
     /// The attempts that begin now, `most` at most.
     pub(crate) fn start(&mut self, most: usize, at: Moment) -> Vec<Start> {
         self.end_trial();
-        let (mut starts, mut waiting) = (Vec::new(), VecDeque::new());
+        let (mut starts, mut waiting) = (Vec::new(), Vec::new());
+        let allowed = self.settings.options.of_tenant.unwrap_or(usize::MAX);
+        let of_one = self.table.most_of_one(self.concurrency(), allowed, at.now);
         while starts.len() < most && self.may_start(at) {
-            let Some(key) = self.table.next_ready() else { break };
+            let Some(key) = self.table.next_ready(of_one) else { break };
             match self.turn(&key, at) {
                 Turn::Starts(start) => starts.push(start),
-                Turn::Waits => waiting.push_back(key),
+                Turn::Waits => waiting.push(key),
                 Turn::Over => {}
             }
         }
-        self.table.wait(&mut waiting);
+        // Behind those that wait.
+        waiting.into_iter().for_each(|key| self.table.is_ready(key));
         starts
     }
 

@@ -25,7 +25,7 @@ impl Core {
     /// Others claim now: so does this one, if half of its wait is over.
     pub(crate) fn joins(&mut self, at: Moment) -> Option<Call> {
         let is_near = |time: Instant| self.schedule.is_near(time, at.now);
-        let looks = self.wants_lanes() && is_near(self.schedule.look_at()) && !self.is_full();
+        let looks = self.wants_lanes() && is_near(self.schedule.look_at());
         let asks = self.asks_at(at.now).is_some_and(is_near);
         let call = if looks { self.claim(at.now) } else { asks.then(|| self.ask(at.now))? };
         self.calls.begin(call.kind());
@@ -33,13 +33,15 @@ impl Core {
     }
 
     fn claim(&mut self, now: Instant) -> Call {
-        let lanes = self.room().min(self.ahead.most_at_once());
-        Call::Claim { lanes, all: self.schedule.claims(now), times_down: self.circuit.times_down() }
+        let lanes = if self.is_full() { 0 } else { self.room().min(self.ahead.most_at_once()) };
+        let (others, passed) = (self.room_for_others(), self.table.crowd());
+        Call::Claim { lanes, others, passed, all: self.schedule.claims(now), times_down: self.circuit.times_down() }
     }
 
     fn ask(&mut self, now: Instant) -> Call {
         self.schedule.asked(now);
-        Call::Claim { lanes: 0, all: false, times_down: self.circuit.times_down() }
+        let times_down = self.circuit.times_down();
+        Call::Claim { lanes: 0, others: 0, passed: Vec::new(), all: false, times_down }
     }
 
     fn wanted(&mut self, at: Moment, may: impl Fn(Kind) -> bool) -> Option<Call> {

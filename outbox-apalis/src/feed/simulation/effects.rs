@@ -94,6 +94,7 @@ impl Effects {
             true => format!("{subscription} good {position}"),
             false => format!("{subscription} k{}", rng.u32(..plan.keys)),
         };
+        let tenant = (plan.tenants > 0).then(|| key.len() as i64 + position).map(|n| n % i64::from(plan.tenants + 1));
         let behaviour = match rng.u8(..24) {
             _ if good => Behaviour::Succeeds(0),
             0 | 1 => Behaviour::Succeeds(rng.u32(1..4)),
@@ -116,7 +117,8 @@ impl Effects {
             payload: "{}".to_owned(),
             occurred_at: now,
             recorded_at: now,
-            tenant: None,
+            // Some have none.
+            tenant: tenant.filter(|n| *n > 0).map(|n| format!("t{n}")),
             actor: None,
             correlation_id: None,
             causation_id: None,

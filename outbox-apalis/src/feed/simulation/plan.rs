@@ -26,6 +26,7 @@ pub(super) struct Plan {
     pub(super) retry: RetryPolicy,
     pub(super) pace: Duration,
     pub(super) keys: u32,
+    pub(super) tenants: u32,
     /// When events are committed.
     pub(super) commits: Vec<Duration>,
     /// Some of them kill their worker.
@@ -91,6 +92,7 @@ impl Plan {
                 lease,
                 timeout: rng.bool().then(|| lease.mul_f64(rng.f64().mul_add(0.5, 0.1))),
                 concurrency: rng.usize(1..6),
+                of_tenant: if rng.u8(..4) == 0 { Some(rng.usize(1..4)) } else { None },
                 batch: rng.usize(1..6),
                 grace: lease.mul_f64(rng.f64()),
                 ..Options::DEFAULT
@@ -103,6 +105,7 @@ impl Plan {
                 .expect("a policy"),
             pace: if rng.u8(..6) == 0 { MS * rng.u32(..30) } else { Duration::ZERO },
             keys,
+            tenants: if rng.bool() { 0 } else { rng.u32(1..4) },
             commits,
             poison: rng.u8(..4) == 0,
             bad_days,

@@ -22,7 +22,7 @@ impl World {
             self.schedule(now, generation, Event::Ends { place, id });
             return;
         }
-        let key = attempt.start.lane.key.clone();
+        let (key, tenant) = (attempt.start.lane.key.clone(), attempt.start.event.tenant.clone());
         attempt.start.running.begun().store(true, std::sync::atomic::Ordering::Release);
         let minds_time = !matches!(attempt.behaviour, Behaviour::Blocks(_));
         let lasts = if minds_time { attempt.lasts.min(attempt.start.time) } else { attempt.lasts };
@@ -30,6 +30,8 @@ impl World {
         let under_way = process.attempts_of(subscription).filter(|attempt| attempt.is_under_way());
         let of_key = under_way.clone().filter(|attempt| attempt.start.lane.key == key).count();
         assert!(of_key <= 1, "{key} has {of_key} attempts at once in one process");
+        let of_tenant = under_way.clone().filter(|attempt| attempt.start.event.tenant == tenant).count();
+        assert!(of_tenant <= self.plan.options.of_tenant.unwrap_or(usize::MAX), "too many attempts of one tenant");
         assert!(under_way.count() <= self.plan.options.concurrency, "too many attempts at once");
         self.schedule(now + lasts, generation, Event::Ends { place, id });
         self.act(place);

@@ -45,7 +45,7 @@ impl World {
             return false;
         }
         let before = self.plan.crashes().then(|| self.model.clone());
-        let claim = self.model.claim(utc, holder(&self.plan, &process.name), wanted(&self.plan, id, room));
+        let claim = self.model.claim(utc, holder(&self.plan, &process.name), &wanted(&self.plan, id, room));
         self.unwritten = before;
         let lanes = claim.lanes.into_iter().map(|lane| (lane, now)).collect();
         process.dispatch.touch(subscription, |core| core.routed(lanes, now));

@@ -10,7 +10,7 @@ use outbox_core::{
 
 use super::{Event, World};
 use crate::feed::{
-    calls::{Answer, Call, Change},
+    calls::{Answer, Asked, Call, Change},
     simulation::plan::{MS, Plan},
     together::Batch,
 };
@@ -50,8 +50,8 @@ impl World {
     fn failed(&self, call: Call) -> Answer {
         let away = || StoreError::new("the database is away");
         match call {
-            Call::Claim { lanes, times_down, .. } => {
-                Answer::Claimed { asked_at: self.now, capacity: lanes, times_down, claim: Err(away()) }
+            Call::Claim { lanes, others, times_down, .. } => {
+                Answer::Claimed { asked_at: self.now, asked: Asked { lanes, others }, times_down, claim: Err(away()) }
             }
             Call::TakeOver(_) => Answer::Taken { asked_at: self.now, taken: Err(away()) },
             Call::Settle(reports) => Answer::Settled { reports, settled: Err(away()) },
@@ -87,10 +87,11 @@ impl World {
             self.unwritten = None;
         }
         match call {
-            Call::Claim { lanes, times_down, .. } => {
+            Call::Claim { lanes, others, passed, times_down, .. } => {
                 let name = format!("w{place}.{generation}");
-                let claim = Ok(self.model.claim(utc, holder(&self.plan, &name), wanted(&self.plan, id, lanes)));
-                Answer::Claimed { asked_at, capacity: lanes, times_down, claim }
+                let wanted = Wanted { others: others as u32, passed, ..wanted(&self.plan, id, lanes) };
+                let claim = Ok(self.model.claim(utc, holder(&self.plan, &name), &wanted));
+                Answer::Claimed { asked_at, asked: Asked { lanes, others }, times_down, claim }
             }
             Call::Settle(reports) => {
                 reports.iter().for_each(|report| self.check_hold(report));
@@ -172,5 +173,5 @@ pub(super) fn holder<'a>(plan: &Plan, worker: &'a str) -> Holder<'a> {
 
 pub(super) fn wanted(plan: &Plan, subscription: i32, lanes: usize) -> Wanted {
     let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-    Wanted { subscription, lanes: count(lanes), run: count(plan.options.batch), all: true }
+    Wanted { subscription, lanes: count(lanes), run: count(plan.options.batch), all: true, ..Wanted::default() }
 }
