@@ -142,7 +142,7 @@ mod tests {
     #[test]
     fn without_tenants_lanes_come_in_their_order() {
         let mut ready = Ready::default();
-        ["1", "2", "3"].map(|key| ready.push_back(&None, key.to_owned()));
+        ["1", "2", "3"].into_iter().for_each(|key| ready.push_back(&None, key.to_owned()));
         ready.push_front(&None, "0".to_owned());
         ready.sees(&None, Instant::now());
         assert_eq!(ready.most_of_one(4, usize::MAX, Instant::now()), usize::MAX);
@@ -166,7 +166,7 @@ mod tests {
         assert_eq!(ready.keys().collect::<Vec<_>>(), ["a3", "a4"]);
         ready.clear();
         assert!(ready.is_empty() && ready.crowd().is_empty());
-        ["a", "a", "b", "c", "c"].map(|name| ready.ends(&tenants[name]));
+        ["a", "a", "b", "c", "c"].into_iter().for_each(|name| ready.ends(&tenants[name]));
         assert!(ready.tenants.is_empty());
     }
 

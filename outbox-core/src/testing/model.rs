@@ -205,10 +205,10 @@ impl Model {
 
     fn claim_lanes(&mut self, now: DateTime<Utc>, holder: Holder<'_>, wanted: &Wanted) -> Vec<ClaimedLane> {
         let mut keys = self.of_others(now, wanted);
-        let others = keys.len();
+        let left = (wanted.lanes + wanted.others) as usize - keys.len();
         let mut due = self.due(now, wanted.subscription);
         due.retain(|(_, key, _)| !keys.contains(key));
-        due.truncate((wanted.lanes as usize).saturating_sub(others));
+        due.truncate(left.min(wanted.lanes as usize));
         keys.extend(due.into_iter().map(|(_, key, _)| key));
         let attempts = u32::from(wanted.run > 0);
         let mut claimed = Vec::new();

@@ -105,6 +105,64 @@ async fn large_events_of_one_subscription_leave_room_for_those_of_another() {
     assert_eq!(store.value::<i64>(lanes).await, 12 - claims[0].lanes.len() as i64);
 }
 
+/// Events of these todos, committed by a tenant.
+async fn record_of(store: &Store, tenant: Option<&str>, ids: &[&str]) {
+    let mut context = Context::default();
+    context.tenant = tenant.map(str::to_owned);
+    let unit = store.outbox.begin(context);
+    ids.iter().for_each(|id| unit.events().push(todo(id)).map(|_| ()).unwrap());
+    unit.commit().await.unwrap();
+    store.outbox.route_waiting().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_lane_of_every_other_tenant_comes_before_those_of_tenants_that_have_enough() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    record_of(&store, Some("busy"), &["1", "2", "3", "4"]).await;
+    record_of(&store, None, &["5"]).await;
+    for (tenant, ids) in [("a", ["6", "7"]), ("b", ["8", "9"]), ("z", ["10", "11"])] {
+        record_of(&store, Some(tenant), &ids).await;
+    }
+    let claim = async |lanes, others, passed: &[&str]| {
+        let passed = passed.iter().map(|tenant| (*tenant).to_owned()).collect();
+        let wanted = Wanted { subscription: id, lanes, others, passed, run: 1, all: true };
+        let claims = store.outbox.claim_of(Holder { worker: "w", lease: LONG }, &[wanted]).await.unwrap();
+        let mut keys: Vec<String> = claims[0].lanes.iter().map(|lane| lane.lane.key.clone()).collect();
+        keys.sort();
+        keys.iter().map(|key| key.trim_start_matches("todo/").to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(claim(1, 0, &[]).await, ["1"], "nobody is passed");
+    assert_eq!(claim(0, 2, &["busy"]).await, ["6", "8"], "one of each");
+    // It goes on behind the last one, and begins anew.
+    assert_eq!(claim(1, 1, &["busy"]).await, ["10", "7"]);
+    assert_eq!(claim(3, 1, &["busy", "a"]).await, ["11", "2", "3", "9"], "what is left is for all");
+    assert_eq!(claim(0, 9, &["busy"]).await, [""; 0], "no other is left");
+    assert_eq!(claim(9, 9, &["busy"]).await, ["4", "5"]);
+    store.is_whole().await;
+}
+
+#[tokio::test]
+async fn of_a_subscription_that_is_paused_or_down_no_tenant_is_served() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    record_of(&store, Some("busy"), &["1"]).await;
+    record_of(&store, Some("a"), &["2"]).await;
+    let claim = async || {
+        let passed = vec!["busy".to_owned()];
+        let wanted = Wanted { subscription: id, lanes: 5, others: 5, passed, run: 1, all: true };
+        let claims = store.outbox.claim_of(Holder { worker: "w", lease: LONG }, &[wanted]).await.unwrap();
+        claims[0].lanes.len()
+    };
+    store.outbox.pause("s").await.unwrap();
+    assert_eq!(claim().await, 0);
+    store.outbox.resume("s").await.unwrap();
+    store.outbox.open_circuit(id, LONG, true).await.unwrap();
+    assert_eq!(claim().await, 0);
+    store.outbox.close_circuit(id).await.unwrap();
+    assert_eq!(claim().await, 2);
+}
+
 #[tokio::test]
 async fn a_lane_that_was_tried_before_comes_with_its_head_alone() {
     let store = Store::new().await;

@@ -26,11 +26,11 @@ async fn a_database_without_tables_is_told_to_migrate() {
 async fn tables_from_a_newer_version_are_refused() {
     let store = Store::new().await;
     store.outbox.check_schema().await.unwrap();
-    store.execute("update outbox_meta set schema_version = 3").await;
+    store.execute("update outbox_meta set schema_version = 4").await;
     let error = store.outbox.check_schema().await.unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the outbox tables are from a newer version (schema 3, this program knows 2); start that version, or restore \
+        "the outbox tables are from a newer version (schema 4, this program knows 3); start that version, or restore \
          a backup from before the upgrade"
     );
 }
@@ -42,7 +42,7 @@ async fn tables_from_an_older_version_are_refused() {
     let error = store.outbox.check_schema().await.unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the outbox tables are from an older version (schema 1, this program needs 2); run the migrations (see \
+        "the outbox tables are from an older version (schema 1, this program needs 3); run the migrations (see \
          `outbox_migrations::up`)"
     );
 }

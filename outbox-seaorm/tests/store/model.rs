@@ -21,6 +21,7 @@ use super::{
 const STEPS: usize = 60;
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const NAMES: [&str; 2] = ["ordered", "unordered"];
+const TENANTS: [&str; 3] = ["a", "b", "c"];
 
 /// A lane as the model and as the database have leased it: their tokens differ.
 struct Leased {
@@ -96,17 +97,21 @@ impl Both {
 
     async fn commit(&mut self) {
         let known: i64 = self.store.value("select coalesce(max(position), 0) from outbox_events").await;
+        // The events of one tenant are those of the todo with its name, and some have none.
+        let todo_of = *self.rng.choice(&["a", "b", "c", "d", "e"]).unwrap();
+        let mut context = Context::default();
+        context.tenant = TENANTS.contains(&todo_of).then(|| todo_of.to_owned());
         let events: Vec<_> = (0..self.rng.usize(1..4))
-            .map(|_| {
-                let event = todo(self.rng.choice(["a", "b", "c", "d", "e"]).unwrap());
-                if self.rng.u8(..6) == 0 { (event.delay(LONG), true) } else { (event, false) }
-            })
+            .map(|_| if self.rng.u8(..6) == 0 { (todo(todo_of).delay(LONG), true) } else { (todo(todo_of), false) })
             .collect();
-        self.store.record(events.iter().map(|(event, _)| event.clone())).await;
+        let unit = self.store.outbox.begin(context.clone());
+        events.iter().for_each(|(event, _)| unit.events().push(event.clone()).map(|_| ()).unwrap());
+        unit.commit().await.unwrap();
+        self.store.outbox.route_waiting().await.unwrap();
         let positions = format!("select position from outbox_events where position > {known} order by position");
         let positions: Vec<i64> = self.store.column(&positions).await;
         for (position, (event, late)) in positions.into_iter().zip(events) {
-            let event = Arc::new(event.into_recorded(position, self.now, &Context::default()));
+            let event = Arc::new(event.into_recorded(position, self.now, &context));
             let due_at = if late { self.now + LONG } else { self.now };
             let subject = Subject::of_recorded(&event);
             for (id, ordering) in self.ids.iter().zip([Ordering::Aggregate, Ordering::None]) {
@@ -120,11 +125,22 @@ impl Both {
         Wanted { subscription, lanes: 100, run, all: true, ..Wanted::default() }
     }
 
+    /// What a worker wants that has enough of some tenants: perhaps nothing of theirs.
+    fn crowded(&mut self, subscription: i32) -> Wanted {
+        let run = self.rng.u32(1..5);
+        // Of many lanes of one tenant it would depend on times which comes first.
+        if subscription == self.ids[1] || self.rng.bool() {
+            return Self::wanted(subscription, run);
+        }
+        let passed = TENANTS.iter().filter(|_| self.rng.bool()).map(|tenant| (*tenant).to_owned()).collect();
+        Wanted { lanes: self.rng.u32(..2) * 100, others: 100, passed, ..Self::wanted(subscription, run) }
+    }
+
     /// A claim of one subscription, or of both.
     async fn claim(&mut self, id: i32) {
         let holder = Holder { worker: *self.rng.choice(&["w1", "w2"]).unwrap(), lease: LONG };
         let ids = if self.rng.bool() { vec![id] } else { self.ids.to_vec() };
-        let wanted: Vec<Wanted> = ids.into_iter().map(|id| Self::wanted(id, self.rng.u32(1..5))).collect();
+        let wanted: Vec<Wanted> = ids.into_iter().map(|id| self.crowded(id)).collect();
         let database = Trait::claim(&self.store.outbox, holder, &wanted).await.unwrap();
         assert_eq!(database.len(), wanted.len());
         for (wanted, database) in wanted.into_iter().zip(database) {

@@ -90,6 +90,7 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
     let renewed = format!("{lanes}, 30");
     let uuid = "'019361b4-0000-7000-8000-000000000000'";
     let (due, lane) = ("using outbox_lanes_due on outbox_lanes", "using outbox_lanes_pkey on outbox_lanes");
+    let tenants = "using outbox_lanes_tenant on outbox_lanes";
     let found = "Conflict Arbiter Indexes: outbox_lanes_pkey";
     let after = "AND (ROW(due_at, key) > ROW(";
     let (delivery, event) =
@@ -113,6 +114,7 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
     for (name, sql, parameters, indexes) in [
         ("next due", POSTGRES.next_due, "'[1,2]'", &[due][..]),
         ("claim", POSTGRES.claim, &claimed, &[due, found, after]),
+        ("claim of others", POSTGRES.claim_others, r#"1, 'a', '["b"]', 9, 30, 'w'"#, &[tenants, found]),
         ("runs", POSTGRES.runs, &run, &[delivery, event]),
         ("flush of many", many, &flushed, &[]),
         ("flush of one", one, &single, &[]),

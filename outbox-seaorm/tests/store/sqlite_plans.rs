@@ -25,6 +25,9 @@ async fn the_claim_reads_due_lanes_from_their_index() {
     let due = "SEARCH outbox_lanes USING COVERING INDEX outbox_lanes_due (subscription_id=? AND due_at<?)";
     let claim = plan(&store, SQLITE.claim).await;
     assert!(claim.contains(due) && claim.contains("SEARCH outbox_lanes USING PRIMARY KEY"), "{claim}");
+    let others = plan(&store, SQLITE.claim_others).await;
+    let of_tenant = "SEARCH outbox_lanes USING COVERING INDEX outbox_lanes_tenant (subscription_id=? AND tenant";
+    assert!(others.matches(of_tenant).count() >= 3 && !others.contains("SCAN outbox_lanes"), "{others}");
     let next_due = plan(&store, SQLITE.next_due).await;
     assert!(next_due.contains("USING COVERING INDEX outbox_lanes_due (subscription_id=?)"), "{next_due}");
     assert!(!next_due.contains("TEMP B-TREE"), "{next_due}");
