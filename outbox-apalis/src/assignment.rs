@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicI32, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -12,7 +12,9 @@ use outbox_core::{AfterDeadLetter, RetryPolicy, store::Store};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use crate::{clock::DatabaseClock, desk::Desk, destination::Destination, options::Options, redis::Transport};
+use crate::{
+    clock::DatabaseClock, desk::Desk, destination::Destination, feed::Every, options::Options, redis::Transport,
+};
 
 /// The id of a subscription. Another one, if it is removed and registered again while the worker runs; one that no
 /// subscription has, if it is gone.
@@ -35,6 +37,29 @@ impl SubscriptionId {
     }
 }
 
+/// How many deliveries this process may have under way, of those that all workers may have together.
+#[derive(Clone, Debug)]
+pub(crate) struct Share {
+    deliveries: Arc<AtomicUsize>,
+    desk: Arc<Desk>,
+}
+
+impl Share {
+    pub(crate) fn new(deliveries: usize, desk: Arc<Desk>) -> Self {
+        Self { deliveries: Arc::new(AtomicUsize::new(deliveries)), desk }
+    }
+
+    pub(crate) fn now(&self) -> usize {
+        self.deliveries.load(Relaxed)
+    }
+
+    pub(crate) fn set(&self, deliveries: usize) {
+        if self.deliveries.swap(deliveries, Relaxed) != deliveries {
+            self.desk.tell_all();
+        }
+    }
+}
+
 /// A subscription as this process serves it: a plain record.
 #[derive(Clone)]
 pub(crate) struct Assignment {
@@ -45,8 +70,10 @@ pub(crate) struct Assignment {
     pub(crate) retry: RetryPolicy,
     pub(crate) destination: Arc<dyn Destination>,
     pub(crate) after_dead_letter: AfterDeadLetter,
-    /// The shortest time between two attempts.
-    pub(crate) pace: Duration,
+    /// The shortest times between two attempts.
+    pub(crate) every: Every,
+    /// How many deliveries this process may have under way, of those that all workers may have together.
+    pub(crate) share: Share,
     pub(crate) options: Options,
     /// How long a transactional handler may take.
     pub(crate) effect_time: Duration,

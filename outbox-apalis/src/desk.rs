@@ -23,6 +23,8 @@ struct State {
     rooms: BTreeMap<usize, usize>,
     leased: BTreeMap<usize, Vec<(ClaimedLane, Instant)>>,
     has_router: bool,
+    /// Something concerns all of them.
+    all: bool,
 }
 
 impl Desk {
@@ -64,6 +66,17 @@ impl Desk {
         std::mem::take(&mut self.state().leased)
     }
 
+    /// Something has changed that all subscriptions look at.
+    pub(crate) fn tell_all(&self) {
+        self.state().all = true;
+        self.arrived.notify_one();
+    }
+
+    /// Whether that is so, once.
+    pub(crate) fn concerns_all(&self) -> bool {
+        std::mem::take(&mut self.state().all)
+    }
+
     /// Waits for something to take.
     pub(crate) async fn arrived(&self) {
         self.arrived.notified().await;
@@ -81,6 +94,6 @@ impl Desk {
 
     pub(crate) fn close(&self) {
         self.state().has_router = false;
-        self.arrived.notify_one();
+        self.tell_all();
     }
 }

@@ -38,6 +38,8 @@ mod trial;
 mod unknown;
 mod verdict;
 
+pub(crate) use pace::Every;
+
 /// How many tasks wait for a worker at most: enough to keep its threads busy.
 const MOST_WAITING: usize = 32;
 

@@ -66,6 +66,7 @@ pub use publisher::{LogPublisher, Publisher};
 pub use record::{DecodeError, RecordedEvent};
 pub use retry::{InvalidPolicy, Jitter, RetryPolicy};
 pub use subscription::{
-    AfterDeadLetter, Filter, InvalidLimit, InvalidPattern, Ordering, StartPosition, Subject, Subscription, TypePattern,
+    AfterDeadLetter, DeliveryLimits, Filter, InvalidLimit, InvalidPattern, Ordering, StartPosition, Subject,
+    Subscription, TypePattern,
 };
 pub use text::{error_text, one_line};

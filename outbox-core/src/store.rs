@@ -104,6 +104,15 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// If the store fails.
     async fn pause(&self, subscription: &str) -> Result<(), StoreError>;
 
+    /// Reserves attempts from the rate that all workers of a subscription have together. The answers are in the order of
+    /// what is asked, where a subscription stands once: after how long the first of the attempts may begin, or `None` if
+    /// others have reserved for so long ahead that it is too early to ask.
+    ///
+    /// # Errors
+    ///
+    /// If the store fails; perhaps it is reserved, and nobody uses it.
+    async fn reserve(&self, asked: &[Reservation]) -> Result<Vec<Option<Duration>>, StoreError>;
+
     /// What happens from now on, in this process and in others.
     fn news(&self) -> News;
 
@@ -160,6 +169,34 @@ pub struct Wanted {
     /// Looks at all lanes. Otherwise a claim may go on where the one before has ended, for a second at most; what came to
     /// lie behind is found when nothing is left before it.
     pub all: bool,
+}
+
+/// Attempts that are to be reserved.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Reservation {
+    /// The subscription.
+    pub subscription: i32,
+    /// How many.
+    pub attempts: u32,
+    /// From the begin of one to the begin of the next.
+    pub every: Duration,
+}
+
+impl Reservation {
+    /// So far ahead others may have reserved.
+    pub const AHEAD: Duration = Duration::from_secs(1);
+
+    /// How long they take, one after another.
+    #[must_use]
+    pub fn time(&self) -> Duration {
+        self.every.saturating_mul(self.attempts)
+    }
+
+    /// What is reserved until then and further ahead than anybody reserves, was reserved before a clock stepped back.
+    #[must_use]
+    pub fn longest(&self) -> Duration {
+        Duration::from_secs(60).saturating_add(self.time().saturating_mul(2))
+    }
 }
 
 /// What a relay's leases have become.

@@ -28,8 +28,23 @@ pub struct Subscription {
     retry: Option<RetryPolicy>,
     start: StartPosition,
     after_dead_letter: AfterDeadLetter,
-    concurrency: Option<usize>,
-    rate: Option<f64>,
+    limits: DeliveryLimits,
+}
+
+/// How much of a subscription is delivered at once; `None` where there is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct DeliveryLimits {
+    /// Deliveries under way in each process; see [`Subscription::concurrency`].
+    pub concurrency: Option<usize>,
+    /// The same of one tenant; see [`Subscription::concurrency_per_tenant`].
+    pub concurrency_per_tenant: Option<usize>,
+    /// The same in all processes together; see [`Subscription::fleet_concurrency`].
+    pub fleet_concurrency: Option<usize>,
+    /// Deliveries that each process begins in a second; see [`Subscription::rate`].
+    pub rate: Option<f64>,
+    /// The same of all processes together; see [`Subscription::fleet_rate`].
+    pub fleet_rate: Option<f64>,
 }
 
 /// What the rest of a key does after one of its events became a dead letter.
@@ -63,8 +78,7 @@ impl Subscription {
             retry: None,
             start: StartPosition::default(),
             after_dead_letter: AfterDeadLetter::default(),
-            concurrency: None,
-            rate: None,
+            limits: DeliveryLimits::default(),
         })
     }
 
@@ -140,10 +154,47 @@ impl Subscription {
     ///
     /// [`InvalidLimit`] if it is 0 or more than 10,000.
     pub fn concurrency(mut self, deliveries: usize) -> Result<Self, InvalidLimit> {
-        if !(1..=10_000).contains(&deliveries) {
-            return Err(InvalidLimit("the concurrency must be between 1 and 10,000"));
-        }
-        self.concurrency = Some(deliveries);
+        self.limits.concurrency = Some(checked_concurrency(deliveries)?);
+        Ok(self)
+    }
+
+    /// Sets how many deliveries of one tenant each process has under way. Defaults to no limit.
+    ///
+    /// Without it tenants share what there is: one with deliveries under way comes behind those that have fewer, and while
+    /// there are several, none takes the last place. Events without a tenant share as one more.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidLimit`] if it is 0 or more than 10,000.
+    pub fn concurrency_per_tenant(mut self, deliveries: usize) -> Result<Self, InvalidLimit> {
+        self.limits.concurrency_per_tenant = Some(checked_concurrency(deliveries)?);
+        Ok(self)
+    }
+
+    /// Sets how many deliveries all processes together have under way. Defaults to no limit.
+    ///
+    /// Each worker that is alive has its share, all about the same. It is a coarse limit, kept through heartbeats: a worker
+    /// that starts beside others gets its share after two of them (10 s), and that of one that was killed is free after
+    /// four (20 s). An attempt that takes longer than that keeps its place meanwhile. Give all workers the same limit.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidLimit`] if it is 0 or more than 10,000.
+    pub fn fleet_concurrency(mut self, deliveries: usize) -> Result<Self, InvalidLimit> {
+        self.limits.fleet_concurrency = Some(checked_concurrency(deliveries)?);
+        Ok(self)
+    }
+
+    /// Sets how many deliveries a second all processes together begin. Defaults to no limit.
+    ///
+    /// Workers reserve for half a second ahead, through the database: over ten seconds there are at most a tenth more, and
+    /// nearly as many if there is enough to do. Give all workers the same limit.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidLimit`] if it is not a number above 0.
+    pub fn fleet_rate(mut self, per_second: f64) -> Result<Self, InvalidLimit> {
+        self.limits.fleet_rate = Some(checked_rate(per_second)?);
         Ok(self)
     }
 
@@ -153,10 +204,7 @@ impl Subscription {
     ///
     /// [`InvalidLimit`] if it is not a number above 0.
     pub fn rate(mut self, per_second: f64) -> Result<Self, InvalidLimit> {
-        if !per_second.is_finite() || per_second <= 0.0 {
-            return Err(InvalidLimit("the rate must be a number of deliveries per second above 0"));
-        }
-        self.rate = Some(per_second);
+        self.limits.rate = Some(checked_rate(per_second)?);
         Ok(self)
     }
 
@@ -196,11 +244,25 @@ impl Subscription {
         self.after_dead_letter
     }
 
-    /// Its own concurrency and rate.
+    /// How much of it is delivered at once.
     #[must_use]
-    pub fn limits(&self) -> (Option<usize>, Option<f64>) {
-        (self.concurrency, self.rate)
+    pub fn limits(&self) -> DeliveryLimits {
+        self.limits
     }
+}
+
+fn checked_concurrency(deliveries: usize) -> Result<usize, InvalidLimit> {
+    if !(1..=10_000).contains(&deliveries) {
+        return Err(InvalidLimit("the concurrency must be between 1 and 10,000"));
+    }
+    Ok(deliveries)
+}
+
+fn checked_rate(per_second: f64) -> Result<f64, InvalidLimit> {
+    if !per_second.is_finite() || per_second <= 0.0 {
+        return Err(InvalidLimit("the rate must be a number of deliveries per second above 0"));
+    }
+    Ok(per_second)
 }
 
 /// Where a new subscription begins.

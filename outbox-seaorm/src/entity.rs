@@ -73,6 +73,8 @@ pub mod subscriptions {
         pub circuit_until: Option<DateTimeUtc>,
         pub circuit_failures: i32,
         pub created_at: DateTimeUtc,
+        /// Until when the rate of all workers together is reserved.
+        pub rate_at: Option<DateTimeUtc>,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -135,6 +137,8 @@ pub mod lanes {
         pub subscription_id: i32,
         #[sea_orm(primary_key, auto_increment = false)]
         pub key: String,
+        /// That of its first event when it was created.
+        pub tenant: Option<String>,
         pub pending: i32,
         pub due_at: DateTimeUtc,
         pub attempts: i32,

@@ -1,18 +1,25 @@
 //! The database as the [`Store`] of workers.
 
-use std::{collections::HashSet, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use outbox_core::{
     AttemptLog, Subscription,
     store::{
-        CircuitState, Claim, ClaimedLane, Holder, LaneRef, LaneReport, LeaseState, News, Settled, Store, StoreError,
-        TakenOver, Wanted,
+        CircuitState, Claim, ClaimedLane, Holder, LaneRef, LaneReport, LeaseState, News, Reservation, Settled, Store,
+        StoreError, TakenOver, Wanted,
     },
 };
 use sea_orm::DbErr;
+use serde::Serialize;
 
-use crate::Outbox;
+use crate::{
+    Outbox,
+    flush::{json, seconds},
+};
 
 #[async_trait]
 impl Store for Outbox {
@@ -69,6 +76,10 @@ impl Store for Outbox {
         self.pause(subscription).await.map(|_| ()).map_err(failed)
     }
 
+    async fn reserve(&self, asked: &[Reservation]) -> Result<Vec<Option<Duration>>, StoreError> {
+        self.reserve(asked).await.map_err(failed)
+    }
+
     fn news(&self) -> News {
         self.announcer().subscribe()
     }
@@ -78,7 +89,31 @@ impl Store for Outbox {
     }
 }
 
+#[derive(Serialize)]
+struct ReservationRow {
+    subscription: i32,
+    time: f64,
+    longest: f64,
+}
+
 impl Outbox {
+    async fn reserve(&self, asked: &[Reservation]) -> Result<Vec<Option<Duration>>, DbErr> {
+        let row = |asked: &Reservation| ReservationRow {
+            subscription: asked.subscription,
+            time: seconds(asked.time()),
+            longest: seconds(asked.longest()),
+        };
+        let asked_rows: Vec<ReservationRow> = asked.iter().map(row).collect();
+        let rows = self.query_all(self.store(), self.sql().reserve, [json(&asked_rows)?.into()]).await?;
+        let reserved = rows.iter().map(|row| Ok((row.try_get("", "id")?, row.try_get::<f64>("", "after")?)));
+        let reserved = reserved.collect::<Result<HashMap<i32, f64>, DbErr>>()?;
+        let after = |asked: &Reservation| {
+            let after = reserved.get(&asked.subscription)?;
+            Some(Duration::try_from_secs_f64(after.max(0.0)).unwrap_or_default())
+        };
+        Ok(asked.iter().map(after).collect())
+    }
+
     /// What has become of leases, of which those in `done` are held and done.
     async fn states(
         &self,

@@ -523,6 +523,18 @@ pub(crate) static POSTGRES: Sql = Sql {
         update outbox_subscriptions set circuit_until = clock_timestamp() + $2 * interval '1 second'
          where id = $1 and circuit_until <= clock_timestamp()",
 
+    reserve: "
+        with asked as materialized (
+                select * from jsonb_to_recordset($1::text::jsonb) as a(subscription integer, time float8, longest float8)),
+              time as materialized (select clock_timestamp() as now)
+        update outbox_subscriptions s
+           set rate_at = case when s.rate_at > now and s.rate_at <= now + longest * interval '1 second' then s.rate_at else now end
+                       + a.time * interval '1 second'
+          from asked a, time
+         where s.id = a.subscription
+           and (coalesce(s.rate_at, now) < now + interval '1 second' or s.rate_at > now + longest * interval '1 second')
+        returning s.id, extract(epoch from s.rate_at - now)::float8 - a.time as after",
+
     open_circuit: "
         update outbox_subscriptions
            set circuit_until = clock_timestamp() + $2 * interval '1 second', circuit_failures = circuit_failures + $3

@@ -179,6 +179,10 @@ pub(crate) struct Sql {
     /// $1 subscription, $2 seconds until another may probe if this one tells nothing. One caller wins.
     pub(crate) take_probe: &'static str,
 
+    /// $1 of each subscription how many seconds are to be reserved, and how far ahead anybody reserves at most. What is
+    /// further ahead is from before the clock stepped back. Returns after how many seconds the reserved ones begin.
+    pub(crate) reserve: &'static str,
+
     /// $1 subscription, $2 seconds until the next probe, $3 failures to count.
     pub(crate) open_circuit: &'static str,
 

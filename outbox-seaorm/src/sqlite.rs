@@ -256,6 +256,22 @@ pub(crate) static SQLITE: Sql = Sql {
        set circuit_until = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', $2))
      where id = $1 and circuit_until <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now')",
 
+    reserve: "
+    update outbox_subscriptions
+       set rate_at = strftime('%Y-%m-%dT%H:%M:%fZ',
+                              case when rate_at > now
+                                    and rate_at <= strftime('%Y-%m-%dT%H:%M:%fZ', now, printf('%+.3f seconds', longest))
+                                   then rate_at else now end,
+                              printf('%+.3f seconds', time))
+      from (select value->>'subscription' as subscription, value->>'time' as time, value->>'longest' as longest,
+                   strftime('%Y-%m-%dT%H:%M:%fZ', 'now') as now
+              from json_each($1)) a
+     where id = a.subscription
+       and (coalesce(rate_at, '') < strftime('%Y-%m-%dT%H:%M:%fZ', now, '+1 second')
+            or rate_at > strftime('%Y-%m-%dT%H:%M:%fZ', now, printf('%+.3f seconds', longest)))
+    returning id, (julianday(rate_at) - julianday('now')) * 86400.0
+                  - (select value->>'time' from json_each($1) where value->>'subscription' = id) as after",
+
     open_circuit: "
     update outbox_subscriptions
        set circuit_until = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', printf('%+.3f seconds', $2)),

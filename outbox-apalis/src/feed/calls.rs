@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use outbox_core::{
@@ -38,6 +38,8 @@ pub(crate) enum Call {
         lanes: Vec<LaneRef>,
     },
     Change(Change),
+    /// Reserves so many attempts, of which one begins after so long behind the one before.
+    Reserve(u32, Duration),
 }
 
 /// Something about the subscription as a whole that was found out.
@@ -71,6 +73,7 @@ pub(crate) enum Answer {
     Renewed { asked_at: Instant, asked: Vec<LaneRef>, renewed: Result<Vec<LeaseState>, StoreError> },
     Checked { losses: u64, asked: Vec<LaneRef>, held: Result<Vec<bool>, StoreError> },
     Changed,
+    Reserved { asked_at: Instant, attempts: u32, after: Result<Option<Duration>, StoreError> },
 }
 
 /// What became of jobs that were to be taken over; those in neither list are void.
@@ -116,6 +119,7 @@ pub(crate) enum Kind {
     Renew,
     Check,
     Change,
+    Reserve,
 }
 
 impl Call {
@@ -128,6 +132,7 @@ impl Call {
             Self::Renew(_) => Kind::Renew,
             Self::Check { .. } => Kind::Check,
             Self::Change(_) => Kind::Change,
+            Self::Reserve(..) => Kind::Reserve,
         }
     }
 
@@ -139,7 +144,7 @@ impl Call {
             Self::Settle(reports) => reports.iter().map(|report| report.finished.len().max(1)).sum(),
             Self::Note(notes) => notes.len(),
             Self::Renew(lanes) | Self::Check { lanes, .. } => lanes.len(),
-            Self::Change(_) => 1,
+            Self::Change(_) | Self::Reserve(..) => 1,
         }
     }
 }
@@ -155,6 +160,7 @@ impl Answer {
             Self::Renewed { renewed, .. } => renewed.is_err(),
             Self::Checked { held, .. } => held.is_err(),
             Self::Changed => false,
+            Self::Reserved { after, .. } => after.is_err(),
         }
     }
 
@@ -167,6 +173,7 @@ impl Answer {
             Self::Renewed { .. } => Kind::Renew,
             Self::Checked { .. } => Kind::Check,
             Self::Changed => Kind::Change,
+            Self::Reserved { .. } => Kind::Reserve,
         }
     }
 }
@@ -202,8 +209,8 @@ impl Calls {
         if self.is_under_way(Kind::Change) { None } else { self.changes.pop_front() }
     }
 
-    /// Whether nothing is to be told or answered; leases may be renewed.
+    /// Whether nothing is to be told or answered; leases may be renewed, and attempts reserved.
     pub(crate) fn are_done(&self) -> bool {
-        self.changes.is_empty() && self.under_way.iter().all(|kind| *kind == Kind::Renew)
+        self.changes.is_empty() && self.under_way.iter().all(|kind| matches!(kind, Kind::Renew | Kind::Reserve))
     }
 }

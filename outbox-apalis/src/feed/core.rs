@@ -18,7 +18,7 @@ use super::{
     calls::{Answer, Calls, Change},
     circuit::Circuit,
     leases::Leases,
-    pace::Pace,
+    pace::{Every, Pace},
     reports::Reports,
     schedule::{SOON, Schedule},
     table::{Running, Table},
@@ -53,8 +53,8 @@ pub(crate) struct Settings {
     pub(crate) effect_time: Duration,
     /// The longest wait between two looks at the database.
     pub(crate) poll: Duration,
-    /// The shortest time between two attempts.
-    pub(crate) pace: Duration,
+    /// The shortest times between two attempts.
+    pub(crate) every: Every,
     pub(crate) until: Until,
     /// Attempts are numbered from here on: a core before this one may have begun some.
     pub(crate) numbered_from: u64,
@@ -113,6 +113,8 @@ pub(crate) struct Core {
     arrived: Vec<Job>,
     /// Whether lanes come through Redis at present.
     relayed: bool,
+    /// How many deliveries this process may have under way, of those that all workers may have together.
+    share: usize,
     phase: Phase,
     told: Vec<Told>,
 }
@@ -120,7 +122,7 @@ pub(crate) struct Core {
 impl Core {
     /// `losses` is how many connections were lost until now.
     pub(crate) fn new(settings: Settings, losses: u64, now: Instant) -> Self {
-        let Settings { options, poll, pace, until, .. } = &settings;
+        let Settings { options, poll, every, until, .. } = &settings;
         Self {
             table: Table::numbered_from(settings.numbered_from),
             ahead: Ahead::new(options.batch, now),
@@ -129,11 +131,12 @@ impl Core {
             leases: Leases::new(options.lease, losses, now),
             circuit: Circuit::new(),
             unknown: Unknown::new(now),
-            pace: Pace::new(*pace, now),
+            pace: Pace::new(*every, now),
             calls: Calls::default(),
             trial: false,
             arrived: Vec::new(),
             relayed: false,
+            share: usize::MAX,
             phase: Phase::Working,
             told: Vec::new(),
             settings,
@@ -180,6 +183,7 @@ impl Core {
             Answer::Renewed { asked_at, asked, renewed } => self.renewed(asked_at, &asked, renewed, at.now),
             Answer::Checked { losses, asked, held } => self.checked(losses, &asked, held, at.now),
             Answer::Changed => {}
+            Answer::Reserved { asked_at, attempts, after } => self.reserved(asked_at, attempts, after, at),
         }
     }
 
@@ -200,6 +204,11 @@ impl Core {
     /// So many connections were lost until now.
     pub(crate) fn lost_connections(&mut self, losses: u64) {
         self.leases.lost_connections(losses);
+    }
+
+    /// How many deliveries this process may have under way, of those that all workers may have together.
+    pub(crate) fn set_share(&mut self, share: usize) {
+        self.share = share;
     }
 
     /// Whether Redis is up.
@@ -256,9 +265,9 @@ impl Core {
         claimed_all && self.table.is_empty() && self.reports.is_empty() && self.calls.are_done()
     }
 
-    /// Whether attempts may begin: it works, and its subscription is not paused.
+    /// Whether attempts may begin: it works, its subscription is not paused, and this process has a share of it.
     fn serves(&self) -> bool {
-        self.is_working() && self.schedule.is_served()
+        self.is_working() && self.schedule.is_served() && self.share > 0
     }
 
     pub(crate) fn is_working(&self) -> bool {

@@ -86,8 +86,7 @@ pub(super) async fn run(served: Arc<[Served]>, mut inbox: mpsc::UnboundedReceive
                 }
             }
             items = news.next() => driver.reads(&items),
-            // Whoever has stopped waits for the router to end.
-            () = desk.arrived() => if driver.stopping {
+            () = desk.arrived() => if desk.concerns_all() {
                 driver.dispatch.touch_all(|_| {});
             },
             () = arrived(jobs.as_deref()) => driver.jobs_arrived(),
@@ -107,7 +106,7 @@ fn settings(assignment: &Assignment, numbered_from: u64) -> Settings {
         options: assignment.options,
         effect_time: assignment.effect_time,
         poll: assignment.poll,
-        pace: assignment.pace,
+        every: assignment.every,
         until: assignment.until,
         numbered_from,
     }
@@ -230,6 +229,7 @@ impl Driver {
         let stopping = self.stopping;
         let wants = self.dispatch.touch(index, |core| {
             core.lost_connections(losses);
+            core.set_share(assignment.share.now());
             if is_gone {
                 core.stop(Duration::ZERO, at.now);
             }

@@ -1,11 +1,14 @@
 //! The calls to the store. Each is a task of its own, so that none is ever dropped halfway; how long it may take is a
 //! matter of the connections.
 
-use std::{future::Future, time::Instant};
+use std::{
+    future::Future,
+    time::{Duration, Instant},
+};
 
 use outbox_core::{
     AttemptLog,
-    store::{Claim, Holder, LaneRef, LaneReport, LeaseState, Store, StoreError, Wanted},
+    store::{Claim, Holder, LaneRef, LaneReport, LeaseState, Reservation, Store, StoreError, Wanted},
 };
 
 use super::{
@@ -35,6 +38,7 @@ pub(crate) async fn make(batch: Batch, assignments: Vec<Assignment>) -> Vec<(usi
         Kind::Renew => renew(one, calls).await,
         Kind::Check => check(&*one.store, calls).await,
         Kind::Change => one_by_one(&assignments, calls, change).await,
+        Kind::Reserve => reserve(&assignments, calls).await,
     };
     indexes.into_iter().zip(answers).collect()
 }
@@ -139,6 +143,25 @@ async fn held(store: &dyn Store, lanes: &[LaneRef]) -> Result<Vec<bool>, StoreEr
             held => return held,
         }
     }
+}
+
+async fn reserve(assignments: &[Assignment], calls: Vec<Call>) -> Vec<Answer> {
+    let asked_at = Instant::now();
+    let asked = assignments.iter().zip(calls).filter_map(|(assignment, call)| match call {
+        Call::Reserve(attempts, every) => {
+            Some(Reservation { subscription: assignment.subscription.now(), attempts, every })
+        }
+        _ => None,
+    });
+    let asked: Vec<Reservation> = asked.collect();
+    let Some(one) = assignments.first() else { return Vec::new() };
+    let reserved = each(one.store.reserve(&asked).await, &vec![1; asked.len()]);
+    let answer = |(asked, after): (Reservation, Result<Vec<Option<Duration>>, StoreError>)| Answer::Reserved {
+        asked_at,
+        attempts: asked.attempts,
+        after: after.map(|mut after| after.pop().flatten()),
+    };
+    asked.into_iter().zip(reserved).map(answer).collect()
 }
 
 /// If it fails, the next delivery finds out again.

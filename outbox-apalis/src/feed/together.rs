@@ -35,7 +35,7 @@ struct Gathering {
     suspects: BTreeMap<usize, usize>,
 }
 
-const TOGETHER: [Kind; 5] = [Kind::Claim, Kind::Settle, Kind::Note, Kind::Renew, Kind::Check];
+const TOGETHER: [Kind; 6] = [Kind::Claim, Kind::Settle, Kind::Note, Kind::Renew, Kind::Check, Kind::Reserve];
 
 impl Gathering {
     fn may_join(&self, index: usize) -> bool {

@@ -15,10 +15,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::{LONGEST, Place, StartError, StartedWorker, Worker, started::Database, upkeep::Registration};
 use crate::{
-    assignment::{Assignment, Counts, Served, SubscriptionId, Until},
+    assignment::{Assignment, Counts, Served, Share, SubscriptionId, Until},
     clock::DatabaseClock,
     desk::Desk,
     destination::Destination,
+    feed::Every,
     options::Options,
     redis::{Health, Jobs, Queue, RELAY_LEASES, Redis, Transport},
     thread::FeedThread,
@@ -105,7 +106,8 @@ impl Worker {
             let id = SubscriptionId::new(registered.id);
             let assignment = shared.assignment(&subscription, id.clone(), destination);
             let transport = relayed.as_ref().map(|relayed| relayed.transport(&assignment));
-            registrations.push(Registration::new(subscription, id, registered.kept_by.as_deref()));
+            let share = assignment.share.clone();
+            registrations.push(Registration::new(subscription, id, share, registered.kept_by.as_deref()));
             served.push(Served { assignment, transport });
         }
         let redis = relayed.map(|relayed| (relayed.connection, relayed.health));
@@ -157,8 +159,15 @@ impl Shared {
         id: SubscriptionId,
         destination: Arc<dyn Destination>,
     ) -> Assignment {
-        let (concurrency, rate) = subscription.limits();
-        let options = Options { concurrency: concurrency.unwrap_or(self.options.concurrency), ..self.options };
+        let limits = subscription.limits();
+        let options = Options {
+            concurrency: limits.concurrency.unwrap_or(self.options.concurrency),
+            of_tenant: limits.concurrency_per_tenant,
+            ..self.options
+        };
+        let every = |rate: Option<f64>| {
+            rate.map(|rate| Duration::try_from_secs_f64(1.0 / rate).unwrap_or(LONGEST)).unwrap_or_default()
+        };
         // While a transactional handler's transaction writes, no lease can be renewed.
         let effect_time = if self.one_writer { options.timeout().min(options.lease / 3) } else { options.timeout() };
         Assignment {
@@ -169,7 +178,8 @@ impl Shared {
             retry: subscription.retry_policy().unwrap_or_default(),
             destination,
             after_dead_letter: subscription.dead_letter_policy(),
-            pace: rate.map(|rate| Duration::try_from_secs_f64(1.0 / rate).unwrap_or(LONGEST)).unwrap_or_default(),
+            every: Every { here: every(limits.rate), fleet: every(limits.fleet_rate) },
+            share: Share::new(limits.fleet_concurrency.unwrap_or(usize::MAX), self.desk.clone()),
             poll: options.poll.unwrap_or(if self.one_writer { POLL_SQLITE } else { POLL }),
             options,
             effect_time,

@@ -7,10 +7,13 @@ use std::{
 };
 
 use outbox_core::Subscription;
-use outbox_seaorm::{Outbox, Purged, RegisterError, Retention};
+use outbox_seaorm::{Outbox, Purged, RegisterError, Retention, WorkerStatus};
 
 use super::StartError;
-use crate::{assignment::SubscriptionId, clock::DatabaseClock};
+use crate::{
+    assignment::{Share, SubscriptionId},
+    clock::DatabaseClock,
+};
 
 /// How often a worker shows that it is alive.
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -58,6 +61,10 @@ async fn beat(
     for (registration, stored) in registrations.iter_mut().zip(stored) {
         registration.look_after(outbox, worker, stored).await?;
     }
+    if registrations.iter().any(|registration| registration.subscription.limits().fleet_concurrency.is_some()) {
+        let workers = outbox.workers().await?;
+        registrations.iter_mut().for_each(|registration| registration.share_with(&workers, worker));
+    }
     outbox.sweep_removed().await?;
     Ok(())
 }
@@ -66,14 +73,22 @@ async fn beat(
 pub(super) struct Registration {
     subscription: Subscription,
     id: SubscriptionId,
+    /// How many deliveries this process may have under way, of those that all workers may have together.
+    share: Share,
+    /// Whether the other workers know of this one: they had a heartbeat since it had its first.
+    is_known: bool,
     /// When the log last had it that something is wrong.
     said_at: Option<Instant>,
 }
 
 impl Registration {
     /// `kept_by` is who has a definition that stays.
-    pub(super) fn new(subscription: Subscription, id: SubscriptionId, kept_by: Option<&str>) -> Self {
-        let mut registration = Self { subscription, id, said_at: None };
+    pub(super) fn new(subscription: Subscription, id: SubscriptionId, share: Share, kept_by: Option<&str>) -> Self {
+        // Until its first look nobody knows how many there are.
+        if subscription.limits().fleet_concurrency.is_some() {
+            share.set(0);
+        }
+        let mut registration = Self { subscription, id, share, is_known: false, said_at: None };
         registration.judge(kept_by);
         registration
     }
@@ -108,6 +123,22 @@ impl Registration {
         Ok(())
     }
 
+    /// Shares the concurrency with those that are alive.
+    fn share_with(&mut self, workers: &[WorkerStatus], worker: &str) {
+        let Some(limit) = self.subscription.limits().fleet_concurrency else { return };
+        let name = self.subscription.name();
+        let serves = |other: &&WorkerStatus| other.subscriptions.iter().any(|each| each == name);
+        let mut alive: Vec<&str> = workers
+            .iter()
+            .filter(|other| other.id == worker || other.is_alive())
+            .filter(serves)
+            .map(|other| other.id.as_str())
+            .collect();
+        alive.sort_unstable();
+        let is_known = std::mem::replace(&mut self.is_known, true) || alive.len() <= 1;
+        self.share.set(if is_known { share(limit, &alive, worker) } else { 0 });
+    }
+
     /// Says so if another definition stays.
     fn judge(&mut self, kept_by: Option<&str>) {
         match kept_by {
@@ -131,6 +162,12 @@ impl Registration {
     }
 }
 
+/// What this one of several workers gets of a number; all of them together get all of it.
+fn share(number: usize, workers: &[&str], worker: &str) -> usize {
+    let (many, place) = (workers.len().max(1), workers.iter().position(|each| *each == worker).unwrap_or(0));
+    number / many + usize::from(place < number % many)
+}
+
 /// Takes away what is older than the retention, again and again.
 pub(super) async fn purging(outbox: Outbox, retention: Retention) {
     let interval = (retention.shortest() / 10).clamp(SHORTEST_PURGE, LONGEST_PURGE);
@@ -141,6 +178,22 @@ pub(super) async fn purging(outbox: Outbox, retention: Retention) {
             Ok(purged) if purged != Purged::default() => tracing::debug!(?purged, "took away what is old"),
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, "cannot take away what is old, trying again later"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_shares_together_are_the_whole() {
+        for (number, workers) in [(10, 3), (2, 3), (1, 1), (7, 7), (100, 6)] {
+            let names: Vec<String> = (0..workers).map(|n| format!("w{n}")).collect();
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            let shares: Vec<usize> = names.iter().map(|name| share(number, &names, name)).collect();
+            assert_eq!(shares.iter().sum::<usize>(), number);
+            assert!(shares.iter().max().unwrap() - shares.iter().min().unwrap() <= 1, "{shares:?}");
         }
     }
 }

@@ -10,8 +10,8 @@ use super::model::{FinishedDelivery, Model};
 use crate::{
     AttemptLog, Batch, Events, Subject, Subscription,
     store::{
-        Announcer, CircuitState, Claim, Holder, LaneRef, LaneReport, LeaseState, News, NewsItem, Settled, Store,
-        StoreError, TakenOver, Wanted,
+        Announcer, CircuitState, Claim, Holder, LaneRef, LaneReport, LeaseState, News, NewsItem, Reservation, Settled,
+        Store, StoreError, TakenOver, Wanted,
     },
 };
 
@@ -184,6 +184,11 @@ impl Store for MemoryStore {
     async fn pause(&self, subscription: &str) -> Result<(), StoreError> {
         self.pause(subscription);
         Ok(())
+    }
+
+    async fn reserve(&self, asked: &[Reservation]) -> Result<Vec<Option<Duration>>, StoreError> {
+        let (mut state, now) = (self.state(), Utc::now());
+        Ok(asked.iter().map(|asked| state.model.reserve(now, asked)).collect())
     }
 
     fn news(&self) -> News {

@@ -9,8 +9,8 @@ use chrono::{DateTime, TimeDelta, Utc};
 use crate::{
     AttemptLog, RecordedEvent,
     store::{
-        CircuitState, Claim, ClaimedLane, Finished, Holder, LaneRef, LaneReport, LeaseState, Next, NextDue, Settled,
-        TakenOver, Wanted,
+        CircuitState, Claim, ClaimedLane, Finished, Holder, LaneRef, LaneReport, LeaseState, Next, NextDue,
+        Reservation, Settled, TakenOver, Wanted,
     },
 };
 
@@ -41,6 +41,8 @@ struct SubscriptionRow {
     /// Nobody claims before, except one with a probe afterwards.
     circuit_until: Option<DateTime<Utc>>,
     failures: u32,
+    /// Until when its rate is reserved.
+    rate_at: Option<DateTime<Utc>>,
 }
 
 #[derive(Clone, Debug)]
@@ -118,7 +120,13 @@ impl Model {
 
     /// Adds a subscription.
     pub fn subscribe(&mut self, id: i32, name: &str) {
-        let row = SubscriptionRow { name: name.to_owned(), is_paused: false, circuit_until: None, failures: 0 };
+        let row = SubscriptionRow {
+            name: name.to_owned(),
+            is_paused: false,
+            circuit_until: None,
+            failures: 0,
+            rate_at: None,
+        };
         self.subscriptions.insert(id, row);
     }
 
@@ -284,6 +292,17 @@ impl Model {
         let closed_for = row.circuit_until.map(until);
         let after = due.map(|due| due.max(closed_for.unwrap_or_default()));
         Some(NextDue { after, circuit: closed_for.map(|_| row.failures) })
+    }
+
+    /// As [`Store::reserve`](crate::store::Store::reserve), of one subscription.
+    pub fn reserve(&mut self, now: DateTime<Utc>, asked: &Reservation) -> Option<Duration> {
+        let row = self.subscriptions.get_mut(&asked.subscription)?;
+        let reserved = row.rate_at.filter(|at| *at > now && *at <= later(now, asked.longest())).unwrap_or(now);
+        if reserved >= later(now, Reservation::AHEAD) {
+            return None;
+        }
+        row.rate_at = Some(later(reserved, asked.time()));
+        (reserved - now).to_std().ok()
     }
 
     /// As [`Store::take_over`](crate::store::Store::take_over).

@@ -1,6 +1,9 @@
 //! What the answers of the store lead to.
 
-use std::{collections::HashSet, time::Instant};
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
 use outbox_core::store::{Claim, ClaimedLane, LaneRef, LaneReport, LeaseState, Next, Settled, StoreError};
 
@@ -225,6 +228,28 @@ impl Core {
         for (lease, held) in asked.iter().zip(held) {
             if !held {
                 self.is_not_held(lease, "the lease of a lane was lost with the connection", now);
+            }
+        }
+    }
+
+    pub(super) fn reserved(
+        &mut self,
+        asked_at: Instant,
+        attempts: u32,
+        after: Result<Option<Duration>, StoreError>,
+        at: Moment,
+    ) {
+        match after {
+            Ok(Some(after)) => self.pace.reserved(attempts, asked_at + after, at.now),
+            Ok(None) => self.pace.waits(at.now),
+            Err(error) => {
+                let wait = self.settings.retry.delay(1, at.chance);
+                self.pace.failed(at.now, wait);
+                self.told.push(Told::CallFailed {
+                    what: "cannot reserve attempts, trying again",
+                    error,
+                    wait: Some(wait),
+                });
             }
         }
     }

@@ -45,13 +45,14 @@ impl Core {
 
     /// How many deliveries may be under way.
     pub(super) fn concurrency(&self) -> usize {
-        self.circuit.limit(self.settings.options.concurrency)
+        self.circuit.limit(self.settings.options.concurrency.min(self.share))
     }
 
     pub(super) fn capacity(&self) -> Capacity {
         let concurrency = self.concurrency();
         // A destination that comes back is not flooded.
-        let limited = self.settings.destination.is_outside() || concurrency < self.settings.options.concurrency;
+        let limited =
+            self.settings.destination.is_outside() || concurrency < self.settings.options.concurrency.min(self.share);
         Capacity { concurrency, limited }
     }
 
@@ -103,6 +104,7 @@ impl Core {
 
     pub(super) fn wants_lanes(&self) -> bool {
         self.is_working()
+            && self.share > 0
             && self.is_free(Kind::Claim)
             && !(self.schedule.has_claimed() && self.settings.until == Until::Once)
             && self.takes_lanes()
@@ -148,6 +150,7 @@ mod tests {
         feed::{
             calls::{Answer, Asked, Call},
             core::{Moment, Settings},
+            pace::Every,
         },
         handlers::{Handlers, HandlersDestination},
         options::Options,
@@ -165,7 +168,7 @@ mod tests {
             options: Options::DEFAULT,
             effect_time: Duration::from_secs(1),
             poll: Duration::from_secs(1),
-            pace: Duration::ZERO,
+            every: Every::default(),
             until: Until::Stopped,
             numbered_from: 0,
         };

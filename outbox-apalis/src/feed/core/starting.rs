@@ -45,11 +45,7 @@ impl Core {
 
     /// Whether an attempt may begin now.
     pub(crate) fn may_start(&self, at: Moment) -> bool {
-        self.serves()
-            && self.table.has_ready()
-            && self.free() > 0
-            && self.can_store()
-            && self.pace.waits_until(at.now).is_none()
+        self.serves() && self.table.has_ready() && self.free() > 0 && self.can_store() && self.pace.may_begin(at.now)
     }
 
     /// How many deliveries may start now. What a crash repeats counts as under way, also when its success is about to be

@@ -73,7 +73,17 @@ impl Core {
         if renews && self.leases.renews(at.now) {
             return Some(Call::Renew(self.table.refs()));
         }
+        if may(Kind::Reserve) && self.reserves_at(at.now).is_some_and(|reserve_at| reserve_at <= at.now) {
+            let (attempts, every) = self.pace.asks();
+            return Some(Call::Reserve(attempts, every));
+        }
         if may(Kind::Note) { self.suspects_to_try(at.utc).map(Call::Note) } else { None }
+    }
+
+    /// When to reserve attempts, for what is ready.
+    fn reserves_at(&self, now: Instant) -> Option<Instant> {
+        let needs = self.serves() && self.table.has_ready() && self.can_store() && self.is_free(Kind::Reserve);
+        self.pace.reserves_at(now).filter(|_| needs)
     }
 
     fn reports_due(&mut self, now: Instant) -> Option<Vec<LaneReport>> {
@@ -95,9 +105,10 @@ impl Core {
         let look_at = (claims && self.wants_lanes()).then(|| self.schedule.look_at());
         let asks_at = self.asks_at(now).filter(|_| claims);
         let paced = self.pace.waits_until(now).filter(|_| self.is_working() && self.table.has_ready());
+        let reserves_at = self.reserves_at(now).filter(|_| may(Kind::Reserve));
         let settles = may(Kind::Settle) && !self.calls.is_under_way(Kind::Settle);
         let report_at = self.reports.due_at(self.is_full_of_results()).filter(|_| settles);
-        let others = [phase_ends, look_at, asks_at, paced, report_at].into_iter().flatten();
+        let others = [phase_ends, look_at, asks_at, paced, report_at, reserves_at].into_iter().flatten();
         others.fold(self.leases.guard_at(), Instant::min)
     }
 }

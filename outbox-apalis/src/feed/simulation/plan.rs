@@ -6,7 +6,7 @@ use chrono::TimeDelta;
 use fastrand::Rng;
 use outbox_core::{AfterDeadLetter, RetryPolicy};
 
-use crate::options::Options;
+use crate::{feed::Every, options::Options};
 
 /// So often a delivery is tried that sets no limit of its own. A bad day may cost one attempt, and there are fewer of
 /// them: whatever succeeds in the end must not become a dead letter.
@@ -24,7 +24,7 @@ pub(super) struct Plan {
     pub(super) outside: bool,
     pub(super) after_dead_letter: AfterDeadLetter,
     pub(super) retry: RetryPolicy,
-    pub(super) pace: Duration,
+    pub(super) every: Every,
     pub(super) keys: u32,
     pub(super) tenants: u32,
     /// When events are committed.
@@ -103,7 +103,10 @@ impl Plan {
                 .max_attempts(ATTEMPTS)
                 .and_then(|policy| policy.backoff(50 * MS, lease))
                 .expect("a policy"),
-            pace: if rng.u8(..6) == 0 { MS * rng.u32(..30) } else { Duration::ZERO },
+            every: Every {
+                here: if rng.u8(..6) == 0 { MS * rng.u32(..30) } else { Duration::ZERO },
+                fleet: if rng.u8(..6) == 0 { MS * rng.u32(..30) } else { Duration::ZERO },
+            },
             keys,
             tenants: if rng.bool() { 0 } else { rng.u32(1..4) },
             commits,

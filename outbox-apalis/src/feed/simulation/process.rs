@@ -75,7 +75,7 @@ impl Process {
             options: plan.options,
             effect_time: plan.options.timeout(),
             poll: plan.options.lease,
-            pace: plan.pace,
+            every: plan.every,
             until: Until::Stopped,
             numbered_from: 0,
         };

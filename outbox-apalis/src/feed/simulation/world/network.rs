@@ -4,7 +4,7 @@ use std::{collections::HashMap, time::Instant};
 
 use outbox_core::{
     AfterDeadLetter,
-    store::{Holder, LaneRef, LaneReport, LeaseState, Next, Settled, StoreError, Wanted},
+    store::{Holder, LaneRef, LaneReport, LeaseState, Next, Reservation, Settled, StoreError, Wanted},
     testing::Model,
 };
 
@@ -61,6 +61,7 @@ impl World {
             Call::Renew(asked) => Answer::Renewed { asked_at: self.now, asked, renewed: Err(away()) },
             Call::Check { losses, lanes } => Answer::Checked { losses, asked: lanes, held: Err(away()) },
             Call::Change(_) => Answer::Changed,
+            Call::Reserve(attempts, _) => Answer::Reserved { asked_at: self.now, attempts, after: Err(away()) },
         }
     }
 
@@ -121,6 +122,10 @@ impl World {
                     Change::Pause => self.model.set_paused(id, true),
                 }
                 Answer::Changed
+            }
+            Call::Reserve(attempts, every) => {
+                let after = Ok(self.model.reserve(utc, &Reservation { subscription: id, attempts, every }));
+                Answer::Reserved { asked_at, attempts, after }
             }
             Call::TakeOver(_) => unreachable!("there is no Redis"),
         }
