@@ -27,6 +27,13 @@ pub(crate) struct Options {
     /// Three subscriptions each get the events of one group.
     #[arg(long)]
     groups: bool,
+    /// How many milliseconds a handler takes. Then the lines have the end of the attempt as well.
+    #[arg(long)]
+    work: Option<u64>,
+    #[arg(long)]
+    fleet_rate: Option<f64>,
+    #[arg(long)]
+    fleet_concurrency: Option<usize>,
     /// Prints a line for each delivery: the event's number and the time in nanoseconds.
     #[arg(long)]
     print: bool,
@@ -41,18 +48,34 @@ pub(crate) async fn run(url: &str, options: &Options) -> Result<()> {
     let mut worker = Worker::new(outbox);
     let (delivered, mut deliveries) = tokio::sync::mpsc::unbounded_channel();
     for n in 0..options.subscriptions {
-        let (delivered, print) = (delivered.clone(), options.print);
+        let (delivered, print, work) = (delivered.clone(), options.print, options.work);
         let handlers = Handlers::new().on(move |event: Happened, _| {
-            if print {
-                println!("{} {}", event.n, nanoseconds());
+            let (begun, delivered) = (nanoseconds(), delivered.clone());
+            async move {
+                if let Some(work) = work {
+                    tokio::time::sleep(Duration::from_millis(work)).await;
+                }
+                match (print, work) {
+                    (true, None) => println!("{} {begun}", event.n),
+                    (true, Some(_)) => println!("{} {begun} {}", event.n, nanoseconds()),
+                    (false, _) => {}
+                }
+                let _ = delivered.send(());
+                Ok(())
             }
-            let _ = delivered.send(());
-            std::future::ready(Ok(()))
         });
         let name = if n == 0 { SUBSCRIPTION.to_owned() } else { format!("{SUBSCRIPTION}-{n}") };
         let subscription = Subscription::new(name)?;
         let subscription =
             if options.groups { subscription.required_tags([format!("group-{}", n / 3)]) } else { subscription };
+        let subscription = match options.fleet_rate {
+            Some(rate) => subscription.fleet_rate(rate)?,
+            None => subscription,
+        };
+        let subscription = match options.fleet_concurrency {
+            Some(deliveries) => subscription.fleet_concurrency(deliveries)?,
+            None => subscription,
+        };
         worker = worker.handlers(subscription, handlers);
     }
     let worker = worker.start().await?;

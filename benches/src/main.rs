@@ -9,6 +9,7 @@ mod child;
 mod database;
 mod drain;
 mod events;
+mod fairness;
 mod http;
 mod idle;
 mod latency;
@@ -69,6 +70,8 @@ enum Scenario {
     Routing,
     /// A worker with nothing to do, and one with much: I1, M1.
     Idle,
+    /// A busy tenant or key beside others, and limits for three workers together: F1, F2.
+    Fairness,
     /// A worker with a thousand subscriptions, and three of the same events: I2.
     Many,
     /// A backlog and single events through Redis, against the database alone and bare apalis-redis: R1, R2.
@@ -116,6 +119,7 @@ async fn main() -> Result<()> {
         Scenario::Rival => ("rival", rival::run(&setup).await?),
         Scenario::Routing => ("routing", routing::run(&setup).await?),
         Scenario::Idle => ("idle", idle::run(&setup).await?),
+        Scenario::Fairness => ("fairness", fairness::run(&setup).await?),
         Scenario::Many => ("many", many::run(&setup).await?),
         Scenario::Redis => ("redis", redis::run(&setup).await?),
         Scenario::BadDay => ("bad-day", bad_day::run(&setup).await?),

@@ -270,7 +270,8 @@ pub(crate) static SQLITE: Sql = Sql {
        and (coalesce(rate_at, '') < strftime('%Y-%m-%dT%H:%M:%fZ', now, '+1 second')
             or rate_at > strftime('%Y-%m-%dT%H:%M:%fZ', now, printf('%+.3f seconds', longest)))
     returning id, (julianday(rate_at) - julianday('now')) * 86400.0
-                  - (select value->>'time' from json_each($1) where value->>'subscription' = id) as after",
+                  - (select value->>'time' from json_each($1)
+                      where value->>'subscription' = outbox_subscriptions.id) as after",
 
     open_circuit: "
     update outbox_subscriptions

@@ -6,6 +6,7 @@ mod crash;
 mod deliver;
 mod destination;
 mod failure;
+mod fairness;
 mod fixture;
 mod idle;
 mod isolation;

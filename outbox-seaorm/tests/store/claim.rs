@@ -6,9 +6,10 @@ use std::{
 use chrono::{SubsecRound, Utc};
 use outbox_core::{
     Context, NewEvent, Ordering, Subscription,
-    store::{Holder, NextDue, Wanted},
+    store::{Holder, NextDue, Reservation, Store as Trait, Wanted},
 };
 use outbox_seaorm::{LaneRef, Next, Settled};
+use sea_orm::DbBackend;
 
 use super::{
     database,
@@ -568,4 +569,37 @@ async fn a_claim_ends_when_its_payloads_are_some_mib() {
     assert_eq!(store.column::<i32>("select distinct attempts from outbox_delivered").await, [1]);
     assert!((4..=20).contains(&claims), "{claims}");
     store.is_whole().await;
+}
+
+#[tokio::test]
+async fn the_rate_that_workers_have_together_is_reserved_one_after_another() {
+    let store = Store::new().await;
+    let (id, other) = (store.subscribe("s").await, store.subscribe("t").await);
+    let reserve = async |asked: &[(i32, u32)]| {
+        let every = Duration::from_millis(100);
+        let asked = asked.iter().map(|(subscription, attempts)| Reservation {
+            subscription: *subscription,
+            attempts: *attempts,
+            every,
+        });
+        Trait::reserve(&store.outbox, &asked.collect::<Vec<_>>()).await.unwrap()
+    };
+    let is_about_in = |after: Option<Duration>, millis: u64| {
+        let after = after.expect("it is reserved");
+        after <= Duration::from_millis(millis) && after + Duration::from_millis(200) > Duration::from_millis(millis)
+    };
+    assert!(is_about_in(reserve(&[(id, 5)]).await[0], 0));
+    let both = reserve(&[(other, 5), (id, 7), (-1, 1)]).await;
+    assert!(is_about_in(both[0], 0) && is_about_in(both[1], 500), "{both:?}");
+    assert_eq!(both[2], None, "there is no such subscription");
+    // By now it is reserved for more than a second ahead.
+    assert_eq!(reserve(&[(id, 1)]).await, [None]);
+    assert!(is_about_in(reserve(&[(other, 1)]).await[0], 500));
+    // A clock stepped back by a day.
+    let tomorrow = match database::BACKEND {
+        DbBackend::Sqlite => "strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '+1 day')",
+        _ => "now() + interval '1 day'",
+    };
+    store.execute(&format!("update outbox_subscriptions set rate_at = {tomorrow}")).await;
+    assert!(is_about_in(reserve(&[(id, 1)]).await[0], 0));
 }

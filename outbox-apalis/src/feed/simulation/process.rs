@@ -23,9 +23,7 @@ pub(super) struct Process {
     pub(super) generation: u32,
     pub(super) dispatch: Dispatch,
     pub(super) attempts: Vec<Running>,
-    /// How many connections it has lost.
-    pub(super) losses: u64,
-    /// How many of them its cores know of.
+    /// How many connections its cores know to be lost.
     pub(super) known_losses: u64,
     /// It stands still until then.
     pub(super) frozen_until: Instant,
@@ -84,7 +82,6 @@ impl Process {
             generation,
             dispatch,
             attempts: Vec::new(),
-            losses: 0,
             known_losses: 0,
             frozen_until: now,
             wakes_at: None,

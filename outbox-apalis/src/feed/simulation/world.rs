@@ -84,6 +84,8 @@ pub(super) struct World {
     events: HashMap<u64, (u32, Event)>,
     count: u64,
     processes: Vec<Option<Process>>,
+    /// How many connections the process at each place has lost, of this generation.
+    losses: Vec<(u32, u64)>,
     /// The ids that the processes know their subscriptions by.
     known: Vec<Vec<i32>>,
     effects: Effects,
@@ -121,6 +123,7 @@ impl World {
             events: HashMap::new(),
             count: 0,
             processes: (0..plan.workers).map(|_| None).collect(),
+            losses: vec![(0, 0); plan.workers],
             known: vec![(1..).take(plan.subscriptions).collect(); plan.workers],
             effects: Effects::default(),
             away_until: start,
@@ -161,6 +164,12 @@ impl World {
 
     fn moment(&mut self) -> Moment {
         Moment { now: self.now, utc: self.utc(), chance: self.rng.f64() }
+    }
+
+    /// The process at this place has lost a connection.
+    fn loses_connection(&mut self, place: usize, generation: u32) {
+        let (of, losses) = &mut self.losses[place];
+        *losses += u64::from(*of == generation);
     }
 
     fn says(&self, text: impl FnOnce() -> String) {
@@ -289,6 +298,7 @@ impl World {
                 if self.processes[place].is_none() && !self.is_ending {
                     self.processes[place] = Some(Process::new(&self.plan, place, generation, self.now));
                     self.known[place] = self.ids();
+                    self.losses[place] = (generation, 0);
                     self.act(place);
                 }
             }
@@ -328,7 +338,8 @@ impl World {
             return;
         }
         process.acts(self.now);
-        if std::mem::replace(&mut process.known_losses, process.losses) != process.losses {
+        let losses = self.losses[place].1;
+        if std::mem::replace(&mut process.known_losses, losses) != losses {
             process.dispatch.touch_all(|_| {});
         }
         process.dispatch.time_passes(self.now);
@@ -363,7 +374,7 @@ impl World {
     }
 
     fn serve(&mut self, place: usize, process: &mut Process, index: usize) {
-        let (at, room, losses) = (self.moment(), process.room(&self.plan, index), process.losses);
+        let (at, room, losses) = (self.moment(), process.room(&self.plan, index), process.known_losses);
         let starts = process.dispatch.touch(index, |core| {
             core.lost_connections(losses);
             core.time_passes(false, at);
@@ -391,20 +402,20 @@ impl World {
         let gathered = process.dispatch.gathered_results(index);
         core.check(process.settling[index] + gathered);
         if core.is_over() || core.has_given_up() {
-            self.check_end(process, index);
+            self.check_end(place, process, index);
             process.dispatch.end(index);
             process.left -= 1;
         }
     }
 
     /// A core that is over has left no leases.
-    fn check_end(&self, process: &Process, index: usize) {
+    fn check_end(&self, place: usize, process: &Process, index: usize) {
         let Some(core) = process.dispatch.core(index).filter(|_| !self.is_ending) else { return };
         let id = self.subscriptions[index].id;
         let leaves_none = self.model.lanes(id).all(|(_, lane)| lane.leased_by.as_deref() != Some(&*process.name));
         // What blocks its thread in a transaction may commit at any time: only the end of its lease fences it.
         let blocks = process.attempts.iter().any(|attempt| matches!(attempt.behaviour, Behaviour::Blocks(_)));
-        let excused = blocks || process.losses > 0 || core.has_given_up() && !self.plan.is_connected();
+        let excused = blocks || self.losses[place].1 > 0 || core.has_given_up() && !self.plan.is_connected();
         assert!(leaves_none || excused, "{} has ended, and not its leases", process.name);
     }
 

@@ -71,7 +71,7 @@ impl World {
             Behaviour::Hangs(_) if outside => retry(DeliveryError::unavailable(no_result(attempt.start.time))),
             Behaviour::Hangs(_) => retry(DeliveryError::retry(no_result(attempt.start.time))),
             Behaviour::Unknown if place != 0 => End::Unknown,
-            _ if attempt.start.event.event_type == "transactional" => self.commits(attempt),
+            _ if attempt.start.event.event_type == "transactional" => self.commits(place, attempt),
             _ => {
                 self.effect(attempt);
                 End::Outcome(Outcome::Delivered)
@@ -87,7 +87,7 @@ impl World {
     }
 
     /// An effect and its acknowledgement, in one transaction.
-    pub(super) fn commits(&mut self, attempt: &Running) -> End {
+    pub(super) fn commits(&mut self, place: usize, attempt: &Running) -> End {
         if self.away_until > self.now {
             return End::Unavailable(DeliveryError::retry("the database is away"));
         }
@@ -101,7 +101,12 @@ impl World {
             [Settled::Done] => {
                 self.effect(attempt);
                 // If the answer is lost, nobody knows.
-                if self.chance(self.plan.lost) { End::Superseded } else { End::Settled }
+                if self.chance(self.plan.lost) {
+                    let (generation, _) = self.losses[place];
+                    self.loses_connection(place, generation);
+                    return End::Superseded;
+                }
+                End::Settled
             }
             _ => End::Superseded,
         }

@@ -116,9 +116,9 @@ impl World {
                 }
                 self.away_until = self.now + 20 * MS;
                 for place in 0..self.processes.len() {
-                    if let Some(process) = &mut self.processes[place] {
-                        process.losses += 1;
-                        process.dispatch.touch_all(|_| {});
+                    let (generation, _) = self.losses[place];
+                    self.loses_connection(place, generation);
+                    if self.processes[place].is_some() {
                         self.act(place);
                     }
                 }

@@ -38,9 +38,7 @@ impl World {
 
     /// A call has failed, and the connection with it.
     pub(super) fn fail(&mut self, place: usize, generation: u32, batch: Batch) {
-        if let Some(process) = self.processes[place].as_mut().filter(|process| process.generation == generation) {
-            process.losses += 1;
-        }
+        self.loses_connection(place, generation);
         let kind = batch.kind;
         let answers = batch.calls.into_iter().map(|(index, call)| (index, self.failed(call))).collect();
         let wait = self.plan.options.call_limit().mul_f64(self.rng.f64() / 4.0);
