@@ -29,7 +29,7 @@ pub(crate) struct Capacity {
 
 impl Capacity {
     /// How many lanes to lease at least: as many as can be worked on, and as many again in advance.
-    fn least(self) -> usize {
+    pub(crate) fn least(self) -> usize {
         2 * self.concurrency
     }
 }
@@ -39,16 +39,11 @@ impl Ahead {
         Self { batch, lanes: 0, full_at: now }
     }
 
-    /// How many lanes are leased at most.
-    pub(crate) fn most(&self, capacity: Capacity) -> usize {
-        let least = capacity.least();
-        if capacity.limited { least } else { self.lanes.max(least) }
-    }
-
     /// How many more lanes to lease, beside those that are. None before half of them are done: few large claims cost less
     /// than many small ones.
     pub(crate) fn room(&self, leased: usize, capacity: Capacity) -> usize {
-        let (least, ahead) = (capacity.least(), self.most(capacity));
+        let least = capacity.least();
+        let ahead = if capacity.limited { least } else { self.lanes.max(least) };
         let enough = ahead > least && leased * 2 > ahead;
         if enough { 0 } else { ahead.saturating_sub(leased) }
     }

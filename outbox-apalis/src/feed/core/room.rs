@@ -68,17 +68,14 @@ impl Core {
         enough || bytes >= MOST_BYTES
     }
 
-    /// How many lanes to lease beside those of tenants that crowd the others out. One that waits need not wait for them.
+    /// How many lanes to lease beside those of tenants that crowd the others out, however many these have leased: one that
+    /// waits need not wait for them.
     pub(super) fn room_for_others(&self) -> usize {
         let capacity = self.capacity();
-        let spare = (capacity.concurrency / 2).max(1);
         let (_, bytes) = self.table.load();
-        let is_crowded = bytes < MOST_BYTES && !self.table.crowd().is_empty();
-        if is_crowded {
-            self.ahead.most(capacity).saturating_add(spare).saturating_sub(self.table.len()).min(spare)
-        } else {
-            0
-        }
+        let is_huge = bytes >= MOST_BYTES || self.table.len() >= self.ahead.most_deliveries() + capacity.least();
+        let is_crowded = !is_huge && !self.table.crowd().is_empty();
+        if is_crowded { (capacity.concurrency / 2).max(1) } else { 0 }
     }
 
     /// Whether there is no room for anybody; if so, it looks again then.
