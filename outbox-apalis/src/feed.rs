@@ -27,6 +27,7 @@ mod outage;
 mod pace;
 mod ready;
 mod reports;
+mod running;
 mod schedule;
 #[cfg(test)]
 mod simulation;

@@ -161,7 +161,7 @@ impl Subscription {
     /// Sets how many deliveries of one tenant each process has under way. Defaults to no limit.
     ///
     /// Without it tenants share what there is: one with deliveries under way comes behind those that have fewer, and while
-    /// there are several, none takes the last place. Events without a tenant share as one more.
+    /// there are several, none takes the last fifth. Events without a tenant share as one more.
     ///
     /// # Errors
     ///

@@ -20,8 +20,9 @@ use super::{
     leases::Leases,
     pace::{Every, Pace},
     reports::Reports,
+    running::Running,
     schedule::{SOON, Schedule},
-    table::{Running, Table},
+    table::Table,
     told::Told,
     trial::Head,
     unknown::Unknown,
@@ -95,6 +96,15 @@ enum Phase {
     Over,
 }
 
+/// Lanes that come through Redis.
+#[derive(Debug, Default)]
+struct Relayed {
+    /// Whether they do at present.
+    at_present: bool,
+    /// Jobs that could not be taken over yet.
+    arrived: Vec<Job>,
+}
+
 /// All state of a feed. Each part has rules of its own; what concerns several of them is here.
 pub(crate) struct Core {
     settings: Settings,
@@ -109,10 +119,7 @@ pub(crate) struct Core {
     calls: Calls,
     /// Suspects are being tried: nothing else starts until their results are stored.
     trial: bool,
-    /// Jobs that came through Redis and could not be taken over yet.
-    arrived: Vec<Job>,
-    /// Whether lanes come through Redis at present.
-    relayed: bool,
+    relayed: Relayed,
     /// How many deliveries this process may have under way, of those that all workers may have together.
     share: usize,
     phase: Phase,
@@ -134,8 +141,7 @@ impl Core {
             pace: Pace::new(*every, now),
             calls: Calls::default(),
             trial: false,
-            arrived: Vec::new(),
-            relayed: false,
+            relayed: Relayed::default(),
             share: usize::MAX,
             phase: Phase::Working,
             told: Vec::new(),
@@ -189,7 +195,7 @@ impl Core {
 
     /// Something was committed for the subscription. While lanes come through Redis, that is the relay's affair.
     pub(crate) fn woken(&mut self, now: Instant) {
-        if self.is_working() && !self.relayed {
+        if self.is_working() && !self.relayed.at_present {
             self.schedule.woken(now);
         }
     }
@@ -214,15 +220,15 @@ impl Core {
     /// Whether Redis is up.
     pub(crate) fn redis_is_up(&mut self, up: bool, now: Instant) {
         let relayed = up && self.settings.until == Until::Stopped;
-        if std::mem::replace(&mut self.relayed, relayed) != relayed && self.is_working() {
+        if std::mem::replace(&mut self.relayed.at_present, relayed) != relayed && self.is_working() {
             self.schedule.look(now);
         }
     }
 
     /// Jobs have come through Redis. `many` if there may be more.
     pub(crate) fn arrived(&mut self, jobs: Vec<Job>, many: bool, now: Instant) {
-        self.arrived.extend(jobs);
-        if many && !self.arrived.is_empty() {
+        self.relayed.arrived.extend(jobs);
+        if many && !self.relayed.arrived.is_empty() {
             self.ahead.came_full(now, self.capacity());
         }
     }
@@ -276,7 +282,7 @@ impl Core {
 
     /// Whether it has stopped, and nothing is left to be stored or given back.
     pub(crate) fn is_over(&self) -> bool {
-        let is_empty = self.table.is_empty() && self.arrived.is_empty() && self.reports.is_empty();
+        let is_empty = self.table.is_empty() && self.relayed.arrived.is_empty() && self.reports.is_empty();
         !self.is_working() && is_empty && self.calls.are_done()
     }
 

@@ -1,7 +1,7 @@
 //! Which of the lanes that are ready comes next: tenants share the slots.
 //!
 //! A tenant with attempts under way comes behind those that have fewer. While there are several tenants, none takes the
-//! last slot: one whose attempts are slow, or who has very many, leaves room for another.
+//! last fifth of the slots: one whose attempts are slow, or who has very many, leaves room for others.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -49,7 +49,7 @@ impl Ready {
     pub(crate) fn most_of_one(&self, slots: usize, allowed: usize, now: Instant) -> usize {
         let other_at = self.seen[1].as_ref().map(|(_, at)| *at);
         let are_several = other_at.is_some_and(|at| now.saturating_duration_since(at) < REMEMBERED);
-        if are_several && slots > 1 { allowed.min(slots - 1) } else { allowed }
+        if are_several && slots > 1 { allowed.min(slots - (slots / 5).max(1)) } else { allowed }
     }
 
     /// A lane can start, behind those of its tenant that wait.
@@ -171,13 +171,14 @@ mod tests {
     }
 
     #[test]
-    fn while_there_are_several_tenants_none_takes_the_last_slot() {
+    fn while_there_are_several_tenants_none_takes_the_last_slots() {
         let (mut ready, now) = (Ready::default(), Instant::now());
         ready.sees(&tenant("a"), now);
         assert_eq!(ready.most_of_one(10, 20, now), 20);
         ready.sees(&tenant("b"), now);
         ready.sees(&tenant("a"), now);
-        assert_eq!((ready.most_of_one(10, 20, now), ready.most_of_one(10, 3, now)), (9, 3));
+        assert_eq!([2, 9, 10].map(|slots| ready.most_of_one(slots, 20, now)), [1, 8, 8]);
+        assert_eq!(ready.most_of_one(10, 3, now), 3);
         assert_eq!(ready.most_of_one(1, 20, now), 20, "nobody could start");
         ready.sees(&tenant("a"), now + REMEMBERED);
         assert_eq!(ready.most_of_one(10, 20, now + REMEMBERED), 20, "the other has gone");

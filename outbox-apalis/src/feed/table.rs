@@ -2,10 +2,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -17,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     ready::{Ready, Tenant},
+    running::Running,
     trial::Head,
 };
 
@@ -44,36 +42,6 @@ pub(crate) struct Lane {
     pub(crate) cancelled: CancellationToken,
     /// It finds out whether a destination that was down is back.
     pub(crate) probe: bool,
-}
-
-/// An attempt that was handed to the worker.
-#[derive(Clone, Debug)]
-pub(crate) struct Running {
-    id: u64,
-    handed_out: Instant,
-    time: Duration,
-    /// Set when the attempt begins.
-    begun: Arc<AtomicBool>,
-}
-
-impl Running {
-    /// Another number for each attempt.
-    pub(crate) fn id(&self) -> u64 {
-        self.id
-    }
-
-    pub(crate) fn begun(&self) -> &Arc<AtomicBool> {
-        &self.begun
-    }
-
-    /// Whether it should have ended long ago: the attempt does not mind its time, or never got a thread.
-    fn is_overdue(&self, now: Instant, margin: Duration) -> bool {
-        now.saturating_duration_since(self.handed_out) > self.time.saturating_add(margin)
-    }
-
-    pub(crate) fn has_begun(&self) -> bool {
-        self.begun.load(Ordering::Acquire)
-    }
 }
 
 impl Lane {
@@ -251,7 +219,7 @@ impl Table {
     /// An attempt of the head is handed out, which may take so long.
     pub(crate) fn begin(&mut self, key: &str, time: Duration, now: Instant) -> Running {
         self.attempts += 1;
-        let running = Running { id: self.attempts, handed_out: now, time, begun: Arc::default() };
+        let running = Running::new(self.attempts, now, time);
         if let Some(lane) = self.lanes.get_mut(key) {
             lane.turn.get_or_insert(now);
             lane.running = Some(running.clone());
@@ -264,7 +232,7 @@ impl Table {
     /// This attempt has ended; `None` if it is not under way any more.
     pub(crate) fn end(&mut self, key: &str, attempt: u64) -> Option<&mut Lane> {
         let lane = self.lanes.get_mut(key)?;
-        lane.running.take_if(|running| running.id == attempt)?;
+        lane.running.take_if(|running| running.id() == attempt)?;
         self.running -= 1;
         self.ready.ends(&lane.tenant);
         Some(lane)

@@ -85,7 +85,7 @@ impl Core {
             }
         };
         self.told.push(Told::VoidJobs(void));
-        self.arrived.extend(busy);
+        self.relayed.arrived.extend(busy);
         for (lane, probe) in lanes {
             if probe {
                 self.circuit.probing();

@@ -29,7 +29,7 @@ impl Core {
     pub(crate) fn room_for_jobs(&self) -> usize {
         match self.is_working() {
             false => usize::MAX,
-            true if self.takes_jobs() => self.room().saturating_sub(self.arrived.len()),
+            true if self.takes_jobs() => self.room().saturating_sub(self.relayed.arrived.len()),
             true => 0,
         }
     }
@@ -118,7 +118,7 @@ impl Core {
 
     /// Whether lanes may come from the database.
     pub(super) fn takes_lanes(&self) -> bool {
-        !self.relayed && self.is_free(Kind::Change) && self.can_store() && !self.has_suspects()
+        !self.relayed.at_present && self.is_free(Kind::Change) && self.can_store() && !self.has_suspects()
     }
 
     pub(super) fn is_free(&self, kind: Kind) -> bool {

@@ -55,8 +55,9 @@ impl Core {
         }
         // What has come to a worker that stops is taken over to be given back: only the lease in the database is true, and
         // others need not wait for its end.
-        if !self.arrived.is_empty() && (!self.is_working() || self.takes_jobs()) && self.is_free(Kind::TakeOver) {
-            return Some(Call::TakeOver(std::mem::take(&mut self.arrived)));
+        if !self.relayed.arrived.is_empty() && (!self.is_working() || self.takes_jobs()) && self.is_free(Kind::TakeOver)
+        {
+            return Some(Call::TakeOver(std::mem::take(&mut self.relayed.arrived)));
         }
         if may(Kind::Settle)
             && let Some(reports) = self.reports_due(at.now)
