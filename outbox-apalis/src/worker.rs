@@ -327,6 +327,7 @@ mod tests {
     use futures_util::future::BoxFuture;
     use outbox_core::{Context, NewEvent, Outcome, PushError, RecordedEvent};
     use outbox_migrations::sea_orm_migration::{MigrationTrait, MigratorTrait};
+    use sea_orm::{ConnectionTrait, DbBackend, Statement};
 
     use super::*;
     use crate::{destination::End, task::Attempt};
@@ -363,23 +364,30 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_feed_that_panics_is_replaced() {
+    async fn a_feed_that_panics_is_replaced_and_others_know_nothing_of_it() {
         let directory = tempfile::tempdir().unwrap();
         let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
         let outbox = Outbox::connect(&url, 1).await.unwrap();
         outbox_migrations::up::<Migrator>(outbox.writer()).await.unwrap();
-        let mut worker = Worker::new(outbox.clone()).lease(Duration::from_millis(200)).unwrap();
-        worker.subscriptions.push((Subscription::new("s").unwrap(), Arc::new(Broken::default())));
+        let mut worker = Worker::new(outbox.clone()).lease(Duration::from_millis(500)).unwrap();
+        worker.subscriptions.push((Subscription::new("broken").unwrap(), Arc::new(Broken::default())));
+        worker.subscriptions.push((Subscription::new("whole").unwrap(), Arc::new(Broken(AtomicUsize::new(1)))));
         let started = worker.start().await.unwrap();
         let pushed = outbox.transaction(Context::default(), |_, events| async move {
             events.push(NewEvent::dynamic("note.noted", "note", "a", &())?).map(|_| ())
         });
         pushed.await.map_err(|error: outbox_seaorm::TransactionError<PushError>| error).unwrap();
         let delivered = async {
-            while outbox.status().await.unwrap().subscriptions[0].delivered == 0 {
+            while outbox.status().await.unwrap().subscriptions.iter().any(|each| each.delivered == 0) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
         tokio::time::timeout(Duration::from_secs(10), started.run_until(delivered)).await.unwrap();
+        let sql =
+            "select s.name, d.attempts from outbox_delivered d join outbox_subscriptions s on s.id = d.subscription_id
+                    order by s.name";
+        let rows = outbox.writer().query_all_raw(Statement::from_string(DbBackend::Sqlite, sql)).await.unwrap();
+        let attempts: Vec<i32> = rows.iter().map(|row| row.try_get("", "attempts").unwrap()).collect();
+        assert_eq!(attempts, [2, 1], "the lease of the other one went on");
     }
 }

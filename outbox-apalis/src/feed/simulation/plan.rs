@@ -27,6 +27,8 @@ pub(super) struct Plan {
     pub(super) every: Every,
     pub(super) keys: u32,
     pub(super) tenants: u32,
+    /// Lanes come through Redis while it is up.
+    pub(super) redis: bool,
     /// When events are committed.
     pub(super) commits: Vec<Duration>,
     /// Some of them kill their worker.
@@ -53,6 +55,8 @@ pub(super) enum BadDay {
     Crash,
     /// The destination is down.
     Down(Duration),
+    /// Redis is away.
+    RedisAway(Duration),
     /// An operator pauses the subscription.
     Pause(Duration),
     /// A worker is told to stop, and started again.
@@ -108,6 +112,7 @@ impl Plan {
                 fleet: if rng.u8(..6) == 0 { MS * rng.u32(..30) } else { Duration::ZERO },
             },
             keys,
+            redis: rng.u8(..4) == 0,
             tenants: if rng.bool() { 0 } else { rng.u32(1..4) },
             commits,
             poison: rng.u8(..4) == 0,
@@ -123,7 +128,7 @@ impl Plan {
 impl Plan {
     /// Whether nothing goes wrong but what events do, and nothing is done but what costs no attempt.
     pub(super) fn is_calm(&self) -> bool {
-        let calm = |day: &BadDay| matches!(day, BadDay::Pause(_) | BadDay::LetGo);
+        let calm = |day: &BadDay| matches!(day, BadDay::Pause(_) | BadDay::LetGo | BadDay::RedisAway(_));
         self.bad_days.iter().all(|(_, day)| calm(day)) && self.lost == 0 && self.late == 0 && !self.poison
     }
 
@@ -142,7 +147,7 @@ impl Plan {
 impl BadDay {
     fn random(rng: &mut Rng, lease: Duration) -> Self {
         let time = |rng: &mut Rng, leases: f64| lease.mul_f64(rng.f64() * leases);
-        match rng.u8(..10) {
+        match rng.u8(..11) {
             0 => Self::Kill,
             1 => Self::Freeze(time(rng, 2.0)),
             2 => Self::Away(time(rng, 2.0)),
@@ -152,6 +157,7 @@ impl BadDay {
             6 => Self::Pause(time(rng, 2.0)),
             7 => Self::Restart,
             8 => Self::Remove,
+            9 => Self::RedisAway(time(rng, 2.0)),
             _ => Self::LetGo,
         }
     }

@@ -1,6 +1,7 @@
 //! A worker's process: its core, and the attempts that are under way in it.
 
 use std::{
+    collections::VecDeque,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -15,6 +16,7 @@ use crate::{
         core::{Core, Settings, Start},
         dispatch::Dispatch,
     },
+    redis::Job,
 };
 
 pub(super) struct Process {
@@ -23,6 +25,8 @@ pub(super) struct Process {
     pub(super) generation: u32,
     pub(super) dispatch: Dispatch,
     pub(super) attempts: Vec<Running>,
+    /// What has come out of Redis, of each subscription.
+    pub(super) jobs: Vec<VecDeque<Job>>,
     /// How many connections its cores know to be lost.
     pub(super) known_losses: u64,
     /// It stands still until then.
@@ -82,6 +86,7 @@ impl Process {
             generation,
             dispatch,
             attempts: Vec::new(),
+            jobs: vec![VecDeque::new(); plan.subscriptions],
             known_losses: 0,
             frozen_until: now,
             wakes_at: None,

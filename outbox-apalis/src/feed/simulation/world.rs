@@ -23,6 +23,7 @@ use crate::{
         told::Told,
     },
     metrics::Failed,
+    redis::Job,
 };
 
 mod attempts;
@@ -38,6 +39,14 @@ enum Event {
     Better(Better),
     /// A process starts at this place.
     Starts(usize),
+    /// A relay moves lanes into Redis.
+    Relays,
+    /// A job comes out of Redis.
+    Job {
+        place: usize,
+        subscription: usize,
+        job: Job,
+    },
     /// A process looks at the time.
     Wakes(usize),
     /// A call reaches the store. `answers` unless its answer is lost.
@@ -65,6 +74,7 @@ enum Event {
 #[derive(Debug)]
 enum Better {
     Resume(usize),
+    Redis,
     /// Workers look at their subscriptions.
     Beat(usize, i32),
 }
@@ -91,6 +101,7 @@ pub(super) struct World {
     effects: Effects,
     away_until: Instant,
     down_until: Instant,
+    redis_away_until: Instant,
     /// All workers stop for good.
     is_ending: bool,
     verbose: bool,
@@ -128,6 +139,7 @@ impl World {
             effects: Effects::default(),
             away_until: start,
             down_until: start,
+            redis_away_until: start,
             is_ending: false,
             verbose: std::env::var_os("OUTBOX_SEED").is_some(),
             plan,
@@ -140,6 +152,9 @@ impl World {
         }
         for (at, day) in world.plan.bad_days.clone() {
             world.at(at, 0, Event::Bad(day));
+        }
+        if world.plan.redis {
+            world.at(Duration::ZERO, 0, Event::Relays);
         }
         for place in 0..world.plan.workers {
             world.at(Duration::ZERO, 0, Event::Starts(place));
@@ -291,6 +306,7 @@ impl World {
                 self.subscriptions[subscription].paused = None;
                 self.wake_all(subscription);
             }
+            Event::Better(Better::Redis) => self.touch_all(),
             Event::Better(Better::Beat(subscription, id)) => {
                 self.known.iter_mut().for_each(|known| known[subscription] = id);
             }
@@ -299,6 +315,19 @@ impl World {
                     self.processes[place] = Some(Process::new(&self.plan, place, generation, self.now));
                     self.known[place] = self.ids();
                     self.losses[place] = (generation, 0);
+                    self.act(place);
+                }
+            }
+            Event::Relays => self.relays(),
+            Event::Job { place, subscription, job } => {
+                // Nobody gets it if the process is gone: its lease ends.
+                let Some(process) = &mut self.processes[place] else { return };
+                if process.frozen_until > self.now {
+                    let at = process.frozen_until;
+                    self.schedule(at, generation, Event::Job { place, subscription, job });
+                } else {
+                    process.jobs[subscription].push_back(job);
+                    process.dispatch.touch(subscription, |_| {});
                     self.act(place);
                 }
             }
@@ -375,9 +404,16 @@ impl World {
 
     fn serve(&mut self, place: usize, process: &mut Process, index: usize) {
         let (at, room, losses) = (self.moment(), process.room(&self.plan, index), process.known_losses);
+        let redis = self.plan.redis.then(|| self.redis_is_up());
+        let jobs = &mut process.jobs[index];
         let starts = process.dispatch.touch(index, |core| {
             core.lost_connections(losses);
             core.time_passes(false, at);
+            if let Some(is_up) = redis {
+                core.redis_is_up(is_up, at.now);
+                let room = core.room_for_jobs().min(jobs.len());
+                core.arrived(jobs.drain(..room).collect(), false, at.now);
+            }
             core.start(room, at)
         });
         for start in starts.unwrap_or_default() {

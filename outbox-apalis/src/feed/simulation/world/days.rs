@@ -6,11 +6,16 @@ use super::{
     Better, Event, World,
     network::{holder, wanted},
 };
-use crate::feed::core::Core;
+use outbox_core::store::Holder;
+
 use crate::feed::simulation::{
     plan::{BadDay, MS},
     process::Process,
     world::{Subscription, name},
+};
+use crate::{
+    feed::core::Core,
+    redis::{Job, RELAY_LEASES},
 };
 
 impl World {
@@ -124,6 +129,11 @@ impl World {
                 }
             }
             BadDay::Down(time) => self.down_until = self.now + time,
+            BadDay::RedisAway(time) => {
+                self.redis_away_until = self.now + time;
+                self.touch_all();
+                self.schedule(self.redis_away_until, 0, Event::Better(Better::Redis));
+            }
             BadDay::Pause(time) => {
                 self.model.set_paused(id, true);
                 let told = self.rng.bool();
@@ -151,6 +161,43 @@ impl World {
                 self.schedule(self.now + lease / 4, 0, Event::Better(Better::Beat(subscription, id)));
             }
             BadDay::LetGo => self.model.let_go(self.utc(), id),
+        }
+    }
+
+    pub(super) fn redis_is_up(&self) -> bool {
+        self.redis_away_until <= self.now && self.now < self.start + self.plan.end
+    }
+
+    pub(super) fn touch_all(&mut self) {
+        for place in 0..self.processes.len() {
+            let now = self.now;
+            if let Some(process) = self.processes[place].as_mut().filter(|process| process.frozen_until <= now) {
+                process.dispatch.touch_all(|_| {});
+                self.act(place);
+            }
+        }
+    }
+
+    /// A relay moves what is due into Redis, which hands it to any process: once, never, or twice.
+    pub(super) fn relays(&mut self) {
+        let lease = self.plan.options.lease;
+        self.schedule(self.now + lease / 20, 0, Event::Relays);
+        if !self.redis_is_up() || self.away_until > self.now {
+            return;
+        }
+        let (utc, subscription) = (self.utc(), self.rng.usize(..self.plan.subscriptions));
+        let wanted = wanted(&self.plan, self.subscriptions[subscription].id, 3);
+        self.unwritten = None;
+        let claim = self.model.claim_for_relay(utc, Holder { worker: "relay", lease: lease * RELAY_LEASES }, &wanted);
+        for lane in claim.lanes {
+            let copies = if self.chance(self.plan.lost) { self.rng.u8(..3) } else { 1 };
+            for _ in 0..copies {
+                let place = self.rng.usize(..self.processes.len());
+                let late = if self.chance(self.plan.late) { lease.mul_f64(self.rng.f64() * 3.0) } else { MS };
+                let job = Job { lane: lane.lane.clone(), probe: claim.probe };
+                let at = self.now + late.mul_f64(self.rng.f64());
+                self.schedule(at, 0, Event::Job { place, subscription, job });
+            }
         }
     }
 

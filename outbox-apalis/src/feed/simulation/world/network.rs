@@ -10,7 +10,7 @@ use outbox_core::{
 
 use super::{Event, World};
 use crate::feed::{
-    calls::{Answer, Asked, Call, Change},
+    calls::{Answer, Asked, Call, Change, Taken},
     simulation::plan::{MS, Plan},
     together::Batch,
 };
@@ -125,7 +125,13 @@ impl World {
                 let after = Ok(self.model.reserve(utc, &Reservation { subscription: id, attempts, every }));
                 Answer::Reserved { asked_at, attempts, after }
             }
-            Call::TakeOver(_) => unreachable!("there is no Redis"),
+            Call::TakeOver(jobs) => {
+                let name = format!("w{place}.{generation}");
+                let lanes: Vec<LaneRef> = jobs.iter().map(|job| job.lane.clone()).collect();
+                let wanted = wanted(&self.plan, id, lanes.len());
+                let taken = self.model.take_over(utc, holder(&self.plan, &name), &wanted, &lanes);
+                Answer::Taken { asked_at, taken: Ok(Taken::sort(jobs, taken)) }
+            }
         }
     }
 
