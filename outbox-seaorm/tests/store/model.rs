@@ -138,7 +138,7 @@ impl Both {
 
     /// A claim of one subscription, or of both.
     async fn claim(&mut self, id: i32) {
-        let holder = Holder { worker: *self.rng.choice(&["w1", "w2"]).unwrap(), lease: LONG };
+        let holder = Holder { worker: self.rng.choice(&["w1", "w2"]).unwrap(), lease: LONG };
         let ids = if self.rng.bool() { vec![id] } else { self.ids.to_vec() };
         let wanted: Vec<Wanted> = ids.into_iter().map(|id| self.crowded(id)).collect();
         let database = Trait::claim(&self.store.outbox, holder, &wanted).await.unwrap();
