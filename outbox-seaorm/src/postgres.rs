@@ -461,8 +461,8 @@ pub(crate) static POSTGRES: Sql = Sql {
 
     next_due: "
         select s.id, circuit_failures, extract(epoch from circuit_until - clock_timestamp())::float8 as circuit_seconds,
-               (select extract(epoch from nullif(due_at, 'infinity') - clock_timestamp())::float8 from outbox_lanes
-                 where subscription_id = s.id order by due_at limit 1) as seconds
+               (select extract(epoch from due_at - clock_timestamp())::float8 from outbox_lanes
+                 where subscription_id = s.id and due_at < 'infinity' order by due_at limit 1) as seconds
           from jsonb_array_elements_text($1::text::jsonb) wanted(id)
           join outbox_subscriptions s on s.id = wanted.id::integer
          where paused_at is null and backfill_from is null",
@@ -480,7 +480,7 @@ pub(crate) static POSTGRES: Sql = Sql {
                 select d.* from wanted cross join lateral (
                        select subscription_id, key, due_at from outbox_lanes
                         where subscription_id = wanted.subscription and due_at <= clock_timestamp()
-                          and (due_at, key) > (coalesce(wanted.after, '-infinity'), wanted.key)
+                          and due_at < 'infinity' and (due_at, key) > (coalesce(wanted.after, '-infinity'), wanted.key)
                         order by due_at, key limit wanted.lanes for update skip locked) d),
               last as materialized (
                 select distinct on (subscription_id) subscription_id, key, due_at from due where due_at > '-infinity'

@@ -171,3 +171,35 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
 }
+
+/// A worker plans its statements once, and the first time perhaps while the tables are empty: then the index of due lanes
+/// would cost as much as that of the keys, and read all lanes of the subscription for each later on.
+#[tokio::test]
+async fn lanes_are_found_by_their_key_also_in_a_plan_from_an_empty_table() {
+    let store = Store::new().await;
+    store.execute("vacuum analyze").await;
+    store.execute("set enable_seqscan = off").await;
+    let lanes = r#"'[{"subscription":1,"key":"todo/1","token":1,"finished":1,"attempts":0,"next":"yield","wait":0}]'"#;
+    let Settle::AtOnce(settle) = POSTGRES.settle else { panic!("one round trip") };
+    let settled = format!(r#"{lanes}, '[{{"lease":0,"position":1,"attempts":1}}]'"#);
+    for (name, sql, parameters) in [
+        ("held", POSTGRES.held, lanes),
+        ("settle", settle, &settled),
+        ("delete empty lanes", POSTGRES.delete_empty_lanes, lanes),
+        ("note attempts", POSTGRES.note_attempts, lanes),
+        ("renew", POSTGRES.renew, &format!("{lanes}, 30")),
+        ("take over", POSTGRES.take_over, &format!("{lanes}, 30, 'w'")),
+        ("relayed", POSTGRES.relayed, lanes),
+    ] {
+        let plan = plan(&store, "force_generic_plan", sql, parameters).await;
+        assert!(plan.contains("using outbox_lanes_pkey on") && !plan.contains("outbox_lanes_due"), "{name}: {plan}");
+    }
+    let of_one = r#"'[{"subscription":1,"lanes":9,"probe":false,"after":null,"key":""}]', 30, 'w', 1"#;
+    for (name, sql, parameters) in [("claim", POSTGRES.claim, of_one), ("next due", POSTGRES.next_due, "'[1]'")] {
+        let plan = plan(&store, "force_generic_plan", sql, parameters).await;
+        assert!(
+            plan.contains("using outbox_lanes_due on") && !plan.contains("using outbox_lanes_pkey"),
+            "{name}: {plan}"
+        );
+    }
+}
