@@ -29,7 +29,7 @@ const CLAIM_LANES: &str = "
                   due_at = clock_timestamp() + interval '1 minute'
             where subscription_id = $1 and key = any (array(
                   select key from outbox_lanes
-                   where subscription_id = $1 and due_at <= clock_timestamp()
+                   where subscription_id = $1 and due_at <= clock_timestamp() and due_at < 'infinity'
                    order by due_at, key limit $2 for update skip locked))
            returning key, lease_token)
     select lanes.key, lanes.lease_token, run.position, e.event_id, e.event_type, e.payload::text as payload
