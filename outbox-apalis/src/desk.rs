@@ -17,10 +17,18 @@ pub(crate) struct Desk {
     arrived: Notify,
 }
 
+/// What a subscription would take.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Room {
+    pub(crate) lanes: usize,
+    /// Tenants that have enough.
+    pub(crate) passed: Vec<String>,
+}
+
 #[derive(Debug, Default)]
 struct State {
     /// By the index of a subscription; only where there is room.
-    rooms: BTreeMap<usize, usize>,
+    rooms: BTreeMap<usize, Room>,
     leased: BTreeMap<usize, Vec<(ClaimedLane, Instant)>>,
     has_router: bool,
     /// Something concerns all of them.
@@ -33,27 +41,27 @@ impl Desk {
     }
 
     /// How many lanes a subscription would take now.
-    pub(crate) fn set_room(&self, index: usize, room: usize) {
+    pub(crate) fn set_room(&self, index: usize, mut room: Room) {
         let mut state = self.state();
-        let room = room.saturating_sub(state.leased.get(&index).map_or(0, Vec::len));
-        if room == 0 {
+        room.lanes = room.lanes.saturating_sub(state.leased.get(&index).map_or(0, Vec::len));
+        if room.lanes == 0 {
             state.rooms.remove(&index);
         } else {
             state.rooms.insert(index, room);
         }
     }
 
-    /// The subscriptions that would take lanes now, and how many.
-    pub(crate) fn rooms(&self) -> Vec<(usize, usize)> {
-        self.state().rooms.iter().map(|(index, room)| (*index, *room)).collect()
+    /// The subscriptions that would take lanes now.
+    pub(crate) fn rooms(&self) -> Vec<(usize, Room)> {
+        self.state().rooms.iter().map(|(index, room)| (*index, room.clone())).collect()
     }
 
     /// Leases for a subscription.
     pub(crate) fn put(&self, index: usize, lane: ClaimedLane, asked_at: Instant) {
         let mut state = self.state();
         if let Some(room) = state.rooms.get_mut(&index) {
-            *room -= 1;
-            if *room == 0 {
+            room.lanes -= 1;
+            if room.lanes == 0 {
                 state.rooms.remove(&index);
             }
         }

@@ -10,7 +10,10 @@ use outbox_seaorm::{NextLook, Outbox, Routed, Router, Taker};
 use sea_orm::DbErr;
 use tokio_util::sync::CancellationToken;
 
-use crate::{assignment::Assignment, desk::Desk};
+use crate::{
+    assignment::Assignment,
+    desk::{Desk, Room},
+};
 
 /// How many events are routed at once at most.
 const MOST: usize = 500;
@@ -120,12 +123,13 @@ pub(crate) async fn run(outbox: Outbox, assignments: Vec<Assignment>, desk: Arc<
 /// One look. It is not cut off: nobody would know of the leases.
 async fn route(router: &mut Router, assignments: &[Assignment], desk: &Desk) -> Result<Routed, DbErr> {
     let rooms = desk.rooms();
-    let taker = |(index, room): &(usize, usize)| {
+    let taker = |(index, room): &(usize, Room)| {
         let assignment = &assignments[*index];
         Taker {
             subscription: assignment.subscription.now(),
             worker: assignment.worker.clone(),
-            lanes: u32::try_from(*room).unwrap_or(u32::MAX),
+            lanes: u32::try_from(room.lanes).unwrap_or(u32::MAX),
+            passed: room.passed.clone(),
             run: u32::try_from(assignment.options.batch).unwrap_or(u32::MAX),
             lease: assignment.options.lease,
         }

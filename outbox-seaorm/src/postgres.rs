@@ -281,14 +281,16 @@ pub(crate) static POSTGRES: Sql = Sql {
                   from jsonb_to_recordset($4::text::jsonb) as m(lane integer, position bigint)
                   join given using (position) join taken using (position)),
               lane as materialized (
-                select l.n, l.subscription, l.key, l.tenant, m.pending, m.due_at, (random() * 4e18)::bigint as token
-                  from jsonb_to_recordset($3::text::jsonb) as l(n integer, subscription integer, key text, tenant text)
+                select l.n, l.subscription, l.key, l.tenant, l.passed, m.pending, m.due_at,
+                       (random() * 4e18)::bigint as token
+                  from jsonb_to_recordset($3::text::jsonb) as l(
+                         n integer, subscription integer, key text, tenant text, passed boolean)
                   join (select lane, count(*)::integer as pending, (array_agg(due_at order by position))[1] as due_at
                           from matched group by lane) m on m.lane = l.n),
               leased as materialized (
                 select l.n, t.worker, t.lease
                   from (select n, subscription, row_number() over (partition by subscription order by due_at, n) as nth
-                          from lane where due_at <= clock_timestamp()) l
+                          from lane where due_at <= clock_timestamp() and passed is not true) l
                   join jsonb_to_recordset($5::text::jsonb) as t(
                          subscription integer, worker text, lanes integer, lease float8)
                     on t.subscription = l.subscription and l.nth <= t.lanes

@@ -72,6 +72,8 @@ pub struct Taker {
     pub worker: Arc<str>,
     /// How many lanes at most.
     pub lanes: u32,
+    /// Tenants whose lanes it does not take.
+    pub passed: Vec<String>,
     /// How many deliveries of each at most.
     pub run: u32,
     /// How long the leases last.
@@ -436,7 +438,7 @@ impl Router {
         let values = [
             known.generation.into(),
             json(&plan.events)?.into(),
-            json(&plan.lanes)?.into(),
+            json(&plan.lanes.iter().map(|lane| PlannedLane::of(lane, &takers)).collect::<Vec<_>>())?.into(),
             json(&plan.matches)?.into(),
             json(&takers)?.into(),
             floor.into(),
@@ -449,7 +451,13 @@ impl Router {
 
     fn taker<'a>(&self, taker: &'a Taker) -> TakerRow<'a> {
         let (lanes, _) = self.outbox.fitting(taker.subscription, taker.lanes, taker.run);
-        TakerRow { subscription: taker.subscription, worker: &taker.worker, lanes, lease: seconds(taker.lease) }
+        TakerRow {
+            subscription: taker.subscription,
+            worker: &taker.worker,
+            lanes,
+            lease: seconds(taker.lease),
+            passed: &taker.passed,
+        }
     }
 
     /// The new leases with their events: those of this process' commits are here, others are read. Also the subscriptions of
@@ -634,6 +642,30 @@ struct TakerRow<'a> {
     worker: &'a str,
     lanes: u32,
     lease: f64,
+    #[serde(skip)]
+    passed: &'a [String],
+}
+
+impl TakerRow<'_> {
+    fn passes(&self, lane: &plan::LaneRow) -> bool {
+        lane.tenant.as_ref().is_some_and(|tenant| self.passed.contains(tenant))
+    }
+}
+
+/// A lane, and whether nobody takes it because of its tenant.
+#[derive(Serialize)]
+struct PlannedLane<'a> {
+    #[serde(flatten)]
+    lane: &'a plan::LaneRow,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    passed: bool,
+}
+
+impl<'a> PlannedLane<'a> {
+    fn of(lane: &'a plan::LaneRow, takers: &[TakerRow<'_>]) -> Self {
+        let passed = takers.iter().any(|taker| taker.subscription == lane.subscription && taker.passes(lane));
+        Self { lane, passed }
+    }
 }
 
 /// A lane of a single event, and who leases it if it is new.
@@ -649,7 +681,8 @@ struct OneLane<'a> {
 
 impl<'a> OneLane<'a> {
     fn of(lane: &'a plan::LaneRow, takers: &[TakerRow<'a>]) -> Self {
-        let taker = takers.iter().find(|taker| taker.subscription == lane.subscription && taker.lanes > 0);
+        let taker = takers.iter().find(|taker| taker.subscription == lane.subscription);
+        let taker = taker.filter(|taker| taker.lanes > 0 && !taker.passes(lane));
         Self {
             subscription: lane.subscription,
             key: &lane.key,

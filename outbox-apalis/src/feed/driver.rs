@@ -24,6 +24,7 @@ use super::{
 };
 use crate::{
     assignment::{Assignment, Served},
+    desk::Room,
     listing::task_id,
     redis::{Health, Jobs},
     task::{Attempt, DeliveryTask},
@@ -283,7 +284,7 @@ impl Driver {
 
     /// A feed has ended: its worker gets no more tasks.
     fn end(&mut self, index: usize) {
-        self.served[index].assignment.desk.set_room(index, 0);
+        self.served[index].assignment.desk.set_room(index, Room::default());
         self.hatches[index] = None;
     }
 

@@ -21,7 +21,7 @@ async fn commit(outbox: &Outbox, event: NewEvent) {
 }
 
 fn taker(subscription: i32) -> Taker {
-    Taker { subscription, worker: Arc::from("w"), lanes: 10, run: 10, lease: LONG }
+    Taker { subscription, worker: Arc::from("w"), lanes: 10, passed: Vec::new(), run: 10, lease: LONG }
 }
 
 /// Looks until nothing is left.
@@ -62,6 +62,36 @@ async fn what_commits_late_comes_behind_a_head_that_was_tried() {
     let lane = store.claim_one(id, LONG).await;
     assert_eq!((lane.attempts, lane.run[0].position), (1, 1));
     store.is_whole().await;
+}
+
+#[tokio::test]
+async fn lanes_of_tenants_that_have_enough_are_not_leased_as_they_are_routed() {
+    let store = Store::new().await;
+    let (id, other) = (store.subscribe("s").await, store.subscribe("other").await);
+    let mut router = store.outbox.router();
+    let takers = [Taker { passed: vec!["busy".to_owned()], ..taker(id) }, taker(other)];
+    let of = async |tenant: Option<&str>, keys: &[&str]| {
+        let mut context = Context::default();
+        context.tenant = tenant.map(str::to_owned);
+        let unit = store.outbox.begin(context);
+        keys.iter().for_each(|key| unit.events().push(todo(key)).map(|_| ()).unwrap());
+        unit.commit().await.unwrap();
+    };
+    // One event has a statement of its own.
+    for keys in [&["a"][..], &["b", "c", "d"]] {
+        let mut leased = Vec::new();
+        for tenant in [Some("busy"), Some("quiet"), None] {
+            let keys: Vec<String> = keys.iter().map(|key| format!("{key}{tenant:?}")).collect();
+            of(tenant, &keys.iter().map(String::as_str).collect::<Vec<_>>()).await;
+            let routed = route_all(&mut router, &takers).await;
+            let count = |id| routed.leased.iter().filter(|lane| lane.lane.subscription == id).count();
+            leased.push((count(id), count(other)));
+        }
+        let all = keys.len();
+        assert_eq!(leased, [(0, all), (all, all), (all, all)]);
+    }
+    let waiting = "select count(*) from outbox_lanes where leased_by is null and tenant = 'busy'";
+    assert_eq!(store.value::<i64>(waiting).await, 4);
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ use std::time::Instant;
 use super::Core;
 use crate::{
     assignment::Until,
+    desk::Room,
     feed::{
         ahead::{Capacity, MOST_AHEAD},
         calls::Kind,
@@ -15,14 +16,17 @@ use crate::{
 const MOST_BYTES: usize = 16 << 20;
 
 impl Core {
-    /// How many lanes that are new may be leased by routing: as many as would be claimed, unless there are others.
-    pub(crate) fn room_for_new(&self) -> usize {
-        let takes = self.settings.until == Until::Stopped
-            && self.serves()
-            && !self.schedule.is_behind()
-            && !self.circuit.is_open()
-            && self.takes_lanes();
-        if takes && !self.is_full() { self.room() } else { 0 }
+    /// How many lanes that are new may be leased by routing: as many as would be claimed, unless there are others. Those of
+    /// tenants that crowd the others out wait for their turn.
+    pub(crate) fn room_for_new(&self) -> Room {
+        let takes =
+            self.settings.until == Until::Stopped && self.serves() && !self.circuit.is_open() && self.takes_lanes();
+        match (self.room(), self.room_for_others()) {
+            _ if !takes => Room::default(),
+            (lanes @ 1.., _) if !self.schedule.is_behind() && !self.is_full() => Room { lanes, passed: Vec::new() },
+            (_, 0) => Room::default(),
+            (_, lanes) => Room { lanes, passed: self.table.crowd() },
+        }
     }
 
     /// How many jobs to take from Redis; all, to give them back, once it stops.

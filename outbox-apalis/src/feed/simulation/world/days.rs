@@ -1,20 +1,22 @@
 //! Commits, operators and bad days.
 
 use chrono::TimeDelta;
+use outbox_core::store::{Holder, Wanted};
 
 use super::{
     Better, Event, World,
     network::{holder, wanted},
 };
-use outbox_core::store::Holder;
-
-use crate::feed::simulation::{
-    plan::{BadDay, MS},
-    process::Process,
-    world::{Subscription, name},
-};
 use crate::{
-    feed::core::Core,
+    desk::Room,
+    feed::{
+        core::Core,
+        simulation::{
+            plan::{BadDay, MS},
+            process::Process,
+            world::{Subscription, name},
+        },
+    },
     redis::{Job, RELAY_LEASES},
 };
 
@@ -45,12 +47,16 @@ impl World {
         else {
             return false;
         };
-        let room = process.dispatch.core(subscription).map_or(0, Core::room_for_new);
-        if room == 0 {
+        let Room { lanes, passed } = process.dispatch.core(subscription).map(Core::room_for_new).unwrap_or_default();
+        if lanes == 0 {
             return false;
         }
+        let wanted = match passed.is_empty() {
+            true => wanted(&self.plan, id, lanes),
+            false => Wanted { others: lanes as u32, passed, ..wanted(&self.plan, id, 0) },
+        };
         let before = self.plan.crashes().then(|| self.model.clone());
-        let claim = self.model.claim(utc, holder(&self.plan, &process.name), &wanted(&self.plan, id, room));
+        let claim = self.model.claim(utc, holder(&self.plan, &process.name), &wanted);
         self.unwritten = before;
         let lanes = claim.lanes.into_iter().map(|lane| (lane, now)).collect();
         process.dispatch.touch(subscription, |core| core.routed(lanes, now));
