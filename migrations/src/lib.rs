@@ -234,7 +234,7 @@ mod tests {
         up::<Migrator>(&db).await.unwrap();
         let first = tables(&db).await;
         assert!(first.contains(&"outbox_events".to_owned()), "{first:?}");
-        down::<Migrator>(&db, 2).await.unwrap();
+        down::<Migrator>(&db, all().len() as u32).await.unwrap();
         assert_eq!(tables(&db).await, Vec::<String>::new());
         up::<Migrator>(&db).await.unwrap();
         up::<Migrator>(&db).await.unwrap();
@@ -271,6 +271,6 @@ mod tests {
         up::<Prefixed>(&db).await.unwrap();
         let tables = tables(&db).await;
         assert!(tables.iter().all(|table| table.starts_with("shop_events_")), "{tables:?}");
-        down::<Prefixed>(&db, 2).await.unwrap();
+        down::<Prefixed>(&db, all().len() as u32).await.unwrap();
     }
 }

@@ -63,7 +63,7 @@ async fn migrations_go_up_and_down_and_up_and_eight_processes_may_start_them_at_
     let tables = "select table_name::text from information_schema.tables where table_name like 'outbox%'";
     let first = texts(&outbox, tables).await;
     assert_eq!(first.len(), 12, "{first:?}");
-    outbox_migrations::down::<Migrator>(outbox.writer(), 2).await.unwrap();
+    outbox_migrations::down::<Migrator>(outbox.writer(), outbox_migrations::all().len() as u32).await.unwrap();
     assert_eq!(texts(&outbox, tables).await, Vec::<String>::new());
     outbox_migrations::up::<Migrator>(outbox.writer()).await.unwrap();
     assert_eq!(texts(&outbox, tables).await, first);
