@@ -181,7 +181,10 @@ async fn a_full_database_goes_to_version_2_and_back_and_on() {
         record(db, "order.placed").await.unwrap();
         assert_eq!(texts(db, "select cast(position as text) from outbox_unrouted").await, ["10"]);
         down::<Migrator>(db, 1).await.unwrap();
-        assert_eq!(texts(db, "select cast(schema_version as text) from outbox_meta where routing_generation > 0").await, ["2"]);
+        assert_eq!(
+            texts(db, "select cast(schema_version as text) from outbox_meta where routing_generation > 0").await,
+            ["2"]
+        );
         let error = down::<Migrator>(db, 1).await.unwrap_err();
         assert!(matches!(error, MigrateError::Refused(_)) && error.to_string().contains("not routed"), "{error}");
         execute(db, "delete from outbox_unrouted").await;
