@@ -15,7 +15,7 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
-    sync::{Mutex, OnceLock},
+    sync::{Mutex, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -263,15 +263,30 @@ fn as_ordinary_user(program: &Path) -> Command {
 }
 
 fn postgres_binaries() -> PathBuf {
-    if let Some(found) = find_postgres_binaries() {
-        return found;
-    }
-    // Works as root on Debian and its descendants; everywhere else the sentence below helps.
-    let _ = Command::new("apt-get").args(["install", "-y", "--no-install-recommends", "postgresql"]).output();
+    install("postgresql", || find_postgres_binaries().is_some());
     find_postgres_binaries().expect(
         "these tests need the PostgreSQL server binaries (initdb, postgres): install them, on Debian with `apt-get \
          install postgresql`, elsewhere so that `pg_config --bindir` finds them",
     )
+}
+
+/// Installs a package of Debian or its descendants, as root; everywhere else the sentence of the caller helps.
+///
+/// Tests run side by side: one installs and the others wait, since a second `apt-get` at the same time fails at once.
+pub fn install(package: &str, is_there: impl Fn() -> bool) {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let apt = |args: &[&str]| {
+        let _ = Command::new("apt-get").args(["-o", "DPkg::Lock::Timeout=120"]).args(args).output();
+    };
+    let add = ["install", "-y", "--no-install-recommends", package];
+    if !is_there() {
+        apt(&add);
+    }
+    if !is_there() {
+        apt(&["update"]);
+        apt(&add);
+    }
 }
 
 fn find_postgres_binaries() -> Option<PathBuf> {

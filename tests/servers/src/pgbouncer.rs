@@ -86,11 +86,7 @@ impl Drop for PgBouncer {
 }
 
 fn pgbouncer_binary() -> PathBuf {
-    if let Some(found) = find_pgbouncer() {
-        return found;
-    }
-    // Works as root on Debian and its descendants; everywhere else the sentence below helps.
-    let _ = Command::new("apt-get").args(["install", "-y", "--no-install-recommends", "pgbouncer"]).output();
+    crate::install("pgbouncer", || find_pgbouncer().is_some());
     find_pgbouncer().expect("these tests need PgBouncer: install it, on Debian with `apt-get install pgbouncer`")
 }
 

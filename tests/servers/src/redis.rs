@@ -107,13 +107,10 @@ impl Drop for Redis {
 
 fn install() {
     let runs = |program: &str| Command::new(program).arg("--version").output().is_ok();
-    if runs("redis-server") && runs("redis-cli") {
-        return;
-    }
-    // Works as root on Debian and its descendants; everywhere else the sentence below helps.
-    let _ = Command::new("apt-get").args(["install", "-y", "--no-install-recommends", "redis-server"]).output();
+    let is_there = || runs("redis-server") && runs("redis-cli");
+    crate::install("redis-server", is_there);
     assert!(
-        runs("redis-server") && runs("redis-cli"),
+        is_there(),
         "these tests need redis-server and redis-cli in the PATH: install them, on Debian with `apt-get install redis-server`"
     );
 }
