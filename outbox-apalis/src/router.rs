@@ -51,13 +51,16 @@ enum Wait {
 }
 
 impl Waits {
-    fn new(poll: Duration) -> Self {
-        Self { poll, idle: poll / 4, soon: SOON, outage: OUTAGE, longest_outage: LONGEST_OUTAGE }
+    /// `call_limit` is how long a call takes at most: with short leases what is back is to be found soon, so that a call in
+    /// vain and a wait fit into one.
+    fn new(poll: Duration, call_limit: Duration) -> Self {
+        let longest_outage = LONGEST_OUTAGE.min(call_limit);
+        Self { poll, idle: poll / 4, soon: SOON, outage: OUTAGE.min(longest_outage), longest_outage }
     }
 
     /// `took` is how long the look was. On SQLite requests have their turn for as long.
     fn after(&mut self, routed: &Routed, took: Duration, is_sqlite: bool) -> Wait {
-        self.outage = OUTAGE;
+        self.outage = OUTAGE.min(self.longest_outage);
         if routed.events > 0 || routed.next == NextLook::Now {
             (self.idle, self.soon) = (self.poll / 4, SOON);
         }
@@ -91,10 +94,8 @@ pub(crate) async fn run(outbox: Outbox, assignments: Vec<Assignment>, desk: Arc<
     let poll = assignments.iter().map(|assignment| assignment.poll).min().unwrap_or(Duration::from_secs(5));
     let is_sqlite = outbox.writer().get_database_backend() == sea_orm::DbBackend::Sqlite;
     let mut router = outbox.router();
-    let mut waits = Waits::new(poll);
-    // With short leases what is back is to be found soon: a call that is in vain and a wait fit into one.
     let call_limit = assignments.iter().map(|assignment| assignment.options.call_limit()).min();
-    waits.longest_outage = call_limit.unwrap_or(LONGEST_OUTAGE).min(LONGEST_OUTAGE);
+    let mut waits = Waits::new(poll, call_limit.unwrap_or(LONGEST_OUTAGE));
     while !stop.is_cancelled() {
         let began = Instant::now();
         let wait = match route(&mut router, &assignments, &closing.0).await {
@@ -167,7 +168,7 @@ mod tests {
 
     #[test]
     fn idle_looks_become_rare_and_a_commit_makes_them_frequent_again() {
-        let mut waits = Waits::new(POLL);
+        let mut waits = Waits::new(POLL, LONGEST_OUTAGE);
         for seconds in [2, 4, 8, 8] {
             let wait = waits.after(&routed(0, NextLook::Woken), Duration::ZERO, false);
             assert_eq!(wait, Wait::Woken(Duration::from_secs(seconds)));
@@ -178,7 +179,7 @@ mod tests {
 
     #[test]
     fn a_router_that_was_skipped_looks_again_soon_until_nothing_is_left() {
-        let mut waits = Waits::new(POLL);
+        let mut waits = Waits::new(POLL, LONGEST_OUTAGE);
         for millis in [1, 2, 4, 8, 16, 20, 20] {
             let wait = waits.after(&routed(0, NextLook::Soon), Duration::ZERO, false);
             assert_eq!(wait, Wait::For(Duration::from_millis(millis)));
@@ -190,7 +191,7 @@ mod tests {
 
     #[test]
     fn a_backlog_is_routed_at_once_and_on_sqlite_requests_have_their_turn() {
-        let (mut waits, took) = (Waits::new(POLL), Duration::from_millis(5));
+        let (mut waits, took) = (Waits::new(POLL, LONGEST_OUTAGE), Duration::from_millis(5));
         assert_eq!(waits.after(&routed(500, NextLook::Now), took, false), Wait::For(Duration::ZERO));
         assert_eq!(waits.after(&routed(500, NextLook::Now), took, true), Wait::For(took));
         assert_eq!(waits.after(&routed(20, NextLook::Woken), took, false), Wait::For(COALESCE));
@@ -198,9 +199,19 @@ mod tests {
 
     #[test]
     fn an_outage_is_asked_about_less_and_less_often() {
-        let mut waits = Waits::new(POLL);
+        let mut waits = Waits::new(POLL, LONGEST_OUTAGE);
         let waited: Vec<Wait> = (0..8).map(|_| waits.after_error()).collect();
         assert_eq!(waited[0], Wait::For(OUTAGE));
         assert_eq!(waited[7], Wait::For(LONGEST_OUTAGE));
+    }
+
+    #[test]
+    fn with_short_leases_an_outage_is_asked_about_more_often() {
+        let limit = Duration::from_millis(300);
+        let mut waits = Waits::new(POLL, limit);
+        let waited: Vec<Wait> = (0..4).map(|_| waits.after_error()).collect();
+        assert_eq!(waited, [OUTAGE, 2 * OUTAGE, limit, limit].map(Wait::For));
+        let mut waits = Waits::new(POLL, OUTAGE / 2);
+        assert_eq!(waits.after_error(), Wait::For(OUTAGE / 2));
     }
 }

@@ -144,23 +144,25 @@ impl Core {
 mod tests {
     use std::{sync::Arc, time::Duration};
 
-    use outbox_core::{AfterDeadLetter, RetryPolicy, store::Claim};
+    use outbox_core::{
+        AfterDeadLetter, RetryPolicy,
+        store::{Claim, StoreError},
+    };
 
     use super::*;
     use crate::{
         feed::{
             calls::{Answer, Asked, Call},
             core::{Moment, Settings},
+            outage::outage_wait,
             pace::Every,
+            told::Told,
         },
         handlers::{Handlers, HandlersDestination},
         options::Options,
     };
 
-    #[test]
-    fn nobody_asks_about_a_pause_while_the_store_is_silent() {
-        let now = Instant::now();
-        let at = Moment { now, utc: chrono::Utc::now(), chance: 0.5 };
+    fn core(now: Instant) -> (Core, Moment) {
         let settings = Settings {
             worker: "w".into(),
             retry: RetryPolicy::default(),
@@ -173,19 +175,48 @@ mod tests {
             until: Until::Stopped,
             numbered_from: 0,
         };
-        let mut core = Core::new(settings, 0, now);
+        (Core::new(settings, 0, now), Moment { now, utc: chrono::Utc::now(), chance: 0.5 })
+    }
+
+    fn claimed(asked_at: Instant, lanes: usize, claim: Result<Claim, StoreError>) -> Answer {
+        Answer::Claimed { asked_at, asked: Asked { lanes, others: 0 }, times_down: 0, claim }
+    }
+
+    #[test]
+    fn nobody_asks_about_a_pause_while_the_store_is_silent() {
+        let now = Instant::now();
+        let (mut core, at) = core(now);
         assert!(matches!(core.next_call(at, |_| true), Some(Call::Claim { lanes: 1.., .. })));
         // It is paused.
-        let claim = Ok(Claim::default());
-        core.answered(
-            Answer::Claimed { asked_at: now, asked: Asked { lanes: 1, others: 0 }, times_down: 0, claim },
-            at,
-        );
+        core.answered(claimed(now, 1, Ok(Claim::default())), at);
         core.state_changed(now);
         core.lost_connections(1);
         assert!(matches!(core.next_call(at, |_| true), Some(Call::Check { .. })));
         assert!(core.next_call(at, |_| true).is_none(), "the question would hold up the first claim");
         core.answered(Answer::Checked { losses: 1, asked: Vec::new(), held: Ok(Vec::new()) }, at);
         assert!(matches!(core.next_call(at, |_| true), Some(Call::Claim { lanes: 1.., .. })));
+    }
+
+    #[test]
+    fn a_question_that_fails_does_not_make_claims_wait_longer() {
+        let now = Instant::now();
+        let (mut core, at) = core(now);
+        assert!(core.next_call(at, |_| true).is_some());
+        // It is paused.
+        core.answered(claimed(now, 1, Ok(Claim::default())), at);
+        core.redis_is_up(true, now);
+        core.state_changed(now);
+        assert!(matches!(core.next_call(at, |_| true), Some(Call::Claim { lanes: 0, others: 0, .. })));
+        let failed_after = |core: &mut Core, lanes| {
+            core.answered(claimed(now, lanes, Err(StoreError::new("away"))), at);
+            match core.told().as_slice() {
+                [Told::CallFailed { wait, .. }] => *wait,
+                told => panic!("{} were told", told.len()),
+            }
+        };
+        assert_eq!(failed_after(&mut core, 0), None);
+        core.redis_is_up(false, now);
+        assert!(matches!(core.next_call(at, |_| true), Some(Call::Claim { lanes: 1.., .. })));
+        assert_eq!(failed_after(&mut core, 1), Some(outage_wait(1, at.chance)));
     }
 }
