@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicI32, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    clock::DatabaseClock, desk::Desk, destination::Destination, feed::Every, options::Options, redis::Transport,
+    clock::DatabaseClock, counts::Counts, desk::Desk, destination::Destination, feed::Every, options::Options,
 };
 
 /// The id of a subscription. Another one, if it is removed and registered again while the worker runs; one that no
@@ -92,13 +92,6 @@ pub(crate) struct Assignment {
     pub(crate) desk: Arc<Desk>,
 }
 
-/// A subscription that is served, and how its lanes come; through Redis with a transport.
-#[derive(Clone)]
-pub(crate) struct Served {
-    pub(crate) assignment: Assignment,
-    pub(crate) transport: Option<Transport>,
-}
-
 /// When a feed has done its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Until {
@@ -108,12 +101,4 @@ pub(crate) enum Until {
     Drained,
     /// After what one claim has leased.
     Once,
-}
-
-/// What became of deliveries.
-#[derive(Debug, Default)]
-pub(crate) struct Counts {
-    pub(crate) delivered: AtomicU64,
-    pub(crate) failed: AtomicU64,
-    pub(crate) dead: AtomicU64,
 }

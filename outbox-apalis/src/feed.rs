@@ -14,7 +14,7 @@ use std::sync::{
 use apalis_core::task::Task;
 use tokio::sync::mpsc;
 
-use crate::{assignment::Served, destination::AttemptResult, task::DeliveryTask};
+use crate::{assignment::Assignment, destination::AttemptResult, redis::Transport, task::DeliveryTask};
 
 mod ahead;
 mod calls;
@@ -43,6 +43,13 @@ pub(crate) use pace::Every;
 
 /// How many tasks wait for a worker at most: enough to keep its threads busy.
 const MOST_WAITING: usize = 32;
+
+/// A subscription that is served, and how its lanes come; through Redis with a transport.
+#[derive(Clone)]
+pub(crate) struct Served {
+    pub(crate) assignment: Assignment,
+    pub(crate) transport: Option<Transport>,
+}
 
 /// What the dispatcher hears of apalis' workers, each by the index of its subscription.
 enum Message {

@@ -50,6 +50,7 @@
 mod assignment;
 mod backend;
 mod clock;
+mod counts;
 mod dashboard;
 mod desk;
 mod destination;
@@ -66,10 +67,11 @@ mod webhook;
 mod worker;
 
 pub use backend::{BackendError, NoCodec, OutboxBackend};
+pub use counts::Deliveries;
 pub use dashboard::{board_events, dashboard};
 pub use handlers::{Effect, Handlers};
 pub use options::InvalidOption;
 pub use redis::{InvalidRedis, Redis};
 pub use task::DeliveryTask;
 pub use webhook::{InvalidWebhook, WebhookPublisher};
-pub use worker::{Deliveries, StartError, StartedWorker, Worker};
+pub use worker::{StartError, StartedWorker, Worker};

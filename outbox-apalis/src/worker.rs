@@ -7,7 +7,7 @@ use outbox_core::{
 use outbox_seaorm::{Outbox, RegisterError, Retention, SchemaError};
 
 use crate::{
-    Handlers, InvalidOption,
+    Deliveries, Handlers, InvalidOption,
     assignment::Until,
     destination::{Destination, PublisherDestination},
     handlers::HandlersDestination,
@@ -81,17 +81,6 @@ pub enum StartError {
     /// The connection to Redis could not be set up; a server that is away is no error.
     #[error("the connection to Redis could not be set up")]
     Redis(#[source] Box<dyn std::error::Error + Send + Sync>),
-}
-
-/// What [`Worker::run_once`] and [`Worker::drain`] did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Deliveries {
-    /// Deliveries that succeeded.
-    pub delivered: u64,
-    /// Attempts that failed, those of dead letters included.
-    pub failed: u64,
-    /// Deliveries that became dead letters.
-    pub dead: u64,
 }
 
 impl Worker {

@@ -15,7 +15,7 @@ use outbox_core::store::NewsItem;
 use tokio::{sync::mpsc, task::JoinError, time::sleep_until};
 
 use super::{
-    Hatch, Message,
+    Hatch, Message, Served,
     calls::{Answer, Kind},
     core::{Core, Moment, Settings, Start},
     dispatch::Dispatch,
@@ -23,7 +23,7 @@ use super::{
     together::Batch,
 };
 use crate::{
-    assignment::{Assignment, Served},
+    assignment::Assignment,
     desk::Room,
     listing::task_id,
     redis::{Health, Jobs},

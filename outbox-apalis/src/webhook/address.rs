@@ -11,7 +11,7 @@ use hyper_util::client::legacy::connect::dns::Name;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tower_service::Service;
 
-use super::InvalidWebhook;
+use super::invalid::InvalidWebhook;
 
 /// Which addresses may be connected to: the public ones, and those that were added.
 #[derive(Clone, Default)]

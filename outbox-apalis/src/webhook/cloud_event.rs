@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use super::InvalidWebhook;
+use super::invalid::InvalidWebhook;
 
 pub(super) const CONTENT_TYPE: &str = "application/cloudevents+json; charset=utf-8";
 

@@ -1,6 +1,7 @@
 use std::{
     collections::HashSet,
     error::Error,
+    fmt,
     future::ready,
     io, iter,
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
@@ -27,7 +28,6 @@ use tokio::net::TcpStream;
 use tower_service::Service;
 
 use super::{
-    Seconds,
     address::{Allowed, Resolver, Unreachable},
     answer::plain,
     proxy::Proxy,
@@ -210,6 +210,16 @@ fn with_port(uri: Uri) -> Uri {
 #[derive(Debug, thiserror::Error)]
 #[error("timed out after {0}")]
 struct TooSlow(Seconds);
+
+/// A length of time as people write it: `15 s`.
+#[derive(Debug)]
+pub(super) struct Seconds(pub(super) Duration);
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} s", self.0.as_secs_f64())
+    }
+}
 
 /// An address that is written out, or the name that is always this machine.
 fn literal_address(uri: &Uri) -> Option<IpAddr> {

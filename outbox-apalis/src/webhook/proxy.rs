@@ -6,7 +6,7 @@ use hyper_util::client::legacy::connect::proxy::Tunnel;
 use percent_encoding::percent_decode_str;
 use url::Url;
 
-use super::InvalidWebhook;
+use super::invalid::InvalidWebhook;
 
 /// An HTTP proxy that tunnels: it is asked to `CONNECT`, for `https` and for `http`.
 #[derive(Clone)]

@@ -4,7 +4,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
-use super::InvalidWebhook;
+use super::invalid::InvalidWebhook;
 
 /// Signs as Standard Webhooks wants, once with each secret.
 #[derive(Clone)]

@@ -15,11 +15,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::{LONGEST, Place, StartError, StartedWorker, Worker, started::Database, upkeep::Registration};
 use crate::{
-    assignment::{Assignment, Counts, Served, Share, SubscriptionId, Until},
+    assignment::{Assignment, Share, SubscriptionId, Until},
     clock::DatabaseClock,
+    counts::Counts,
     desk::Desk,
     destination::Destination,
-    feed::Every,
+    feed::{Every, Served},
     options::Options,
     redis::{Health, Jobs, Queue, RELAY_LEASES, Redis, Transport},
     thread::FeedThread,

@@ -1,11 +1,6 @@
 //! A worker that delivers: the apalis workers of its subscriptions, and what goes on beside them.
 
-use std::{
-    convert::Infallible,
-    future::Future,
-    sync::{Arc, atomic::Ordering::Relaxed},
-    time::Instant,
-};
+use std::{convert::Infallible, future::Future, sync::Arc, time::Instant};
 
 use ::redis::aio::ConnectionManager;
 use apalis::{
@@ -17,16 +12,14 @@ use outbox_seaorm::{Outbox, Retention};
 use tokio::{runtime::Handle, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    Deliveries,
-    upkeep::{Registration, purging, upkeep},
-};
+use super::upkeep::{Registration, purging, upkeep};
 use crate::{
     OutboxBackend,
-    assignment::{Counts, Served, Until},
+    assignment::Until,
     clock::DatabaseClock,
+    counts::{Counts, Deliveries},
     destination::{self, AttemptResult, Destination, End},
-    feed::{Feeds, Line},
+    feed::{Feeds, Line, Served},
     redis::{self, Health},
     router,
     task::DeliveryTask,
@@ -108,11 +101,7 @@ impl StartedWorker {
             let _ = last.await;
         }
         tracing::info!(worker = &*worker, "worker stopped");
-        Deliveries {
-            delivered: counts.delivered.load(Relaxed),
-            failed: counts.failed.load(Relaxed),
-            dead: counts.dead.load(Relaxed),
-        }
+        counts.until_now()
     }
 }
 
