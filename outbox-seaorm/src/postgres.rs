@@ -137,6 +137,19 @@ macro_rules! subject {
     };
 }
 
+/// The marks `u` after the floor with their events `e`.
+macro_rules! waiting {
+    () => {
+        " from ((select position from outbox_unrouted
+                  where ahead and set_aside_at is null and position <= $1 order by position limit 100)
+                union all
+                (select position from outbox_unrouted
+                  where position > $1 and set_aside_at is null order by position limit $2)) u
+          left join lateral (select * from outbox_events e where e.position = u.position offset 0) e on true
+         order by u.position"
+    };
+}
+
 pub(crate) static POSTGRES: Sql = Sql {
     schema_version: "select schema_version from outbox_meta",
 
@@ -218,13 +231,7 @@ pub(crate) static POSTGRES: Sql = Sql {
     unrouted: concat!(
         "select (select routing_generation from outbox_meta) as generation, u.position as mark, ",
         subject!(),
-        " from ((select position from outbox_unrouted
-                  where ahead and set_aside_at is null and position <= $1 order by position limit 100)
-                union all
-                (select position from outbox_unrouted
-                  where position > $1 and set_aside_at is null order by position limit $2)) u
-          left join lateral (select * from outbox_events e where e.position = u.position offset 0) e on true
-         order by u.position"
+        waiting!()
     ),
 
     unrouted_ahead: concat!(
@@ -254,6 +261,18 @@ pub(crate) static POSTGRES: Sql = Sql {
     // A crash of the server may take the routing back, marks included: nothing waits for the disk. An effect that commits
     // makes the routing before it durable.
     route: Route::AtOnce(RouteStatements {
+        unrouted_whole: concat!(
+            "select (select routing_generation from outbox_meta) as generation, u.position as mark, ",
+            event_columns!(
+                "case when pg_column_size(e.payload) <= 4096 and octet_length(e.payload::text) <= 4096
+                      then e.payload::text end"
+            ),
+            ", extract(epoch from ",
+            asked_for!(),
+            ")::float8 as due",
+            waiting!()
+        ),
+
     route: "
         /* outbox:meta */ with
               limits as materialized (

@@ -18,6 +18,7 @@ use serde::Serialize;
 
 use crate::{
     ClaimedLane, LaneRef, Outbox,
+    deliveries::recorded,
     flush::{json, seconds},
     sql::{Route, RouteStatements},
     subscriptions::KnownSubscriptions,
@@ -303,7 +304,9 @@ impl Router {
         let size = most.min(self.size);
         let page = size + self.left_out.min(MOST_LEFT_OUT);
         let began = Instant::now();
-        let (mut events, generation) = self.read(page).await?;
+        // Of what this process has committed it has the payloads.
+        let whole = self.mine.is_empty() && self.left_out == 0 && takers.iter().any(|taker| taker.lanes > 0);
+        let (mut events, generation) = self.read(whole.then_some(sql), page).await?;
         let walk = began.elapsed();
         self.raise_floor(sql, walk).await?;
         if events.is_empty() {
@@ -338,12 +341,15 @@ impl Router {
         Ok(routed)
     }
 
-    async fn read(&self, page: usize) -> Result<(Vec<Waiting>, Option<i64>), DbErr> {
+    /// What is next; whole events with these statements.
+    async fn read(&self, whole: Option<&RouteStatements>, page: usize) -> Result<(Vec<Waiting>, Option<i64>), DbErr> {
         let page = i64::try_from(page).unwrap_or(i64::MAX);
         let values = [self.floor.position().into(), page.into()];
-        let rows = self.outbox.query_all(self.outbox.store(), self.outbox.sql().unrouted, values).await?;
+        let statement = whole.map_or(self.outbox.sql().unrouted, |sql| sql.unrouted_whole);
+        let rows = self.outbox.query_all(self.outbox.store(), statement, values).await?;
         let generation = rows.first().map_or(Ok(None), |row| row.try_get("", "generation"))?;
-        Ok((rows.iter().map(Waiting::read).collect::<Result<_, _>>()?, generation))
+        let read = if whole.is_some() { Waiting::read_whole } else { Waiting::read };
+        Ok((rows.iter().map(read).collect::<Result<_, _>>()?, generation))
     }
 
     async fn reload(&self) -> Result<(), DbErr> {
@@ -767,6 +773,12 @@ impl Waiting {
         self.event.filter(|_| self.has_payload).map(|event| Committed { event, due })
     }
 
+    /// A mark with its whole event; with what routing needs of it, if the payload was too large to come along.
+    fn read_whole(row: &QueryResult) -> Result<Self, DbErr> {
+        let Ok(event) = recorded(row) else { return Self::read(row) };
+        Ok(Self { position: row.try_get("", "mark")?, event: Some(event), has_payload: true, due: due(row) })
+    }
+
     /// A mark with what routing needs of its event. What cannot be read of a damaged row is as if it were not there.
     pub(crate) fn read(row: &QueryResult) -> Result<Self, DbErr> {
         let position = row.try_get("", "mark")?;
@@ -794,7 +806,10 @@ impl Waiting {
                 max_attempts: None,
             }
         });
-        let due = row.try_get::<Option<f64>>("", "due").ok().flatten().unwrap_or(0.0);
-        Ok(Self { position, event, has_payload: false, due })
+        Ok(Self { position, event, has_payload: false, due: due(row) })
     }
+}
+
+fn due(row: &QueryResult) -> f64 {
+    row.try_get::<Option<f64>>("", "due").ok().flatten().unwrap_or(0.0)
 }

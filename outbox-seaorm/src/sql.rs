@@ -27,6 +27,10 @@ pub(crate) enum Route {
 
 #[derive(Debug)]
 pub(crate) struct RouteStatements {
+    /// As `unrouted`, with whole events: for a process that takes new lanes, and would read them afterwards. The payload is
+    /// null if it has more than 4 KiB.
+    pub(crate) unrouted_whole: &'static str,
+
     /// $1 generation; $2 events, each with its due time in seconds; $3 lanes, numbered and sorted; $4 deliveries, each with
     /// the number of its lane; $5 who would lease new lanes; $6 floor, $7 last position and $8 number of the events: whether
     /// there are other marks in between is looked for, unless the number is null. One row: the current `generation`; whether the row of

@@ -11,7 +11,7 @@ use crate::subscriptions::KnownSubscriptions;
 #[derive(Debug)]
 pub(crate) struct Waiting {
     pub(super) position: i64,
-    /// Without its payload, unless it came from a commit of this process; `None` if its row is gone.
+    /// Without its payload, unless it came from a commit of this process or was read whole; `None` if its row is gone.
     pub(crate) event: Option<RecordedEvent>,
     pub(super) has_payload: bool,
     /// In seconds, by the database's clock.

@@ -122,6 +122,7 @@ async fn every_statement_reads_a_long_history_through_the_index_made_for_it() {
         ("route what was read", route.route, &looked, &[mark]),
         ("route one", route.route_one, &one_routed, &[mark]),
         ("what waits", POSTGRES.unrouted, "0, 500", &[mark, "using outbox_unrouted_rare on", event]),
+        ("what waits, whole", route.unrouted_whole, "0, 500", &[mark, "using outbox_unrouted_rare on", event]),
         ("what waits out of turn", POSTGRES.unrouted_ahead, "0, 100", &["using outbox_unrouted_rare on", event]),
         ("the last that waits", POSTGRES.last_unrouted, "0", &["Backward using outbox_unrouted_pkey on"]),
         ("whether something waits", POSTGRES.unrouted_until, "0, 1000", &[mark]),

@@ -5,14 +5,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use outbox_core::{Context, NewEvent, StartPosition, Subscription};
+use outbox_core::{Actor, Context, NewEvent, StartPosition, Subscription};
 use outbox_seaorm::{Next, NextLook, Outbox, Routed, Router, Taker};
 use sea_orm::{ConnectionTrait, TransactionTrait};
 
 use outbox_test_servers::{Fault, Proxy};
 
 use super::{
-    database::server,
+    database::{DAMAGE, server},
     fixture::{LONG, SHORT, Store, delivered, eventually, failed, runs, todo},
 };
 
@@ -142,6 +142,61 @@ async fn routing_leases_only_what_a_claim_would() {
     let routed = route_all(&mut router, &[taker(id)]).await;
     assert_eq!((routed.events, routed.leased.len()), (15, 10));
     store.is_whole().await;
+}
+
+/// Of another process' commits small events come along with their marks; large ones, and those that cannot be read, are
+/// read as a claim reads them.
+#[tokio::test]
+async fn events_of_another_process_are_leased_whole_whatever_their_size() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    let other = store.another_process().await;
+    let mut context = Context::default();
+    context.tenant = Some("t".to_owned());
+    context.actor = Some(Actor { kind: "USER".to_owned(), id: "7".to_owned() });
+    context.correlation_id = Some("story".to_owned());
+    context.causation_id = Some("command".to_owned());
+    context.traceparent = Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".to_owned());
+    context.tracestate = Some("a=b".to_owned());
+    let unit = other.begin(context);
+    for length in [10, 4_000, 5_000, 200_000] {
+        let event = NewEvent::dynamic("todo.created", "todo", length.to_string(), &"x".repeat(length)).unwrap();
+        unit.events().push(event.max_attempts(3).tag("size", "any").unwrap()).unwrap();
+    }
+    unit.commit().await.unwrap();
+    for (n, (change, _)) in DAMAGE.iter().enumerate() {
+        commit(&other, todo(&format!("damaged {n}"))).await;
+        store.execute(&format!("update outbox_events set {change} where aggregate_id = 'damaged {n}'")).await;
+    }
+    let routed = store.outbox.router().route(&[taker(id)], 500).await.unwrap();
+    assert_eq!(routed.leased.len(), 4 + DAMAGE.len());
+    for lane in routed.leased {
+        assert_eq!(lane.unreadable.is_some(), lane.lane.key.contains("damaged"), "{lane:?}");
+        if lane.unreadable.is_none() {
+            let stored = store.outbox.event(lane.run[0].id).await.unwrap().unwrap();
+            assert_eq!(lane.run, [stored.event.unwrap()]);
+        }
+    }
+}
+
+/// What waits, and the statement that routes it, and sometimes what the floor is. The same with a reading of what was leased
+/// takes two more.
+#[tokio::test]
+async fn small_events_of_another_process_are_not_read_a_second_time() {
+    let store = Store::new().await;
+    let id = store.subscribe("s").await;
+    let proxy = Proxy::start(server().port()).await;
+    let outbox = Outbox::connect(&proxy.url(&store.place.url(), server().port()), 1).await.unwrap();
+    let (mut router, mut answers) = (outbox.router(), Vec::new());
+    for n in 0..8 {
+        for key in ["a", "b"] {
+            commit(&store.outbox, todo(&format!("{key}{n}"))).await;
+        }
+        let before = proxy.answers();
+        assert_eq!(router.route(&[taker(id)], 500).await.unwrap().leased.len(), 2);
+        answers.push(proxy.answers() - before);
+    }
+    assert!(answers.iter().min() <= Some(&3), "{answers:?}");
 }
 
 /// Its own commit is not all that waits: what another process committed before comes first.
