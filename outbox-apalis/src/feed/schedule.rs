@@ -269,6 +269,15 @@ mod tests {
     }
 
     #[test]
+    fn a_claim_that_failed_is_repeated_after_a_while() {
+        let now = Instant::now();
+        let mut schedule = Schedule::new(POLL, true, now);
+        schedule.claims(now);
+        let wait = schedule.failed(now, 0.5);
+        assert!(wait >= SOON && schedule.look_at() == now + wait, "{wait:?}");
+    }
+
+    #[test]
     fn many_commits_are_one_look() {
         let now = Instant::now();
         let looks_after = |coalesces, lanes| {
