@@ -55,12 +55,12 @@ impl Waits {
     /// vain and a wait fit into one.
     fn new(poll: Duration, call_limit: Duration) -> Self {
         let longest_outage = LONGEST_OUTAGE.min(call_limit);
-        Self { poll, idle: poll / 4, soon: SOON, outage: OUTAGE.min(longest_outage), longest_outage }
+        Self { poll, idle: poll / 4, soon: SOON, outage: OUTAGE, longest_outage }
     }
 
     /// `took` is how long the look was. On SQLite requests have their turn for as long.
     fn after(&mut self, routed: &Routed, took: Duration, is_sqlite: bool) -> Wait {
-        self.outage = OUTAGE.min(self.longest_outage);
+        self.outage = OUTAGE;
         if routed.events > 0 || routed.next == NextLook::Now {
             (self.idle, self.soon) = (self.poll / 4, SOON);
         }
@@ -82,8 +82,8 @@ impl Waits {
     }
 
     fn after_error(&mut self) -> Wait {
-        let wait = self.outage;
-        self.outage = (2 * wait).min(self.longest_outage);
+        let wait = self.outage.min(self.longest_outage);
+        self.outage = 2 * wait;
         Wait::For(wait)
     }
 }
